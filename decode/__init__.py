@@ -1,0 +1,1 @@
+"""The decode tier: receives prompts' KV and turns it into tokens, many requests at once."""

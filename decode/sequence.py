@@ -1,0 +1,46 @@
+"""One request in a decode worker's hands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.kvtransfer.messages import Offer
+from headrace.messages.stream import FinishReason
+
+Key = tuple[str, int]
+"""(request id, attempt)."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request that is being decoded, or waits for its first step."""
+
+    offer: Offer
+    token_ids: list[int]
+    """Prompt and output; the KV of the last one is not in the cache yet."""
+    pages: list[int]
+    generated: int
+    """Output tokens so far, those of earlier attempts among them."""
+
+    @property
+    def key(self) -> Key:
+        """(request id, attempt)."""
+        return self.offer.request_id, self.offer.attempt
+
+    def pages_missing(self, page_size: int) -> int:
+        """Pages that must be added before the next step can write the last token's KV."""
+        return max(-(-len(self.token_ids) // page_size) - len(self.pages), 0)
+
+    def append(self, token_id: int) -> None:
+        """Take the token that a step made."""
+        self.token_ids.append(token_id)
+        self.generated += 1
+
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+        """Whether the newest token was the last."""
+        sampling = self.offer.sampling
+        if self.token_ids[-1] in sampling.stop_token_ids and self.generated > sampling.min_tokens:
+            return "stop"
+        if self.generated >= sampling.max_tokens or len(self.token_ids) >= max_model_len:
+            return "length"
+        return None

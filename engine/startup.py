@@ -1,0 +1,58 @@
+"""Brings a worker's model up: from settings to an engine that has run once, on the thread that will run it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from headrace.engine.engine import Engine, EngineConfig
+from headrace.models.locate import ModelFolder, locate_model
+from headrace.node import ModelIdentity
+from headrace.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run. All its device work belongs on `device_thread`."""
+
+    folder: ModelFolder
+    engine: Engine
+    device_thread: ThreadPoolExecutor
+    identity: ModelIdentity
+
+
+@asynccontextmanager
+async def loaded_model(settings: Settings) -> AsyncIterator[LoadedModel]:
+    """Load what `settings` name. Raises `ModelError` or `EngineError`, which say what to do."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
+        folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
+        engine = await loop.run_in_executor(device_thread, _load, settings, folder)
+        name = settings.served_model_name or folder.name
+        identity = ModelIdentity(name, folder.fingerprint, engine.max_model_len)
+        yield LoadedModel(folder, engine, device_thread, identity)
+
+
+def _load(settings: Settings, folder: ModelFolder) -> Engine:
+    config = EngineConfig(
+        model_folder=folder.path,
+        device=settings.device,
+        dtype=settings.dtype,
+        model_impl=settings.model_impl,
+        page_size=settings.block_size,
+        kv_cache_bytes=settings.kv_cache_memory_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        cpu_threads=settings.cpu_threads,
+    )
+    engine = Engine.load(config, lambda what, fraction: log.info("%s %d %%", what, fraction * 100))
+    log.info("warming up")
+    engine.warm_up()
+    return engine

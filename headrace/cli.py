@@ -1,0 +1,133 @@
+"""The command line: `headrace up | gateway | prefill | decode | keys`. Flags are generated from `Settings`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from headrace import __version__
+from headrace.errors import StartError
+from headrace.settings import Settings, commands_of, env_name, flag_name, nearest
+
+EXIT_USAGE = 2
+"""Exit code of a process that can't serve as it was started; a supervisor need not try again."""
+
+COMMANDS = {
+    "up": ("headrace.up", "start a whole mesh on this machine"),
+    "gateway": ("headrace.gateway.main", "serve the OpenAI API and queue requests"),
+    "prefill": ("headrace.prefill.main", "compute prompts' KV pages and hand them to decode workers"),
+    "decode": ("headrace.decode.main", "receive KV pages and make tokens"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    options = vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
+    command = options.pop("command")
+    try:
+        if command == "keys":
+            return _make_key(options["file"])
+        positional = options.pop("model_positional")
+        options["model"] = options["model"] or positional
+        settings = Settings.load(options)
+        _set_up_logging(settings.log_level)
+        _run(COMMANDS[command][0], settings)
+    except StartError as error:
+        print(f"headrace {command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest flag or command where one is misspelled."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            known = [option for action in self._all_actions() for option in action.option_strings]
+            message += nearest(word, known)
+        super().error(message)
+
+    def _all_actions(self) -> list[argparse.Action]:
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [inner for parser in action.choices.values() for inner in parser._actions]
+        return actions
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with all their flags."""
+    parser = _Parser(prog="headrace", description="Serve large language models with prefill split from decode.")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (_, help) in COMMANDS.items():
+        epilog = "Each flag has an environment variable: --max-model-len is HEADRACE_MAX_MODEL_LEN. The flag wins."
+        subparser = commands.add_parser(command, help=help, description=help, epilog=epilog, allow_abbrev=False)
+        for name in Settings.model_fields:
+            if command in commands_of(name):
+                _add_flag(subparser, name)
+    keys = commands.add_parser("keys", help="make a key for a mesh that spans machines", allow_abbrev=False)
+    keys.add_argument("file", type=Path, help="where to write it; give this file to every process with --mesh-key")
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
+    field = Settings.model_fields[name]
+    choices = [c for c in _alternatives(field.annotation) if isinstance(c, str)] or None
+    metavar = None if choices else name.split("_")[-1].upper()
+    default = "" if field.default is None else f" (default: {field.default})"
+    help = f"{field.description}{default} [{env_name(name)}]".replace("%", "%%")
+    flags = [flag_name(name)]
+    if name == "model":
+        parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument(*flags, dest=name, choices=choices, metavar=metavar, help=help)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The values of a Literal, looked for inside unions."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [value for part in typing.get_args(annotation) for value in _alternatives(part)]
+    return []
+
+
+def _make_key(path: Path) -> int:
+    from headrace.keys import MeshKey
+
+    try:
+        MeshKey.make().write(path)
+    except OSError as error:
+        raise StartError(f"can't write {path}: {error.strerror}") from error
+    print(f"wrote {path}: copy it to every machine of the mesh and start each process with --mesh-key {path}")
+    return 0
+
+
+def _set_up_logging(level: str) -> None:
+    supervised = os.environ.get("HEADRACE_SUPERVISED") == "1"
+    pattern = "%(message)s" if supervised else "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=level.upper(), format=pattern, datefmt="%H:%M:%S", stream=sys.stderr)
+
+
+def _run(module: str, settings: Settings) -> None:
+    """Import a command's module only now: a gateway must start where torch is not installed."""
+    try:
+        run: Callable[[Settings], Coroutine[None, None, None]] = importlib.import_module(module).run
+    except ModuleNotFoundError as error:
+        raise StartError(f"{error.name} is not installed here: `pip install 'headrace[worker]'`") from error
+    uvloop.run(run(settings))

@@ -1,0 +1,179 @@
+"""Messages between the processes of a mesh: ZeroMQ sockets that follow the registry.
+
+Every process binds one ROUTER socket, its mailbox, and opens one DEALER socket to the mailbox of each peer as soon as
+the registry names it, so that no request waits for a connection. A DEALER's routing id is `id@epoch`; a message from
+anyone whom the registry does not know under just that id and epoch is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+import zmq.auth.asyncio
+
+from headrace.keys import MeshKey, is_loopback
+from headrace.registry import Member, Registry
+from headrace.settings import SettingsError
+from headrace.wire import Message, encode
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 512 * 2**20
+SEND_HIGH_WATER_MARK = 4096
+"""Messages that wait for one peer before senders wait."""
+SEND_TIMEOUT_SECONDS = 5.0
+
+Payload = bytes | memoryview
+
+
+class PeerGone(ConnectionError):
+    """The peer is not (or no longer) in the registry, or takes no messages."""
+
+
+@dataclass(frozen=True)
+class Inbound:
+    """One message as it came: who sent it, the undecoded header, the payload frames."""
+
+    sender: Member
+    header: memoryview
+    payload: tuple[memoryview, ...]
+
+
+class Mesh:
+    """This process's mailbox and its lines to all others."""
+
+    def __init__(self, bind: str, key_file: Path | None) -> None:
+        if key_file is None and not is_loopback(bind):
+            raise SettingsError(
+                f"--bind {bind} can be reached from other machines, and messages would travel in the clear: "
+                "make a key with `headrace keys mesh.key` and give every process --mesh-key mesh.key"
+            )
+        self._key = MeshKey.read(key_file) if key_file else None
+        self._context = zmq.asyncio.Context()
+        self._authenticator: zmq.auth.asyncio.AsyncioAuthenticator | None = None
+        self._mailbox = self._context.socket(zmq.ROUTER)
+        self._lines: dict[str, zmq.asyncio.Socket] = {}
+        self._registry: Registry | None = None
+        self._refused: Counter[str] = Counter()
+        self._bind_mailbox(bind)
+
+    def _bind_mailbox(self, bind: str) -> None:
+        self._mailbox.setsockopt(zmq.LINGER, 0)
+        self._mailbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._mailbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if self._key is not None:
+            key = self._key
+            self._authenticator = zmq.auth.asyncio.AsyncioAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback(credentials_provider=key)
+            self._mailbox.curve_server = True
+            self._mailbox.curve_secretkey = key.secret
+            self._mailbox.curve_publickey = key.public
+        port = self._mailbox.bind_to_random_port(f"tcp://{bind}")
+        self.address = f"tcp://{bind}:{port}"
+
+    def follow(self, registry: Registry) -> None:
+        """Open a line to each member that joins and close it when the member leaves."""
+        self._registry = registry
+        registry.on_join.append(self._open_line)
+        registry.on_leave.append(self._close_line)
+
+    def _open_line(self, member: Member) -> None:
+        assert self._registry is not None
+        me = self._registry.me
+        line = self._context.socket(zmq.DEALER)
+        line.setsockopt(zmq.LINGER, 0)
+        line.setsockopt(zmq.ROUTING_ID, f"{me.id}@{me.epoch}".encode())
+        line.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        if self._key is not None:
+            line.curve_serverkey = self._key.public
+            line.curve_publickey = self._key.public
+            line.curve_secretkey = self._key.secret
+        line.connect(member.address)
+        self._lines[member.id] = line
+
+    def _close_line(self, member: Member) -> None:
+        line = self._lines.pop(member.id, None)
+        if line is not None:
+            line.close(linger=0)
+
+    async def send(self, peer_id: str, message: Message, payload: Sequence[Payload] = ()) -> None:
+        """Send a header and its payload frames, the latter without a copy.
+
+        Raises `PeerGone` where the peer is not in the registry or takes nothing for `SEND_TIMEOUT_SECONDS`.
+        """
+        line = self._lines.get(peer_id)
+        if line is None:
+            raise PeerGone(f"{peer_id} is not in the mesh")
+        frames = [encode(message), *payload]
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                await line.send_multipart(frames, copy=not payload)
+        except (TimeoutError, zmq.ZMQError) as error:
+            raise PeerGone(f"{peer_id} takes no messages: {error or 'timed out'}") from error
+
+    def post(self, peer_id: str, message: Message) -> None:
+        """Send a header without ever waiting; messages to one peer stay in order.
+
+        Raises `PeerGone` where the peer is not in the registry or has let `SEND_HIGH_WATER_MARK` messages pile up.
+        """
+        line = self._lines.get(peer_id)
+        if line is None:
+            raise PeerGone(f"{peer_id} is not in the mesh")
+        sent = line.send_multipart([encode(message)], flags=zmq.NOBLOCK)
+        if sent.done() and (error := sent.exception()):
+            raise PeerGone(f"{peer_id} takes no messages: {error}") from error
+        sent.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    async def receive(self) -> Inbound:
+        """The next message from a registered peer."""
+        while True:
+            frames: list[Any] = await self._mailbox.recv_multipart(copy=False)
+            if len(frames) < 2:
+                self._refuse("no header", bytes(frames[0].buffer))
+                continue
+            sender = await self._identify(bytes(frames[0].buffer))
+            if sender is not None:
+                return Inbound(sender, frames[1].buffer, tuple(frame.buffer for frame in frames[2:]))
+
+    async def _identify(self, routing_id: bytes) -> Member | None:
+        assert self._registry is not None
+        member_id, _, epoch = routing_id.decode("ascii", "replace").partition("@")
+        for fresh in (False, True):
+            if fresh:  # it may have registered since the last look
+                await self._registry.refresh()
+            member = self._registry.members.get(member_id)
+            if member is not None and str(member.epoch) == epoch:
+                return member
+        self._refuse("not in the registry", routing_id)
+        return None
+
+    def refuse(self, sender: Member, reason: str) -> None:
+        """Count a message of a known peer that could not be used; its first one is logged."""
+        self._refuse(reason, f"{sender.id}@{sender.epoch}".encode())
+
+    def _refuse(self, reason: str, routing_id: bytes) -> None:
+        name = routing_id[:80].decode("ascii", "replace")
+        if len(self._refused) < 1024 or name in self._refused:
+            self._refused[name] += 1
+            if self._refused[name] == 1:
+                log.warning("refusing messages from %s: %s (further ones are counted only)", name, reason)
+
+    @property
+    def refused(self) -> int:
+        """Messages refused since the start."""
+        return self._refused.total()
+
+    def close(self) -> None:
+        """Close all sockets at once; what was not sent is dropped."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.destroy(linger=0)

@@ -1,0 +1,12 @@
+"""Gateway -> workers."""
+
+from __future__ import annotations
+
+from headrace.wire import Attempt, Message, RequestId
+
+
+class Cancel(Message):
+    """Nobody waits for this request any more: free all that is held for it, in every attempt up to `attempt`."""
+
+    request_id: RequestId
+    attempt: Attempt

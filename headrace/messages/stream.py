@@ -1,0 +1,76 @@
+"""Workers -> gateway: tokens, and how a request's prefill went or why it failed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from headrace.wire import Attempt, Count, MeshId, Message, Milliseconds, Record, RequestId, TokenId
+
+FinishReason = Literal["stop", "length"]
+
+
+class TokenLogprobs(Record):
+    """Log probabilities (natural, of the model's raw distribution) at one position."""
+
+    token_id: TokenId
+    logprob: float
+    top: list[tuple[TokenId, float]]
+    """Likeliest tokens first."""
+
+
+class TokenEvent(Record):
+    """New tokens of one request.
+
+    `position` is the index of `token_ids[0]` in the output, counted from 0 over all attempts. With finish reason
+    `stop` the last token is the stop token itself; it counts as generated and is not part of the text.
+    """
+
+    request_id: RequestId
+    attempt: Attempt
+    position: Count
+    token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=4096)]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+
+class TokenBatch(Message):
+    """All tokens that one decode step made for one gateway."""
+
+    events: list[TokenEvent]
+
+
+class PrefillReport(Message):
+    """Sent by the prefill worker once the handoff is acknowledged, or once a request with `max_tokens` 0 is computed."""
+
+    request_id: RequestId
+    attempt: Attempt
+    decode_worker: MeshId | None
+    """None where there was nothing to decode (`max_tokens` 0): the report is then the end of the request."""
+    queue_ms: Milliseconds
+    """From the gateway's append to the worker's take."""
+    prefill_ms: Milliseconds
+    """From the take to the first token."""
+    handoff_ms: Milliseconds
+    """From the first token to the decode worker's acknowledgement."""
+    cached_tokens: Count
+    """Prompt tokens found in the prefix cache."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One for each prompt token but the first. May arrive before or after the first `TokenEvent`."""
+
+
+FailureCode = Literal["invalid_request", "overloaded", "deadline", "preempted", "worker_stopping", "worker_error"]
+
+
+class RequestFailed(Message):
+    """The worker gives the request up. `retryable` says that another attempt may succeed."""
+
+    request_id: RequestId
+    attempt: Attempt
+    code: FailureCode
+    message: str
+    retryable: bool
+
+
+ToGateway = TokenBatch | PrefillReport | RequestFailed

@@ -1,0 +1,106 @@
+"""What every process of a mesh does first and last: connect to Redis, open its mailbox, register, and leave again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from headrace import __version__
+from headrace.mesh import Mesh
+from headrace.queue import RequestQueue
+from headrace.redis_client import Keys, RedisError, connect
+from headrace.registry import Member, Registry, Tier
+from headrace.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What the processes of a mesh must agree on."""
+
+    name: str
+    fingerprint: str
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """This process's place in the mesh."""
+
+    id: str
+    registry: Registry
+    mesh: Mesh
+    queue: RequestQueue
+
+
+@asynccontextmanager
+async def join_mesh(settings: Settings, tier: Tier, model: ModelIdentity) -> AsyncIterator[Node]:
+    """Be a member of the mesh inside the block.
+
+    Raises `SettingsError` where Redis can't be reached and `MeshMismatch` where this process doesn't fit the mesh.
+    """
+    url = settings.redis or DEFAULT_REDIS
+    client = connect(url)
+    mesh = Mesh(settings.bind, settings.mesh_key)
+    try:
+        keys = Keys(settings.namespace)
+        member = Member(
+            id=settings.worker_id or f"{tier}-{secrets.token_hex(3)}",
+            epoch=time.time_ns(),
+            tier=tier,
+            address=mesh.address,
+            version=__version__,
+            model=model.name,
+            model_fingerprint=model.fingerprint,
+            max_model_len=model.max_model_len,
+        )
+        registry = Registry(client, keys, member, settings.lease_seconds)
+        mesh.follow(registry)
+        queue = RequestQueue(client, keys)
+        try:
+            await queue.create()
+            await registry.join()
+        except RedisError as error:
+            raise SettingsError(f"can't reach Redis at {url}: {error}. Start one, or name another with --redis") from error
+        heartbeat = asyncio.create_task(registry.run(), name="registry")
+        try:
+            yield Node(member.id, registry, mesh, queue)
+        finally:
+            heartbeat.cancel()
+            await asyncio.wait([heartbeat])
+            try:
+                await registry.leave()
+            except RedisError as error:
+                log.warning("could not leave the registry, the lease will end by itself: %s", error)
+    finally:
+        mesh.close()
+        await client.aclose()
+
+
+async def until_stopped() -> None:
+    """Return at SIGTERM or SIGINT, or when the supervisor that started this process is gone."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    supervised = os.environ.get("HEADRACE_SUPERVISED") == "1"
+    if supervised:  # our standard input is a pipe from the supervisor: it ends when the supervisor does
+        loop.add_reader(sys.stdin.fileno(), stopped.set)
+    try:
+        await stopped.wait()
+    finally:
+        if supervised:
+            loop.remove_reader(sys.stdin.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

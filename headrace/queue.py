@@ -1,0 +1,130 @@
+"""The request queue: a Redis Stream with one consumer group, read by the prefill workers.
+
+An entry is acknowledged, and deleted, only after its handoff committed. A worker renews the entries that it holds; one
+that falls silent loses them to whoever claims next. Every delivery has its own attempt number: the gateway counts in
+steps of `DELIVERIES_PER_ATTEMPT`, redeliveries of one entry count by one, so a higher number is always the newer.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import redis.asyncio
+from redis.exceptions import ResponseError
+
+from headrace.messages.request import QueueEntry
+from headrace.redis_client import Keys
+from headrace.wire import Decoder, WireError, encode
+
+log = logging.getLogger(__name__)
+
+GROUP = "prefill"
+FIELD = b"entry"
+DELIVERIES_PER_ATTEMPT = 16
+"""After so many deliveries an entry is given up: it has killed or lost as many workers."""
+MAX_RENEWED = 4096
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One entry in this worker's hands."""
+
+    entry_id: str
+    entry: QueueEntry
+    attempt: int
+    exhausted: bool = False
+    """True where this was the last delivery allowed; the receiver fails the request instead of trying again."""
+
+
+class RequestQueue:
+    """The gateway puts and removes; prefill workers take, renew, claim and acknowledge."""
+
+    def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
+        self._client = client
+        self._stream = keys.queue
+        self._decode: Decoder[QueueEntry] = Decoder(QueueEntry)
+
+    async def create(self) -> None:
+        """Make the stream and its group where they don't exist."""
+        try:
+            await self._client.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    async def put(self, entry: QueueEntry) -> str:
+        """Append an entry and return its id."""
+        entry_id: bytes = await self._client.xadd(self._stream, {FIELD: encode(entry)})
+        return entry_id.decode()
+
+    async def remove(self, entry_id: str) -> None:
+        """Acknowledge and delete an entry, whoever holds it."""
+        async with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.xack(self._stream, GROUP, entry_id)
+            pipeline.xdel(self._stream, entry_id)
+            await pipeline.execute()
+
+    async def depth(self) -> int:
+        """Entries that are waiting or in a prefill worker's hands."""
+        return int(await self._client.xlen(self._stream))
+
+    async def take(self, consumer: str, count: int, block_ms: int) -> list[Delivery]:
+        """Up to `count` new entries, waiting up to `block_ms` for the first."""
+        try:
+            reply = await self._client.xreadgroup(GROUP, consumer, {self._stream: ">"}, count=count, block=block_ms)
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self.create()  # the server was emptied
+            return []
+        entries = [entry for _, stream in _streams(reply) for entry in stream]
+        return [d for d in [await self._delivery(entry_id, fields, 1) for entry_id, fields in entries] if d]
+
+    async def claim(self, consumer: str, count: int, min_idle_ms: int) -> list[Delivery]:
+        """Take over up to `count` entries that nobody renewed for `min_idle_ms`."""
+        try:
+            reply = await self._client.xautoclaim(self._stream, GROUP, consumer, min_idle_ms, "0-0", count=count)
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return []
+        deliveries = []
+        for entry_id, fields in reply[1]:
+            if not fields:  # Redis 6.2 reports deleted entries without fields
+                continue
+            pending = await self._client.xpending_range(self._stream, GROUP, min=entry_id, max=entry_id, count=1)
+            if pending and (delivery := await self._delivery(entry_id, fields, int(pending[0]["times_delivered"]))):
+                deliveries.append(delivery)
+        return deliveries
+
+    async def renew(self, consumer: str, entry_ids: list[str]) -> None:
+        """Restart the idle time of those of `entry_ids` that are still `consumer`'s."""
+        pending = await self._client.xpending_range(
+            self._stream, GROUP, min="-", max="+", count=MAX_RENEWED, consumername=consumer
+        )
+        mine = {item["message_id"].decode() for item in pending}.intersection(entry_ids)
+        if mine:
+            await self._client.xclaim(
+                self._stream, GROUP, consumer, min_idle_time=0, message_ids=sorted(mine), justid=True
+            )
+
+    async def _delivery(self, entry_id: bytes, fields: dict[bytes, bytes], times: int) -> Delivery | None:
+        try:
+            entry = self._decode(fields[FIELD])
+        except (WireError, KeyError) as error:
+            log.error("dropping queue entry %s, which can't be read: %s", entry_id.decode(), error)
+            await self.remove(entry_id.decode())
+            return None
+        attempt = entry.attempt + min(times, DELIVERIES_PER_ATTEMPT) - 1
+        return Delivery(entry_id.decode(), entry, attempt, exhausted=times >= DELIVERIES_PER_ATTEMPT)
+
+
+def _streams(reply: object) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """XREADGROUP's reply as pairs, whether the connection speaks RESP2 (a list) or RESP3 (a map)."""
+    if not reply:
+        return []
+    if isinstance(reply, dict):
+        return [(name, [entry for part in parts for entry in part]) for name, parts in reply.items()]
+    assert isinstance(reply, list)
+    return reply

@@ -1,0 +1,50 @@
+"""One way to connect to Redis, and the names of all keys that Headrace uses there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+__all__ = ["Keys", "RedisError", "connect"]
+
+SOCKET_TIMEOUT_SECONDS = 5.0
+"""Longer than any blocking read (see `RequestQueue.take`), so that a dead server is told from a quiet one."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Redis keys of one mesh."""
+
+    namespace: str
+
+    @property
+    def queue(self) -> str:
+        """Stream of requests to be prefilled."""
+        return f"{self.namespace}:queue"
+
+    @property
+    def members(self) -> str:
+        """Set of the ids that registered and have not left."""
+        return f"{self.namespace}:members"
+
+    def member(self, member_id: str) -> str:
+        """One process's registration; expires with its lease."""
+        return f"{self.namespace}:member:{member_id}"
+
+
+def connect(url: str) -> redis.asyncio.Redis:
+    """A client for `url`; connects at the first command. Fails after a few quick retries, never hangs."""
+    return redis.asyncio.Redis.from_url(
+        url,
+        socket_timeout=SOCKET_TIMEOUT_SECONDS,
+        socket_connect_timeout=SOCKET_TIMEOUT_SECONDS,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        health_check_interval=10,
+    )

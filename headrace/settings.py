@@ -1,0 +1,129 @@
+"""The one settings object of every process.
+
+Each field is a flag (`max_model_len` -> `--max-model-len`) and an environment variable (`HEADRACE_MAX_MODEL_LEN`); the
+flag wins. `commands` says which sub-commands take it. Unknown flags and variables are errors that name the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headrace.errors import StartError
+
+ENV_PREFIX = "HEADRACE_"
+NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED"}
+"""Variables with our prefix that are read elsewhere."""
+
+GATEWAY = ("up", "gateway")
+WORKER = ("up", "prefill", "decode")
+ALL = ("up", "gateway", "prefill", "decode")
+
+
+class SettingsError(StartError):
+    """A flag or an environment variable that can't be used; the message says which and what to do."""
+
+
+def _field(default: Any, help: str, commands: tuple[str, ...], **limits: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"commands": list(commands)}, **limits)
+
+
+class Settings(BaseModel):
+    """What a process was told. Frozen: a process never changes its own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = _field("smollm2", "built-in `smollm2`, a Hugging Face folder, a .gguf file or a hub id", ALL)
+    served_model_name: str | None = _field(None, "name that clients use for the model (default: the model's own)", ALL)
+    redis: str | None = _field(None, "redis://, rediss:// or unix:// URL; `up` starts a private server if none", ALL)
+    namespace: str = _field("headrace", "prefix of all Redis keys: one mesh a namespace", ALL, pattern=r"^[\w.-]+$")
+    lease_seconds: float = _field(2.0, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
+    bind: str = _field("127.0.0.1", "address that other machines of the mesh reach this process at", ALL)
+    mesh_key: Path | None = _field(None, "file made by `headrace keys`; required where --bind is not loopback", ALL)
+    log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe messages shown", ALL)
+
+    host: str = _field("127.0.0.1", "HTTP address", GATEWAY)
+    port: int = _field(8000, "HTTP port", GATEWAY, ge=0, le=65535)
+    api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
+    max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
+    max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
+    request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
+
+    worker_id: str | None = _field(None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode"))
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", "where the model runs", WORKER)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field("auto", "type of weights and KV cache", WORKER)
+    model_impl: Literal["auto", "fused", "transformers"] = _field("auto", "which path runs the model", WORKER)
+    max_model_len: int | None = _field(None, "longest prompt + output in tokens (default: the model's own)", WORKER, ge=16)
+    block_size: int = _field(16, "tokens in a KV page", WORKER, ge=1, le=256)
+    kv_cache_memory_bytes: int | None = _field(None, "size of the KV cache (default: by device)", WORKER, ge=1)
+    gpu_memory_utilization: float = _field(0.9, "share of a GPU's memory that a worker may use", WORKER, gt=0, le=1)
+    max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
+    max_num_batched_tokens: int = _field(2048, "prompt tokens that a prefill step computes", WORKER, ge=16)
+    max_num_prefills: int = _field(8, "prompts that a prefill worker holds at once", WORKER, ge=1, le=256)
+    cpu_threads: int | None = _field(None, "threads of one worker on a CPU (default: all cores)", WORKER, ge=1)
+    drain_timeout: float = _field(30.0, "seconds that a stopping worker may take to finish what it holds", WORKER, ge=0)
+
+    prefill: int = _field(1, "prefill workers to start", ("up",), ge=1, le=64)
+    decode: int = _field(1, "decode workers to start", ("up",), ge=1, le=64)
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+        """Merge flags over environment variables over defaults.
+
+        Raises `SettingsError` for a value that does not fit and for a `HEADRACE_*` variable that does not exist.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for variable, text in environ.items():
+            if not variable.startswith(ENV_PREFIX) or variable in NOT_SETTINGS:
+                continue
+            name = variable.removeprefix(ENV_PREFIX).lower()
+            if name not in cls.model_fields:
+                known = [env_name(field) for field in cls.model_fields]
+                raise SettingsError(f"unknown environment variable {variable}{nearest(variable, known)}")
+            values[name] = text
+        values.update({name: value for name, value in flags.items() if value is not None})
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(detail, flags) for detail in error.errors())) from None
+
+    def as_environment(self) -> dict[str, str]:
+        """The variables that give another process these settings."""
+        return {env_name(name): str(value) for name, value in self if value is not None}
+
+
+def env_name(field: str) -> str:
+    """The environment variable of a field."""
+    return ENV_PREFIX + field.upper()
+
+
+def flag_name(field: str) -> str:
+    """The flag of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint such as `; did you mean --port?`, or nothing where no known word is close."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def commands_of(field: str) -> list[str]:
+    """The sub-commands that take a field."""
+    extra = Settings.model_fields[field].json_schema_extra
+    assert isinstance(extra, dict), field
+    commands = extra["commands"]
+    assert isinstance(commands, list)
+    return [str(command) for command in commands]
+
+
+def _explain(detail: Any, flags: Mapping[str, Any]) -> str:
+    name = str(detail["loc"][0])
+    source = flag_name(name) if flags.get(name) is not None else env_name(name)
+    return f"{source}: {detail['msg']} (got {detail['input']!r})"

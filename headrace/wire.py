@@ -1,0 +1,63 @@
+"""How every message is put on the wire: MessagePack with a fixed, versioned schema.
+
+Each boundary between processes has one file of message types under `headrace/messages/` (the handoff's live in
+`headrace.kvtransfer.messages`). A message is a frozen, tagged `msgspec.Struct`; a receiver decodes with a closed
+union of the types it accepts, so unknown tags, missing or extra fields, wrong types and out-of-range numbers are all
+refused before any code sees them. Nothing that arrives is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+"""Largest header accepted, in bytes. Page payloads travel in frames of their own and do not count."""
+
+T = TypeVar("T")
+
+MeshId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Attempt = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class WireError(ValueError):
+    """A message that does not follow the schema; the sender is at fault, never the receiver."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Base of every message that crosses a process boundary."""
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the structures inside messages."""
+
+
+def encode(message: Message) -> bytes:
+    """Serialise a message: one version byte, then MessagePack."""
+    return bytes([WIRE_VERSION]) + msgspec.msgpack.encode(message)
+
+
+class Decoder(Generic[T]):
+    """Decodes one closed set of message types.
+
+    `Decoder(Offer | Pages)` accepts those two and raises `WireError` for everything else.
+    """
+
+    def __init__(self, types: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(types)
+
+    def __call__(self, data: bytes | memoryview) -> T:
+        if len(data) > MAX_HEADER_BYTES:
+            raise WireError(f"header of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}")
+        if len(data) == 0 or data[0] != WIRE_VERSION:
+            raise WireError(f"wire version {data[0] if len(data) else 'missing'}, this process speaks {WIRE_VERSION}")
+        try:
+            return self._decoder.decode(memoryview(data)[1:])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise WireError(str(error)) from error

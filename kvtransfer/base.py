@@ -1,0 +1,40 @@
+"""What the handoff needs of a worker's KV cache: two small interfaces, so that this package knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+PageId = int
+
+
+class PageStore(Protocol):
+    """The bytes of a paged KV cache. One page of one layer is `page_bytes` long: K, then V."""
+
+    page_bytes: int
+
+    def read_pages(self, layer: int, page_ids: Sequence[PageId]) -> memoryview:
+        """A contiguous copy of these pages."""
+
+    def write_pages(self, layer: int, page_ids: Sequence[PageId], data: memoryview) -> None:
+        """Overwrite these pages. `data` holds `len(page_ids) * page_bytes` bytes."""
+
+
+class PageAllocator(Protocol):
+    """Who owns which page. Pages are reference-counted and may be found again by the hash of what they hold."""
+
+    @property
+    def num_free(self) -> int:
+        """Pages that `allocate` could give, cached ones that nobody uses among them."""
+
+    def allocate(self, count: int) -> list[PageId]:
+        """Take `count` pages, with one reference each. The caller checks `num_free` first."""
+
+    def release(self, page_ids: Sequence[PageId]) -> None:
+        """Drop one reference on each."""
+
+    def match_prefix(self, hashes: Sequence[bytes]) -> list[PageId]:
+        """The pages held for the longest known prefix of `hashes`, with one more reference each."""
+
+    def publish(self, page_id: PageId, page_hash: bytes) -> None:
+        """Let a full page be found by its hash."""

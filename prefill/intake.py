@@ -1,0 +1,91 @@
+"""The prefill worker's end of the request queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+
+from headrace.queue import Delivery, RequestQueue
+from headrace.redis_client import RedisError
+
+log = logging.getLogger(__name__)
+
+TAKE_BLOCK_MS = 500
+RETRY_SECONDS = 0.5
+MAX_CANCELLED = 4096
+"""Cancelled requests remembered, for entries that are on their way from Redis while the cancel arrives."""
+
+
+class Intake:
+    """Pulls entries one at a time, those of workers that fell silent first, and keeps hold of them until acknowledged."""
+
+    def __init__(self, queue: RequestQueue, consumer: str, lease_seconds: float) -> None:
+        self._queue = queue
+        self._consumer = consumer
+        self._lease_seconds = lease_seconds
+        self._next_claim = 0.0
+        self._held: set[str] = set()
+        self._cancelled: OrderedDict[str, int] = OrderedDict()
+
+    async def next(self) -> Delivery | None:
+        """The next entry, or None after `TAKE_BLOCK_MS` without one. A cancelled entry is acknowledged and skipped."""
+        try:
+            delivery = await self._claim_or_take()
+        except RedisError as error:
+            log.debug("the queue can't be read: %s", error)
+            await asyncio.sleep(RETRY_SECONDS)
+            return None
+        if delivery is None or delivery.entry_id in self._held:
+            return None
+        self._held.add(delivery.entry_id)
+        if self._cancelled.get(delivery.entry.request_id, -1) >= delivery.attempt:
+            await self.acknowledge(delivery)
+            return None
+        return delivery
+
+    async def _claim_or_take(self) -> Delivery | None:
+        if time.monotonic() >= self._next_claim:
+            self._next_claim = time.monotonic() + self._lease_seconds / 2
+            claimed = await self._queue.claim(self._consumer, 1, int(self._lease_seconds * 1000))
+            if claimed:
+                self._next_claim = 0.0
+                log.info("claimed %s from a silent worker", claimed[0].entry.request_id)
+                return claimed[0]
+        taken = await self._queue.take(self._consumer, 1, TAKE_BLOCK_MS)
+        return taken[0] if taken else None
+
+    async def acknowledge(self, delivery: Delivery) -> None:
+        """Take the entry off the queue; while Redis is away, keep trying until nobody waits for the request."""
+        try:
+            while True:
+                try:
+                    await self._queue.remove(delivery.entry_id)
+                    return
+                except RedisError as error:
+                    if time.time() > delivery.entry.deadline:
+                        log.warning("entry %s could not be acknowledged: %s", delivery.entry_id, error)
+                        return
+                    await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            self.let_go(delivery)
+
+    def let_go(self, delivery: Delivery) -> None:
+        """Stop caring for an entry without acknowledging it: whoever claims it serves it."""
+        self._held.discard(delivery.entry_id)
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Skip this request, up to `attempt`, should it still come."""
+        self._cancelled[request_id] = attempt
+        if len(self._cancelled) > MAX_CANCELLED:
+            self._cancelled.popitem(last=False)
+
+    async def renew(self) -> None:
+        """Show that this worker is alive; nobody can claim what it holds for another lease."""
+        if not self._held:
+            return
+        try:
+            await self._queue.renew(self._consumer, list(self._held))
+        except RedisError as error:
+            log.debug("entries could not be renewed: %s", error)

@@ -1,0 +1,52 @@
+"""One request in a prefill worker's hands."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from headrace.engine.engine import PrefillChunk, SampledToken
+from headrace.kvtransfer.handoff import Handoff, Segment
+from headrace.messages.request import QueueEntry
+from headrace.messages.stream import FailureCode, TokenLogprobs
+from headrace.prefill.scheduler import Chunk
+
+
+class RequestRejected(RuntimeError):
+    """This worker gives a request up; `code` says why and `retryable` whether another attempt may succeed."""
+
+    def __init__(self, code: FailureCode, message: str, retryable: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt that is being computed; `pages` are this worker's, in the order of the prompt."""
+
+    entry: QueueEntry
+    attempt: int
+    pages: list[int]
+    page_hashes: list[bytes]
+    cached_tokens: int
+    handoff: Handoff | None
+    """None where there is nothing to decode."""
+    computed: asyncio.Future[SampledToken | None]
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(request id, attempt)."""
+        return self.entry.request_id, self.attempt
+
+    def chunk(self, chunk: Chunk) -> PrefillChunk:
+        """The engine's input for one chunk of this prompt."""
+        entry = self.entry
+        return PrefillChunk(entry.token_ids, chunk.start, chunk.length, self.pages, entry.sampling, entry.generated)
+
+    def layer_computed(self, layer: int, start: int, end: int, page_size: int) -> None:
+        """Tokens `start` to `end` of `layer` are in the cache: their pages may travel."""
+        if self.handoff is not None:
+            first, stop = start // page_size, -(-end // page_size)
+            self.handoff.layer_ready(Segment(layer, first, stop - first))

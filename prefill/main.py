@@ -1,0 +1,24 @@
+"""`headrace prefill`: one prefill worker."""
+
+from __future__ import annotations
+
+from headrace.engine.startup import loaded_model
+from headrace.kvtransfer.layout import layout_of
+from headrace.node import join_mesh, until_stopped
+from headrace.prefill.worker import PrefillWorker
+from headrace.settings import Settings
+
+
+async def run(settings: Settings) -> None:
+    """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
+    async with loaded_model(settings) as model, join_mesh(settings, "prefill", model.identity) as node:
+        worker = PrefillWorker(
+            node,
+            model.engine,
+            model.device_thread,
+            layout_of(model.folder.fingerprint, model.engine.layout),
+            token_budget=settings.max_num_batched_tokens,
+            max_jobs=settings.max_num_prefills,
+            lease_seconds=settings.lease_seconds,
+        )
+        await worker.run(until_stopped(), settings.drain_timeout)

@@ -1,0 +1,326 @@
+"""The prefill worker: one task a request, one loop for the device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+
+from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
+from headrace.engine.page_pool import page_hashes
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed
+from headrace.kvtransfer.messages import Layout, Offer, ToSender
+from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
+from headrace.mesh import Inbound, PeerGone
+from headrace.messages.control import Cancel
+from headrace.messages.stream import PrefillReport, RequestFailed
+from headrace.node import Node
+from headrace.prefill.intake import Intake
+from headrace.prefill.job import Job, RequestRejected
+from headrace.prefill.placement import Placement
+from headrace.prefill.scheduler import Chunk, PrefillScheduler
+from headrace.queue import Delivery
+from headrace.redis_client import RedisError
+from headrace.registry import Member
+from headrace.wire import Decoder, Message, WireError
+
+log = logging.getLogger(__name__)
+
+STOP_TAKING_SECONDS = 2.0
+
+
+class PrefillWorker:
+    """Everything between the queue and the first token."""
+
+    def __init__(
+        self,
+        node: Node,
+        engine: Engine,
+        device_thread: ThreadPoolExecutor,
+        layout: Layout,
+        token_budget: int,
+        max_jobs: int,
+        lease_seconds: float,
+    ) -> None:
+        self._node = node
+        self._engine = engine
+        self._device_thread = device_thread
+        self._layout = layout
+        self._lease_seconds = lease_seconds
+        self._intake = Intake(node.queue, node.id, lease_seconds)
+        self._scheduler = PrefillScheduler(token_budget, layout.page_size)
+        self._sender = Sender(node.mesh.send)
+        self._placement = Placement(node.registry, self._sender)
+        self._room = asyncio.Semaphore(max_jobs)
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._jobs: dict[tuple[str, int], Job] = {}
+        self._page_turn = asyncio.Lock()
+        self._pages_freed = asyncio.Event()
+        self._work = asyncio.Event()
+        self._recomputed = 0
+        self._stopping = False
+        self._decode: Decoder[ToSender | Cancel] = Decoder(ToSender | Cancel)
+        node.registry.on_leave.append(self._member_left)
+
+    async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
+        """Serve until `stopped` is done, then finish what is held (for `drain_timeout` seconds at most)."""
+        self._publish_stats()
+        async with asyncio.TaskGroup() as group:
+            taking = group.create_task(self._take_loop(group))
+            loops = [self._mailbox_loop(), self._step_loop(), self._keep_alive_loop()]
+            running = [group.create_task(loop) for loop in loops]
+            await stopped
+            self._stopping = True
+            self._node.registry.drain()
+            await asyncio.wait([taking], timeout=STOP_TAKING_SECONDS)
+            if self._tasks:
+                await asyncio.wait(list(self._tasks.values()), timeout=drain_timeout)
+            for task in [taking, *self._tasks.values(), *running]:
+                task.cancel()
+
+    async def _take_loop(self, group: asyncio.TaskGroup) -> None:
+        """Pull entries, only as many as there is room for."""
+        while not self._stopping:
+            await self._room.acquire()
+            delivery = await self._intake.next()
+            if delivery is None:
+                self._room.release()
+                continue
+            key = delivery.entry.request_id, delivery.attempt
+            task = group.create_task(self._serve(delivery), name=f"serve {key}")
+            self._tasks[key] = task
+            task.add_done_callback(lambda _, key=key, delivery=delivery: self._served(key, delivery))
+
+    def _served(self, key: tuple[str, int], delivery: Delivery) -> None:
+        self._intake.let_go(delivery)
+        del self._tasks[key]
+        self._room.release()
+        self._publish_stats()
+
+    async def _serve(self, delivery: Delivery) -> None:
+        """Take one request from its entry to the decode worker's acknowledgement."""
+        if await self._is_waited_for(delivery.entry.gateway):
+            self._post(delivery.entry.gateway, await self._prefill_or_fail(delivery))
+        await self._intake.acknowledge(delivery)
+
+    async def _is_waited_for(self, gateway: str) -> bool:
+        if gateway not in self._node.registry.members:
+            try:
+                await self._node.registry.refresh()
+            except RedisError:
+                return True
+        return gateway in self._node.registry.members
+
+    def _post(self, gateway: str, message: Message) -> None:
+        try:
+            self._node.mesh.post(gateway, message)
+        except PeerGone as error:
+            log.warning("nobody to tell: %s", error)
+
+    async def _prefill_or_fail(self, delivery: Delivery) -> PrefillReport | RequestFailed:
+        entry = delivery.entry
+        try:
+            async with asyncio.timeout(max(entry.deadline - time.time(), 0)):
+                return await self._prefill(delivery)
+        except TimeoutError:
+            rejected = RequestRejected("deadline", "the request's deadline passed before its prompt was computed", False)
+        except RequestRejected as error:
+            rejected = error
+        log.warning("%s attempt %d: %s: %s", entry.request_id, delivery.attempt, rejected.code, rejected)
+        return RequestFailed(
+            request_id=entry.request_id,
+            attempt=delivery.attempt,
+            code=rejected.code,
+            message=str(rejected),
+            retryable=rejected.retryable,
+        )
+
+    async def _prefill(self, delivery: Delivery) -> PrefillReport:
+        entry, taken_at = delivery.entry, time.time()
+        self._check(delivery)
+        hashes = page_hashes(entry.token_ids, self._layout.page_size)
+        pages, cached_tokens = await self._get_pages(delivery, hashes)
+        try:
+            job = self._make_job(delivery, pages, hashes, cached_tokens)
+            self._jobs[job.key] = job
+            first_token_at = await self._compute_and_hand_over(job)
+        finally:
+            self._jobs.pop((entry.request_id, delivery.attempt), None)
+            self._scheduler.remove((entry.request_id, delivery.attempt))
+            self._engine.pool.release(pages)
+            self._pages_freed.set()
+        return PrefillReport(
+            request_id=entry.request_id,
+            attempt=delivery.attempt,
+            decode_worker=job.handoff.receiver if job.handoff else None,
+            queue_ms=max(taken_at - entry.enqueued_at, 0.0) * 1000,
+            prefill_ms=max(first_token_at - taken_at, 0.0) * 1000,
+            handoff_ms=max(time.time() - first_token_at, 0.0) * 1000,
+            cached_tokens=cached_tokens,
+            prompt_logprobs=job.prompt_logprobs if entry.sampling.prompt_logprobs is not None else None,
+        )
+
+    def _check(self, delivery: Delivery) -> None:
+        """Raise `RequestRejected` for what no worker, or not this one, can compute."""
+        if delivery.exhausted:
+            raise RequestRejected("worker_error", "every worker that tried this request died of it or was lost", False)
+        if delivery.attempt > 0:
+            self._recomputed += 1
+        limit, length = self._engine.max_model_len, len(delivery.entry.token_ids)
+        if length > limit:
+            message = f"{length} prompt tokens are more than this worker's --max-model-len {limit}"
+            raise RequestRejected("invalid_request", message, False)
+        vocabulary = self._engine.model_config.vocab_size
+        if max(delivery.entry.token_ids) >= vocabulary:
+            raise RequestRejected("invalid_request", f"token ids must be below {vocabulary}", False)
+
+    async def _get_pages(self, delivery: Delivery, hashes: list[bytes]) -> tuple[list[int], int]:
+        """This prompt's pages, those found in the prefix cache first, and how many tokens the latter hold."""
+        entry, pool, page_size = delivery.entry, self._engine.pool, self._layout.page_size
+        # The last token is always computed: its logits give the first output token.
+        reusable = (len(entry.token_ids) - 1) // page_size if entry.sampling.prompt_logprobs is None else 0
+        async with self._page_turn:
+            while True:
+                held = pool.match_prefix(hashes[:reusable])
+                missing = pool.pages_for(len(entry.token_ids)) - len(held)
+                if missing <= pool.num_free:
+                    return held + pool.allocate(missing), len(held) * page_size
+                pool.release(held)
+                self._pages_freed.clear()
+                await self._pages_freed.wait()
+
+    def _make_job(self, delivery: Delivery, pages: list[int], hashes: list[bytes], cached_tokens: int) -> Job:
+        entry = delivery.entry
+        handoff = None
+        if entry.sampling.max_tokens > 0:
+            offer = Offer(
+                request_id=entry.request_id,
+                attempt=delivery.attempt,
+                gateway=entry.gateway,
+                layout=self._layout,
+                token_ids=entry.token_ids,
+                generated=entry.generated,
+                sampling=entry.sampling,
+                page_hashes=hashes,
+                deadline=entry.deadline,
+            )
+            handoff = Handoff(offer, pages, self._engine.cache)
+        computed = asyncio.get_running_loop().create_future()
+        job = Job(entry, delivery.attempt, pages, hashes, cached_tokens, handoff, computed)
+        if cached_tokens:
+            for layer in range(self._layout.num_layers):
+                job.layer_computed(layer, 0, cached_tokens, self._layout.page_size)
+        return job
+
+    async def _compute_and_hand_over(self, job: Job) -> float:
+        """Returns the time at which the first token was known."""
+        self._scheduler.add(job.key, len(job.entry.token_ids), job.cached_tokens)
+        self._work.set()
+        try:
+            async with asyncio.TaskGroup() as group:
+                if job.handoff is not None:
+                    group.create_task(self._sender.deliver(job.handoff, self._placement.choose))
+                token = await job.computed
+                first_token_at = time.time()
+                for page, page_hash in zip(job.pages, job.page_hashes, strict=False):
+                    self._engine.pool.publish(page, page_hash)
+                if job.handoff is not None:
+                    assert token is not None, job.key
+                    job.handoff.finish(token.token_id, token.logprobs)
+        except ExceptionGroup as failures:
+            error = failures.exceptions[0]
+            if isinstance(error, HandoffFailed):
+                raise RequestRejected("worker_error", f"the KV could not be handed over: {error}", True) from error
+            raise error from None
+        return first_token_at
+
+    async def _step_loop(self) -> None:
+        """Schedule, run, tell the jobs; for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._work.wait()
+            chunks = self._scheduler.schedule()
+            if not chunks:
+                self._work.clear()
+                continue
+            step = [(self._jobs[chunk.key], chunk) for chunk in chunks]
+
+            def on_layer(layer: int, step: list[tuple[Job, Chunk]] = step) -> None:
+                loop.call_soon_threadsafe(self._layer_computed, layer, step)
+
+            inputs = [job.chunk(chunk) for job, chunk in step]
+            try:
+                outputs = await loop.run_in_executor(self._device_thread, self._engine.prefill, inputs, on_layer)
+            except Exception as error:
+                log.exception("a prefill step failed")
+                self._fail_jobs([job for job, _ in step], error)
+            else:
+                self._apply(step, outputs)
+
+    def _layer_computed(self, layer: int, step: list[tuple[Job, Chunk]]) -> None:
+        for job, chunk in step:
+            job.layer_computed(layer, chunk.start, chunk.start + chunk.length, self._layout.page_size)
+
+    def _apply(self, step: list[tuple[Job, Chunk]], outputs: list[PrefillOutput]) -> None:
+        for (job, chunk), output in zip(step, outputs, strict=True):
+            job.prompt_logprobs.extend(output.prompt_logprobs)
+            if chunk.is_last and not job.computed.done():
+                job.computed.set_result(output.token)
+
+    def _fail_jobs(self, jobs: list[Job], error: Exception) -> None:
+        for job in jobs:
+            self._scheduler.remove(job.key)
+            if not job.computed.done():
+                job.computed.set_exception(RequestRejected("worker_error", f"the prefill step failed: {error}", True))
+
+    async def _mailbox_loop(self) -> None:
+        while True:
+            inbound = await self._node.mesh.receive()
+            try:
+                self._receive(inbound)
+            except WireError as error:
+                self._node.mesh.refuse(inbound.sender, str(error))
+
+    def _receive(self, inbound: Inbound) -> None:
+        message = self._decode(inbound.header)
+        if isinstance(message, Cancel):
+            self._intake.cancel(message.request_id, message.attempt)
+            for (request_id, attempt), task in self._tasks.items():
+                if request_id == message.request_id and attempt <= message.attempt:
+                    task.cancel()
+        else:
+            self._sender.handle(inbound.sender.id, message)
+
+    async def _keep_alive_loop(self) -> None:
+        """Renew what is held: the queue's entries (or others would claim them) and the handoffs' leases."""
+        next_renewal = 0.0
+        while True:
+            await asyncio.sleep(self._lease_seconds / 4)
+            await self._intake.renew()
+            if time.monotonic() >= next_renewal:
+                next_renewal = time.monotonic() + RENEW_SECONDS
+                await self._sender.renew()
+            self._publish_stats()
+
+    def _member_left(self, member: Member) -> None:
+        if member.tier == "decode":
+            self._sender.receiver_left(member.id)
+        elif member.tier == "gateway":
+            for job in self._jobs.values():
+                if job.entry.gateway == member.id:
+                    self._tasks[job.key].cancel()
+
+    def _publish_stats(self) -> None:
+        pool = self._engine.pool
+        self._node.registry.update_stats(
+            {
+                "kv_pages_in_use": pool.num_in_use,
+                "kv_pages_total": pool.num_pages,
+                "requests_waiting": len(self._tasks) - len(self._jobs),
+                "requests_running": len(self._jobs),
+                "handoff_recomputed_total": self._recomputed,
+                "messages_refused_total": self._node.mesh.refused,
+            }
+        )
