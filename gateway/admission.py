@@ -38,23 +38,27 @@ class Admission:
                 await self.until(complete=True)
         except TimeoutError:
             raise Unavailable(f"No {self.missing_tier()} worker is running.", code="no_workers") from None
+        context_length = min(worker.max_model_len for tier in WORKER_TIERS for worker in self._takers(tier))
         try:
             waiting = await self._node.queue.depth()
         except RedisError as error:
             raise Unavailable(f"The request queue can't be reached: {error}.", code="queue_unavailable") from error
         if waiting + choices > self._max_queued:
             raise QueueFull(f"{waiting} requests are waiting and {self._max_queued} may: try again later.")
-        return min(worker.max_model_len for tier in WORKER_TIERS for worker in self._node.registry.tier(tier))
+        return context_length
 
     def missing_tier(self) -> Tier | None:
         """A tier without a live worker, if there is one."""
-        return next((tier for tier in WORKER_TIERS if not self._node.registry.tier(tier)), None)
+        return next((tier for tier in WORKER_TIERS if not self._takers(tier)), None)
 
     async def until(self, complete: bool) -> None:
         """Wait until both tiers have a worker, or (`complete` False) until one has none."""
         while (self.missing_tier() is None) != complete:
             self._changed.clear()
             await self._changed.wait()
+
+    def _takers(self, tier: Tier) -> list[Member]:
+        return [member for member in self._node.registry.tier(tier) if not member.draining]
 
     def _on_change(self, member: Member) -> None:
         self._changed.set()

@@ -49,7 +49,13 @@ class Choice:
     """One answer to one prompt."""
 
     def __init__(
-        self, request_id: str, prompt: Prompt, sampling: SamplingParams, text: AnswerText, deadline: float, news: asyncio.Event
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        text: AnswerText,
+        deadline: float,
+        news: asyncio.Event,
     ) -> None:
         self.request_id = request_id
         """Id in the mesh; the HTTP request's id and the choice's index."""
@@ -78,6 +84,18 @@ class Choice:
         """The queue entry's id in Redis; kept by the courier."""
         self._text = text
         self._news = news
+        if not self.needs_worker:
+            self._finish("length")
+
+    @property
+    def needs_worker(self) -> bool:
+        """False where neither tokens nor log probabilities of the prompt are wanted."""
+        return self.sampling.max_tokens > 0 or self.sampling.prompt_logprobs is not None
+
+    @property
+    def waits_for_report(self) -> bool:
+        """Whether nothing may be told before the prefill report: it carries log probabilities of the prompt."""
+        return self.sampling.prompt_logprobs is not None and self.report is None
 
     @property
     def ended(self) -> bool:
@@ -175,7 +193,7 @@ class Choice:
 
     def take(self) -> Delta:
         """What is new since the last call; nothing while log probabilities of the prompt have to come first."""
-        if self.sampling.prompt_logprobs is not None and self.report is None:
+        if self.waits_for_report:
             return Delta()
         return self._text.take()
 
@@ -220,7 +238,9 @@ class Choice:
         """Queue the rest of the answer under the next attempt number, which makes all earlier ones stale."""
         courier.drop(self)
         if self.requeues == MAX_REQUEUES:
-            self.fail(WorkerFailed(f"Workers failed this request {self.requeues + 1} times, the last time because: {reason}."))
+            self.fail(
+                WorkerFailed(f"Workers failed this request {self.requeues + 1} times, the last time because: {reason}.")
+            )
             return
         self.requeues += 1
         self.entry_attempt += DELIVERIES_PER_ATTEMPT

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import FailFast, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import Job, Prompt
@@ -16,9 +16,9 @@ DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 512
 """Answers that one request may ask for: prompts times `n`."""
 
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS), FailFast()]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES), FailFast()]
-TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES), FailFast()]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 
 
 class CompletionRequest(RequestFields):
@@ -58,8 +58,8 @@ class CompletionRequest(RequestFields):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return cast(list[str | list[int]], self.prompt)
 
 
 def read_completion(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:

@@ -29,7 +29,7 @@ class ApiError(Exception):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
-    default_code: ClassVar[str | None] = "internal_error"
+    default_code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
     retry_after_seconds: ClassVar[int | None] = None
 

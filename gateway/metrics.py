@@ -31,7 +31,9 @@ class GatewayMetrics:
         )
         self.prompt_tokens = Counter("headrace_gateway_prompt_tokens", "Tokens of prompts", registry=self._registry)
         self.output_tokens = Counter("headrace_gateway_output_tokens", "Tokens of answers", registry=self._registry)
-        self.requeues = Counter("headrace_gateway_requeues", "Answers queued anew after a failure", registry=self._registry)
+        self.requeues = Counter(
+            "headrace_gateway_requeues", "Answers queued anew after a failure", registry=self._registry
+        )
         self.time_to_first_token = Histogram(
             "headrace_gateway_time_to_first_token_seconds",
             "From the request's admission to its first token",
@@ -67,7 +69,9 @@ class _MeshCollector:
         self._node = node
 
     def collect(self) -> Iterable[Metric]:
-        refused = CounterMetricFamily("headrace_gateway_refused_messages", "Messages from the mesh that broke the schema")
+        refused = CounterMetricFamily(
+            "headrace_gateway_refused_messages", "Messages from the mesh that broke the schema"
+        )
         refused.add_metric([], self._node.mesh.refused)
         yield refused
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}

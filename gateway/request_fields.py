@@ -82,7 +82,9 @@ class RequestFields(Strict):
             check_tokens(tokens, tokenizer, name)
         limit = self.output_limit
         if limit is not None and (self.min_tokens or 0) > limit:
-            raise BadRequest(f"'min_tokens' is {self.min_tokens}, over the limit of {limit} tokens.", param="min_tokens")
+            raise BadRequest(
+                f"'min_tokens' is {self.min_tokens}, over the limit of {limit} tokens.", param="min_tokens"
+            )
 
     @property
     def output_limit(self) -> int | None:
@@ -100,7 +102,9 @@ class RequestFields(Strict):
         """Whether the stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, tokenizer: Tokenizer, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+    def sampling(
+        self, tokenizer: Tokenizer, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """The parameters for the workers. Defaults are OpenAI's, and the seed is drawn where none is given."""
         end = () if self.ignore_eos else tokenizer.eos_token_ids
         return SamplingParams(
@@ -142,17 +146,21 @@ def parse(body: bytes, schema: type[Request]) -> Request:
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
     related = [detail for detail in details if detail["loc"][:1] == details[0]["loc"][:1]]
-    first = max(related, key=lambda detail: len(detail["loc"]))  # a union's deepest branch is the one that was meant
+    first = max(related, key=lambda detail: _depth(detail["loc"]))
     if first["type"] == "json_invalid":
         raise BadRequest(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
     if not first["loc"]:
         raise BadRequest("The body must be a JSON object.", code="invalid_json")
     path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        raise BadRequest(f"Unrecognized request argument: '{path}'{_nearest(path, schema)}.", param=path, code="unknown_field")
+        raise BadRequest(
+            f"Unrecognized request argument: '{path}'{_nearest(path, schema)}.", param=path, code="unknown_field"
+        )
     if first["type"] == "missing":
         raise BadRequest(f"Missing required argument: '{path}'.", param=path, code="missing_field")
-    reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in related if _path(detail["loc"]) == path)
+    reasons = dict.fromkeys(
+        detail["msg"].removeprefix("Value error, ") for detail in related if _path(detail["loc"]) == path
+    )
     raise BadRequest(f"Invalid value for '{path}': {'; or: '.join(reasons)}.", param=path)
 
 
@@ -160,8 +168,14 @@ def check_tokens(tokens: Sequence[int] | Mapping[int, float], tokenizer: Tokeniz
     """Raise `BadRequest` for the first id that the model has no token for."""
     if tokens and max(tokens) >= tokenizer.vocabulary_size:
         raise BadRequest(
-            f"Token {max(tokens)} in '{param}' is outside the model's vocabulary of {tokenizer.vocabulary_size}.", param=param
+            f"Token {max(tokens)} in '{param}' is outside the model's vocabulary of {tokenizer.vocabulary_size}.",
+            param=param,
         )
+
+
+def _depth(location: tuple[int | str, ...]) -> tuple[int, list[int]]:
+    """How far validation came: of a union's branches, the one that failed last is the one that was meant."""
+    return len(location), [step for step in location if isinstance(step, int)]
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -20,6 +20,7 @@ import zmq.asyncio
 import zmq.auth.asyncio
 
 from headrace.keys import MeshKey, is_loopback
+from headrace.redis_client import RedisError
 from headrace.registry import Member, Registry
 from headrace.settings import SettingsError
 from headrace.wire import Message, encode
@@ -149,7 +150,10 @@ class Mesh:
         member_id, _, epoch = routing_id.decode("ascii", "replace").partition("@")
         for fresh in (False, True):
             if fresh:  # it may have registered since the last look
-                await self._registry.refresh()
+                try:
+                    await self._registry.refresh()
+                except RedisError:
+                    break
             member = self._registry.members.get(member_id)
             if member is not None and str(member.epoch) == epoch:
                 return member

@@ -75,11 +75,11 @@ class Registry:
         while True:
             try:
                 await self._renew()
-                await self.refresh()
-                if not reachable:
+                if not reachable:  # before the refresh, which would find nobody yet
                     log.info("Redis is back")
                     self._outage_ended = time.monotonic()
                 reachable = True
+                await self.refresh()
             except RedisError as error:
                 if reachable:
                     log.warning("Redis is away, going on with the members known so far: %s", error)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -15,9 +13,11 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from headrace.errors import StartError
+from headrace.models.locate import locate_model
 from headrace.node import until_stopped
 from headrace.redis_server import private_redis
 from headrace.settings import Settings
@@ -27,27 +27,115 @@ READY_TIMEOUT_SECONDS = 900.0
 """Loading a large model from a slow disk takes minutes; a mesh that is not up by then never will be."""
 POLL_SECONDS = 0.1
 
+WORKER_ENVIRONMENT = {
+    # Workers share the cores: threads that wait must sleep, or two busy workers fall to a tenth of their speed.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 async def run(settings: Settings) -> None:
     """Start everything, say where it is, and stop everything again. Raises `StartError`."""
-    console = Console(stderr=True, highlight=False)
     started = time.monotonic()
+    console = Console(stderr=True, highlight=False)
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
         async with _redis(settings, Path(folder)) as url:
-            settings = settings.model_copy(update={"redis": url})
             console.print(f"Redis at {url}")
-            supervisor = Supervisor(_children(settings), lambda child, line: console.print(f"[dim]{child.name:>10}[/] {line}", markup=True))
+            console.print(f"model {settings.model}")
+            await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
+            settings = settings.model_copy(update={"redis": url})
+            screen = _Screen(console, _children(settings))
+            supervisor = Supervisor(screen.children, screen.show)
             running = asyncio.create_task(supervisor.run())
-            serving = asyncio.create_task(_until_ready(settings, supervisor, console, started))
+            serving = asyncio.create_task(_until_ready(settings))
             try:
-                await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
+                with screen.live:
+                    await asyncio.wait([running, stopped, serving], return_when=asyncio.FIRST_COMPLETED)
+                if serving.done() and not stopped.done() and not running.done():
+                    console.print(_welcome(settings, serving.result(), time.monotonic() - started))
+                    await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if running.done():
                     running.result()
             finally:
-                for task in (serving, running, stopped):
-                    task.cancel()
                 console.print("stopping")
+                running.cancel()
+                serving.cancel()
+                stopped.cancel()
+                await asyncio.wait([running, serving, stopped])
                 await supervisor.stop()
-                await asyncio.wait([serving, running, stopped])
                 console.print("stopped")
+
+
+@asynccontextmanager
+async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
+    if settings.redis is not None:
+        yield settings.redis
+    else:
+        async with private_redis(folder) as url:
+            yield url
+
+
+def _children(settings: Settings) -> list[Child]:
+    """In the order in which they are stopped: the gateway first, so that nothing new comes in."""
+    environment = settings.as_environment()
+    environment.pop("HEADRACE_WORKER_ID", None)
+    children = [Child("gateway", "gateway", environment)]
+    for tier, count in (("prefill", settings.prefill), ("decode", settings.decode)):
+        for index in range(count):
+            name = f"{tier}-{index}"
+            variables = {**WORKER_ENVIRONMENT, **os.environ, **environment, "HEADRACE_WORKER_ID": name}
+            children.append(Child(name, tier, variables))
+    return children
+
+
+async def _until_ready(settings: Settings) -> str:
+    """Wait for the warm-up through the whole path; returns the served model's name. Raises `StartError`."""
+    base = f"http://{settings.host}:{settings.port}"
+    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    deadline = time.monotonic() + READY_TIMEOUT_SECONDS
+    async with aiohttp.ClientSession(headers=headers) as session:
+        while time.monotonic() < deadline:
+            try:
+                async with session.get(f"{base}/ready") as response:
+                    ready = response.status == 200
+                if ready:
+                    async with session.get(f"{base}/v1/models") as response:
+                        return str((await response.json())["data"][0]["id"])
+            except (aiohttp.ClientError, OSError):
+                pass
+            await asyncio.sleep(POLL_SECONDS)
+    raise StartError(f"the mesh was not ready within {READY_TIMEOUT_SECONDS:.0f} s; see the lines above")
+
+
+def _welcome(settings: Settings, model: str, seconds: float) -> str:
+    base = f"http://{settings.host}:{settings.port}"
+    key = ' -H "Authorization: Bearer $HEADRACE_API_KEY"' if settings.api_key else ""
+    body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Tell me a story."}}]}}'
+    return escape(
+        f"\nready in {seconds:.1f} s: {base}/v1 serves {model}. Ctrl-C stops it. Try:\n\n"
+        f"curl -N {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+    )
+
+
+class _Screen:
+    """Shows how far each process is: a live table on a terminal, and below it, or without one, the log lines."""
+
+    def __init__(self, console: Console, children: list[Child]) -> None:
+        self.children = children
+        self._console = console
+        self._started = time.monotonic()
+        self.live = Live(get_renderable=self._table, console=console, transient=True, refresh_per_second=8)
+        if not console.is_terminal:
+            self.live = Live(console=console, auto_refresh=False, transient=True)
+
+    def show(self, child: Child, line: str) -> None:
+        """Print one line of a child's log."""
+        self._console.print(f"[dim]{time.strftime('%H:%M:%S')} {child.name:>10}[/] {escape(line)}", soft_wrap=True)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for child in self.children:
+            table.add_row(f"[bold]{child.name}[/]", escape(child.last_line[:80]))
+        table.add_row("", f"[dim]{time.monotonic() - self._started:.1f} s[/]")
+        return table

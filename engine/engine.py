@@ -1,0 +1,211 @@
+"""A model, its cache and its pages on one device: what workers and benchmarks use."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headrace.engine.base import Model, OnLayer
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.device import available_memory, choose_device, choose_dtype, set_threads
+from headrace.engine.errors import EngineError
+from headrace.engine.fused_decoder import FusedDecoder
+from headrace.engine.kv_cache import CacheLayout, KVCache
+from headrace.engine.model_config import ModelConfig
+from headrace.engine.page_pool import PagePool
+from headrace.engine.parallel import ParallelGroup
+from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
+from headrace.engine.weights import load_decoder
+from headrace.kernels.paged_attention import plan_prefill
+from headrace.messages.request import SamplingParams
+from headrace.messages.stream import TokenLogprobs
+
+Progress = Callable[[str, float], None]
+
+CPU_CACHE_BYTES = 2 * 2**30
+CPU_CACHE_SHARE = 0.25
+LOGPROB_ROWS = 256
+"""Rows of prompt logits held at once."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model; the fields are the flags of the same meaning."""
+
+    model_folder: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    model_impl: str = "auto"
+    page_size: int = 16
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    cpu_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens `start` to `start + length` of a sequence whose earlier tokens are in `pages` already."""
+
+    token_ids: Sequence[int]
+    """The whole sequence: the prompt, and `generated` tokens of earlier output."""
+    start: int
+    length: int
+    pages: Sequence[int]
+    sampling: SamplingParams
+    generated: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence is complete after this chunk."""
+        return self.start + self.length == len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class PrefillOutput:
+    """`token` follows a complete sequence (but where `max_tokens` is 0). `prompt_logprobs` are those of the prompt
+    tokens `start + 1` to `start + length`, where asked for."""
+
+    token: SampledToken | None
+    prompt_logprobs: list[TokenLogprobs]
+
+
+class Engine:
+    """Not thread-safe: `prefill` and decode steps belong on one thread. The pool may be used on another one."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.model = model
+        self.cache = cache
+        self.layout = cache.layout
+        self.pool = PagePool(cache.num_pages, cache.layout.page_size)
+        self.max_model_len = max_model_len
+        self.device = cache.pages.device
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Read the weights and take memory for the cache. Raises `EngineError`."""
+        progress = progress or (lambda what, fraction: None)
+        device = choose_device(config.device)
+        set_threads(config.cpu_threads)
+        model_config = ModelConfig.from_folder(config.model_folder)
+        dtype = choose_dtype(config.dtype, device, model_config.dtype)
+        limit = model_config.max_position_embeddings
+        max_model_len = min(config.max_model_len or limit, limit)
+        with torch.inference_mode():
+            model = _load_model(config, model_config, device, dtype, max_model_len, progress)
+            layout = CacheLayout(
+                str(dtype).removeprefix("torch."),
+                model_config.num_layers,
+                model_config.num_kv_heads,
+                model_config.head_dim,
+                config.page_size,
+            )
+            cache = KVCache(layout, _num_pages(config, layout, device, max_model_len), device)
+        return cls(config, model_config, model, cache, max_model_len)
+
+    def warm_up(self) -> None:
+        """Run one token through the model, so that the first request finds everything in place."""
+        pages = self.pool.allocate(1)
+        self.prefill([PrefillChunk([0], 0, 1, pages, SamplingParams(max_tokens=1, temperature=0))])
+        self.pool.release(pages)
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer | None = None) -> list[PrefillOutput]:
+        """Compute all chunks in one forward pass. `on_layer(l)`: layer l of every chunk is in the cache."""
+        hidden = self.model.forward(self._pack(chunks), self.cache, on_layer)
+        ends = list(itertools.accumulate(chunk.length for chunk in chunks))
+        last = [row for row, chunk in enumerate(chunks) if chunk.is_last and chunk.sampling.max_tokens > 0]
+        tokens: dict[int, SampledToken] = {}
+        if last:
+            logits = self.model.logits(hidden[[ends[row] - 1 for row in last]])
+            tokens = dict(zip(last, self._sample_first([chunks[row] for row in last], logits), strict=True))
+        return [
+            PrefillOutput(tokens.get(row), self._prompt_logprobs(chunk, hidden[ends[row] - chunk.length : ends[row]]))
+            for row, chunk in enumerate(chunks)
+        ]
+
+    def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:
+        page_size = self.layout.page_size
+        width = max(len(chunk.pages) for chunk in chunks)
+        table = torch.tensor([[*chunk.pages, *[0] * (width - len(chunk.pages))] for chunk in chunks])
+        tokens = torch.tensor([t for c in chunks for t in c.token_ids[c.start : c.start + c.length]])
+        positions = torch.cat([torch.arange(c.start, c.start + c.length) for c in chunks])
+        rows = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor([c.length for c in chunks]))
+        positions, table = positions.to(self.device), table.to(self.device)
+        lengths = [chunk.length for chunk in chunks]
+        contexts = [chunk.start + chunk.length for chunk in chunks]
+        return ForwardBatch(
+            token_ids=tokens.to(self.device),
+            positions=positions,
+            slot_pages=table[rows.to(self.device), positions // page_size],
+            slot_offsets=positions % page_size,
+            plan=plan_prefill(self.cache.layer(0), table, lengths, contexts),
+        )
+
+    def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> list[SampledToken]:
+        rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
+        sampler = BatchSampler(rows, self.model_config.vocab_size, self.device)
+        positions = torch.tensor([chunk.generated for chunk in chunks], device=self.device)
+        return sampler.with_logprobs(sampler.sample(logits, positions), logits)
+
+    def sampling_row(self, params: SamplingParams, token_ids: Sequence[int], generated: int) -> SamplingRow:
+        """One request's sampling state on this device."""
+        return SamplingRow.make(params, token_ids, generated, self.model_config.vocab_size, self.device)
+
+    def _prompt_logprobs(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
+        count = chunk.sampling.prompt_logprobs
+        if count is None:
+            return []
+        prompt_length = len(chunk.token_ids) - chunk.generated
+        targets = chunk.token_ids[chunk.start + 1 : min(chunk.start + chunk.length + 1, prompt_length)]
+        found: list[TokenLogprobs] = []
+        for first in range(0, len(targets), LOGPROB_ROWS):
+            part = torch.tensor(targets[first : first + LOGPROB_ROWS], device=self.device)
+            logits = self.model.logits(hidden[first : first + len(part)])
+            found += describe_logprobs(logits, part, [count] * len(part))
+        return found
+
+
+def _load_model(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+    progress: Progress,
+) -> Model:
+    if config.model_impl == "fused" and model_config.unsupported:
+        raise EngineError(f"--model-impl fused can't run this model ({model_config.unsupported}); leave the flag away")
+    if config.model_impl == "transformers" or model_config.unsupported:
+        from headrace.engine.general_model import GeneralModel
+
+        progress("loading through transformers", 0.0)
+        return GeneralModel(config.model_folder, device, dtype, max_model_len)
+    weights = load_decoder(config.model_folder, model_config, device, dtype, progress)
+    return FusedDecoder(model_config, weights, ParallelGroup())
+
+
+def _num_pages(config: EngineConfig, layout: CacheLayout, device: torch.device, max_model_len: int) -> int:
+    """As many pages as the budget holds, and never too few for one request of full length."""
+    block = layout.page_bytes * layout.num_layers
+    needed = -(-max_model_len // layout.page_size)
+    if config.kv_cache_bytes is not None:
+        budget = config.kv_cache_bytes
+    elif device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = available_memory(device) - int(total * (1 - config.gpu_memory_utilization))
+    else:
+        budget = max(min(CPU_CACHE_BYTES, int(available_memory(device) * CPU_CACHE_SHARE)), needed * block)
+    if budget // block < needed:
+        raise EngineError(
+            f"a KV cache of {max(budget, 0) / 2**20:.0f} MiB holds {max(budget, 0) // block * layout.page_size} tokens, less than one request "
+            f"of {max_model_len}: give at least --kv-cache-memory-bytes {needed * block} or lower --max-model-len"
+        )
+    return int(budget // block)

@@ -1,0 +1,70 @@
+"""One configurable decoder for Llama and the families that differ from it by a flag."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import embedding
+
+from headrace.engine.base import OnLayer
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.kv_cache import KVCache
+from headrace.engine.model_config import ModelConfig
+from headrace.engine.parallel import ParallelGroup
+from headrace.engine.weights import DecoderWeights, LayerWeights
+from headrace.kernels.cache_write import write_cache
+from headrace.kernels.gated_activation import gated_activation
+from headrace.kernels.rms_norm import add_rms_norm, rms_norm
+from headrace.kernels.rope import apply_rope, rope_tables
+
+
+class FusedDecoder:
+    """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup) -> None:
+        self._config = config
+        self._weights = weights
+        self._group = group
+        self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
+        self._scale = config.head_dim**-0.5
+
+    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+        """See `Model.forward`."""
+        config, weights = self._config, self._weights
+        residual = embedding(batch.token_ids, weights.embedding)
+        if config.embedding_scale != 1.0:
+            residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
+        cos, sin = rope_tables(batch.positions, self._inverse_frequencies, 1.0, residual.dtype)
+        hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
+        for index, layer in enumerate(weights.layers):
+            queries, keys, values = self._project(layer, hidden, cos, sin)
+            write_cache(keys, values, cache.layer(index), batch.slot_pages, batch.slot_offsets)
+            if on_layer is not None:
+                on_layer(index)
+            attended = layer.output(batch.attend(queries, cache.layer(index), self._scale))
+            hidden = add_rms_norm(self._group.all_reduce(attended), residual, layer.mlp_norm, config.norm_eps)
+            hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
+            last = index + 1 == len(weights.layers)
+            next_norm = weights.norm if last else weights.layers[index + 1].input_norm
+            hidden = add_rms_norm(self._group.all_reduce(hidden), residual, next_norm, config.norm_eps)
+        return hidden
+
+    def _project(
+        self, layer: LayerWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim]."""
+        config = self._config
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, config.head_dim)
+        queries_keys, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            normed = (
+                rms_norm(queries_keys[:, :heads], layer.q_norm, config.norm_eps),
+                rms_norm(queries_keys[:, heads:], layer.k_norm, config.norm_eps),
+            )
+            queries_keys = torch.cat(normed, 1)
+        queries_keys = apply_rope(queries_keys, cos, sin)
+        return queries_keys[:, :heads].contiguous(), queries_keys[:, heads:], values
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Model.logits`."""
+        return self._weights.head(hidden).float()

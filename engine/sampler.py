@@ -1,0 +1,201 @@
+"""Chooses the next token of each request in a batch.
+
+A draw is keyed by (seed, output position) alone, so a request gives the same tokens in whatever row, batch, attempt or worker it runs.
+Filters follow vLLM's order: temperature, min-p, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.messages.request import SamplingParams
+from headrace.messages.stream import TokenLogprobs
+
+FEW_CANDIDATES = 256
+"""Likeliest tokens looked at before the whole vocabulary is sorted."""
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One request's next token."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(eq=False)
+class SamplingRow:
+    """One request's parameters and, where a penalty needs it, what it has said so far."""
+
+    params: SamplingParams
+    counts: torch.Tensor | None = None
+    """[vocabulary] int32: how often each token is in the output."""
+    in_prompt: torch.Tensor | None = None
+    """[vocabulary] bool."""
+
+    @classmethod
+    def make(
+        cls, params: SamplingParams, token_ids: Sequence[int], generated: int, vocab_size: int, device: torch.device
+    ) -> SamplingRow:
+        """`token_ids` are prompt and output; the last `generated` are output."""
+        if not (params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0):
+            return cls(params)
+        tokens = torch.tensor(token_ids, device=device)
+        prompt_length = len(token_ids) - generated
+        counts = torch.bincount(tokens[prompt_length:], minlength=vocab_size).int()
+        return cls(params, counts, torch.bincount(tokens[:prompt_length], minlength=vocab_size) > 0)
+
+
+class BatchSampler:
+    """The parameters of a fixed set of rows as tensors. Make a new one whenever the set changes."""
+
+    def __init__(self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> None:
+        params = [row.params for row in rows]
+        self._device = device
+        self._vocab_size = vocab_size
+        self._logprobs = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
+        self._penalized = self._rows(rows, lambda p: bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1))
+        self._biased = self._rows(rows, lambda p: bool(p.logit_bias))
+        self._held_open = self._rows(rows, lambda p: bool(p.min_tokens and p.stop_token_ids))
+        drawn = self._rows(rows, lambda p: p.temperature > 0)
+        filtered = {i for i in drawn if params[i].top_k or params[i].top_p < 1 or params[i].min_p > 0}
+        self._filtered = sorted(filtered)
+        self._unfiltered = [i for i in drawn if i not in filtered]
+        self._temperature = self._column([p.temperature or 1.0 for p in params], torch.float32)
+        self._top_p = self._column([p.top_p for p in params], torch.float32)
+        self._top_k = self._column([p.top_k or vocab_size for p in params], torch.int64)
+        self._min_p = self._column([p.min_p for p in params], torch.float32)
+        self._seed = torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)
+        self._prepare_penalties([rows[i] for i in self._penalized])
+        self._prepare_masks(params)
+
+    def _rows(self, rows: Sequence[SamplingRow], wanted: object) -> list[int]:
+        return [index for index, row in enumerate(rows) if wanted(row.params)]  # type: ignore[operator]
+
+    def _column(self, values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)
+
+    def _prepare_penalties(self, rows: list[SamplingRow]) -> None:
+        if not rows:
+            return
+        self._counts = torch.stack([row.counts for row in rows if row.counts is not None])
+        self._in_prompt = torch.stack([row.in_prompt for row in rows if row.in_prompt is not None])
+        for index, row in enumerate(rows):  # counted in place from now on
+            row.counts = self._counts[index]
+        self._presence = self._column([row.params.presence_penalty for row in rows], torch.float32)
+        self._frequency = self._column([row.params.frequency_penalty for row in rows], torch.float32)
+        self._repetition = self._column([row.params.repetition_penalty for row in rows], torch.float32)
+
+    def _prepare_masks(self, params: list[SamplingParams]) -> None:
+        self._bias = torch.zeros(len(self._biased), self._vocab_size, device=self._device)
+        for row, index in enumerate(self._biased):
+            for token, bias in params[index].logit_bias.items():
+                if token < self._vocab_size:
+                    self._bias[row, token] = bias
+        self._stops = torch.zeros(len(self._held_open), self._vocab_size, dtype=torch.bool, device=self._device)
+        for row, index in enumerate(self._held_open):
+            self._stops[row, [token for token in params[index].stop_token_ids if token < self._vocab_size]] = True
+        self._min_tokens = self._column([params[i].min_tokens for i in self._held_open], torch.int64)
+
+    def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Next tokens [R] int64 from `logits` [R, V] float32; `positions` [R] are their indices in each output."""
+        logits = self._adjusted(logits, positions)
+        tokens = logits.argmax(-1)
+        if self._unfiltered or self._filtered:
+            uniform = uniforms(self._seed, positions)
+            for rows, draw in ((self._unfiltered, self._draw_from_all), (self._filtered, self._draw_filtered)):
+                if rows:
+                    index = torch.tensor(rows, device=self._device)
+                    tokens[index] = draw(index, logits[index] / self._temperature[index], uniform[index].unsqueeze(1))
+        if self._penalized:
+            self._counts.scatter_add_(1, tokens[self._penalized].unsqueeze(1), torch.ones_like(self._counts[:, :1]))
+        return tokens
+
+    def _adjusted(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if not (self._penalized or self._biased or self._held_open):
+            return logits
+        logits = logits.clone()
+        if self._penalized:
+            part = logits[self._penalized]
+            seen = self._in_prompt | (self._counts > 0)
+            factor = torch.where(seen, self._repetition, 1.0)
+            part = torch.where(part > 0, part / factor, part * factor)
+            part -= self._frequency * self._counts + self._presence * (self._counts > 0)
+            logits[self._penalized] = part
+        if self._biased:
+            logits[self._biased] += self._bias
+        if self._held_open:
+            early = positions[self._held_open].unsqueeze(1) < self._min_tokens
+            logits[self._held_open] = logits[self._held_open].masked_fill(self._stops & early, float("-inf"))
+        return logits
+
+    def _draw_from_all(self, rows: torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        cumulative = logits.softmax(-1).double().cumsum(-1)
+        return _pick(cumulative, cumulative[:, -1:], uniform)
+
+    def _draw_filtered(self, rows: torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """The filters keep a prefix of the tokens in order of likelihood; most often it is short."""
+        for candidates in (FEW_CANDIDATES, self._vocab_size):
+            values, order = logits.topk(min(candidates, self._vocab_size), -1)
+            whole = logits.logsumexp(-1, keepdim=True)
+            likelihood = (values - whole).exp().double()
+            kept = torch.arange(values.shape[1], device=self._device) < self._top_k[rows]
+            kept &= likelihood >= self._min_p[rows] * likelihood[:, :1]
+            mass = torch.where(self._top_k[rows] < self._vocab_size, (likelihood * kept).sum(-1, keepdim=True), 1.0)
+            before = likelihood.cumsum(-1) - likelihood
+            kept &= before < self._top_p[rows] * mass
+            kept[:, 0] = True
+            if values.shape[1] == self._vocab_size or not kept[:, -1].any():
+                break
+        cumulative = (likelihood * kept).cumsum(-1)
+        choice = _pick(cumulative, cumulative[:, -1:], uniform).clamp(max=kept.sum(-1) - 1)
+        return order.gather(1, choice.unsqueeze(1)).squeeze(1)
+
+    def with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> list[SampledToken]:
+        """The chosen tokens on the host, with log probabilities of the raw `logits` where asked for."""
+        found: dict[int, TokenLogprobs] = {}
+        if self._logprobs:
+            rows = list(self._logprobs)
+            counts = list(self._logprobs.values())
+            found = dict(zip(rows, describe_logprobs(logits[rows], tokens[rows], counts), strict=True))
+        return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
+
+
+def describe_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Log probabilities of `tokens` [R] under `logits` [R, V], each with its `counts[r]` likeliest alternatives."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+    values, order = logprobs.topk(min(max([*counts, 1]), logits.shape[-1]), -1)
+    return [
+        TokenLogprobs(token_id=token, logprob=logprob, top=list(zip(ids[:count], tops[:count], strict=True)))
+        for token, logprob, ids, tops, count in zip(
+            tokens.tolist(), chosen, order.tolist(), values.tolist(), counts, strict=True
+        )
+    ]
+
+
+def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Float64 in [0, 1) for each (seed, position), by SplitMix64 (doi:10.1145/2714064.2660195) in wrapping int64."""
+    x = _mix(seeds + _GOLDEN)
+    x = _mix(x ^ (positions.long() + 1) * _GOLDEN)
+    return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _pick(cumulative: torch.Tensor, total: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight is over `uniform * total` (inverse CDF). [R]."""
+    index = torch.searchsorted(cumulative, uniform * total, right=True).squeeze(1)
+    return index.clamp(max=cumulative.shape[1] - 1)

@@ -1,0 +1,121 @@
+"""Reads a checkpoint and packs it the way the fused decoder wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from headrace.engine.errors import EngineError
+from headrace.engine.model_config import ModelConfig
+from headrace.kernels.linear import Linear
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. `qkv` gives Q, K and V in one, `gate_up` gate and up."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """A whole model."""
+
+    embedding: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: Linear
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files by name, read when asked for."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self._files = ExitStack()
+        self._device, self._dtype = device, dtype
+        self._reader_of = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            reader = self._files.enter_context(safe_open(path, framework="pt", device=str(device)))
+            self._reader_of.update(dict.fromkeys(reader.keys(), reader))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._reader_of
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor in the engine's dtype. Raises `EngineError` where the checkpoint lacks it."""
+        if name not in self._reader_of:
+            raise EngineError(f"the checkpoint lacks {name}; try --model-impl transformers")
+        return self._reader_of[name].get_tensor(name).to(self._dtype)
+
+    def stacked(self, *names: str) -> torch.Tensor:
+        """Several tensors, one below the other."""
+        return torch.cat([self.get(name) for name in names])
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.close()
+
+
+def load_decoder(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> DecoderWeights:
+    """Read all weights onto `device`. Raises `EngineError` where one is missing."""
+    checkpoint = Checkpoint(folder, device, dtype)
+    try:
+        layers = []
+        for index in range(config.num_layers):
+            layers.append(_load_layer(checkpoint, f"model.layers.{index}.", config))
+            progress("loading weights", (index + 1) / config.num_layers)
+        embedding = checkpoint.get("model.embed_tokens.weight")
+        tied = config.tied_head or "lm_head.weight" not in checkpoint
+        head = embedding if tied else checkpoint.get("lm_head.weight")
+        return DecoderWeights(embedding, layers, _norm(checkpoint, "model.norm.weight", config), Linear(head))
+    finally:
+        checkpoint.close()
+
+
+def _load_layer(checkpoint: Checkpoint, prefix: str, config: ModelConfig) -> LayerWeights:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+
+    def optional(name: str) -> torch.Tensor | None:
+        return checkpoint.get(name) if name in checkpoint else None
+
+    qkv = [f"{attention}{part}_proj" for part in "qkv"]
+    packed = f"{attention}qkv_proj.weight" in checkpoint  # as Phi-3 stores them
+    biased = f"{qkv[0]}.bias" in checkpoint
+    return LayerWeights(
+        input_norm=_norm(checkpoint, prefix + "input_layernorm.weight", config),
+        qkv=Linear(
+            checkpoint.stacked(*([attention + "qkv_proj.weight"] if packed else [name + ".weight" for name in qkv])),
+            checkpoint.stacked(*[name + ".bias" for name in qkv]) if biased else None,
+        ),
+        q_norm=optional(attention + "q_norm.weight"),
+        k_norm=optional(attention + "k_norm.weight"),
+        output=Linear(checkpoint.get(attention + "o_proj.weight"), optional(attention + "o_proj.bias")),
+        mlp_norm=_norm(checkpoint, prefix + "post_attention_layernorm.weight", config),
+        gate_up=Linear(
+            checkpoint.stacked(
+                *([mlp + "gate_up_proj.weight"] if packed else [mlp + "gate_proj.weight", mlp + "up_proj.weight"])
+            )
+        ),
+        down=Linear(checkpoint.get(mlp + "down_proj.weight")),
+    )
+
+
+def _norm(checkpoint: Checkpoint, name: str, config: ModelConfig) -> torch.Tensor:
+    weight = checkpoint.get(name)
+    return weight + 1 if config.norm_plus_one else weight

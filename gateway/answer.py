@@ -1,0 +1,130 @@
+"""The answer to one HTTP request: all its choices, from the queue to the last token."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from headrace.gateway.choice import Choice
+from headrace.gateway.errors import DeadlineExceeded, WorkerFailed
+from headrace.gateway.job import Job
+from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.text import AnswerText
+from headrace.gateway.vocabulary import Vocabulary
+
+REPORT_GRACE_SECONDS = 0.5
+"""The report of a short answer's prefill may come after its last token; without it `cached_tokens` would be missing."""
+LOGPROBS_GRACE_SECONDS = 10.0
+"""The same where the report carries log probabilities that the answer needs."""
+
+
+class Answer:
+    """One HTTP request's choices, numbered prompt by prompt."""
+
+    def __init__(self, job: Job, vocabulary: Vocabulary, context_length: int, timeout: float) -> None:
+        prefix = "chatcmpl" if job.kind == "chat" else "cmpl"
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.job = job
+        self.vocabulary = vocabulary
+        self.outcome = "cancelled"
+        """`ok` or an error's code once the answer has ended; as it stands, its client has gone."""
+        self.created = int(time.time())
+        self.deadline = time.time() + timeout
+        self.news = asyncio.Event()
+        """Set whenever a choice has something to tell."""
+        self.choices = [
+            Choice(
+                f"{self.id}.{index}",
+                prompt := job.prompts[index // job.n],
+                job.sampling_of(prompt, index % job.n, context_length),
+                AnswerText(vocabulary, job.stop, job.sampling.min_tokens),
+                self.deadline,
+                self.news,
+            )
+            for index in range(job.choices)
+        ]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every choice has its last token."""
+        return all(choice.ended for choice in self.choices)
+
+    def check(self) -> None:
+        """Raise the first failed choice's error."""
+        for choice in self.choices:
+            if choice.error is not None:
+                raise choice.error
+
+    async def wait_for_news(self, seconds: float) -> bool:
+        """Wait until a choice has news; False where none came in time.
+
+        Raises the first failed choice's error, and `DeadlineExceeded`.
+        """
+        left = max(self.deadline - time.time(), 0)
+        try:
+            async with asyncio.timeout(min(seconds, left)):
+                await self.news.wait()
+        except TimeoutError:
+            if left <= seconds:
+                raise DeadlineExceeded("The answer was not complete in time.") from None
+            return False
+        self.news.clear()
+        self.check()
+        return True
+
+    async def wait_for_reports(self) -> None:
+        """Once all tokens are there, give a late prefill report a moment.
+
+        Raises `WorkerFailed` where log probabilities of the prompt never came.
+        """
+        needed = self.job.sampling.prompt_logprobs is not None
+        try:
+            async with asyncio.timeout(LOGPROBS_GRACE_SECONDS if needed else REPORT_GRACE_SECONDS):
+                while any(choice.needs_worker and choice.report is None for choice in self.choices):
+                    await self.news.wait()
+                    self.news.clear()
+        except TimeoutError:
+            if needed:
+                raise WorkerFailed("The log probabilities of the prompt were lost.") from None
+
+    async def complete(self) -> None:
+        """Wait for all tokens of all choices, and the reports."""
+        self.check()
+        while not self.ended:
+            await self.wait_for_news(seconds=self.deadline - time.time())
+        await self.wait_for_reports()
+
+    def usage(self) -> dict[str, object]:
+        """OpenAI's token counts: each prompt once, all answers. `recomputed_tokens` only where a failure cost some."""
+        prompts = sum(len(prompt.token_ids) for prompt in self.job.prompts)
+        output = sum(len(choice.token_ids) for choice in self.choices)
+        details = {"cached_tokens": sum(self._cached(first) for first in range(0, len(self.choices), self.job.n))}
+        if recomputed := sum(len(choice.prompt.token_ids) for choice in self.choices if choice.attempt > 0):
+            details["recomputed_tokens"] = recomputed
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": output,
+            "total_tokens": prompts + output,
+            "prompt_tokens_details": details,
+        }
+
+    def _cached(self, first: int) -> int:
+        """Prompt tokens that the first answer to a prompt found computed."""
+        choice = self.choices[first]
+        return 0 if choice.report is None else min(choice.report.cached_tokens, len(choice.prompt.token_ids))
+
+
+@asynccontextmanager
+async def running(answer: Answer, mesh: MeshClient) -> AsyncIterator[None]:
+    """Have the choices run inside the block; what has not finished by its end is cancelled in every tier."""
+    try:
+        for choice in answer.choices:
+            if choice.needs_worker:
+                await mesh.submit(choice)
+        yield
+    finally:
+        for choice in answer.choices:
+            mesh.release(choice)

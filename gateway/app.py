@@ -1,0 +1,156 @@
+"""The HTTP application: OpenAI's endpoints and the ones that operators ask."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+
+from headrace import __version__
+from headrace.gateway.admission import Admission
+from headrace.gateway.answer import Answer, running
+from headrace.gateway.chat_request import read_chat
+from headrace.gateway.chat_shape import ChatShape
+from headrace.gateway.completion_request import read_completion
+from headrace.gateway.completion_shape import CompletionShape
+from headrace.gateway.errors import ApiError, BodyTooSlow, ModelNotFound, Unavailable
+from headrace.gateway.guard import add_request_id, guard
+from headrace.gateway.job import Job
+from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.request_log import log_request
+from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
+from headrace.gateway.shape import Shape
+from headrace.gateway.tokenizer import Tokenizer
+from headrace.gateway.warmup import Readiness
+from headrace.settings import Settings
+
+BODY_SECONDS = 60.0
+"""How long a client may take to send its body."""
+
+Reader = Callable[[bytes, Tokenizer], tuple[str, Job]]
+
+
+class GatewayApp:
+    """Handlers, and what they share."""
+
+    def __init__(
+        self, settings: Settings, model: str, tokenizer: Tokenizer, mesh: MeshClient, metrics: GatewayMetrics
+    ) -> None:
+        self.admission = Admission(mesh.node, settings.max_queued_requests)
+        self.readiness = Readiness(self.admission, mesh, tokenizer)
+        self._settings = settings
+        self._model = model
+        self._tokenizer = tokenizer
+        self._mesh = mesh
+        self._metrics = metrics
+        self._started = int(time.time())
+
+    def build(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(
+            client_max_size=self._settings.max_body_bytes, middlewares=[guard(self._settings.api_key)]
+        )
+        app.on_response_prepare.append(add_request_id)
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self.chat),
+                web.post("/v1/completions", self.completions),
+                web.get("/v1/models", self.models),
+                web.get("/v1/models/{model:.+}", self.model),
+                web.get("/health", self.health),
+                web.get("/ping", self.health),
+                web.get("/ready", self.ready),
+                web.get("/metrics", self.metrics),
+                web.get("/version", self.version),
+            ]
+        )
+        return app
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        return await self._answer(request, read_chat, ChatShape)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        return await self._answer(request, read_completion, CompletionShape)
+
+    async def models(self, request: web.Request) -> web.Response:
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/{id}."""
+        self._check_model(request.match_info["model"])
+        return _json(self._model_card())
+
+    async def health(self, request: web.Request) -> web.Response:
+        """GET /health: this process alone."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """GET /ready: whether an answer can be had."""
+        reason = self.readiness.reason
+        return _json({"ready": True}) if reason is None else _json({"ready": False, "reason": reason}, status=503)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """GET /metrics."""
+        return web.Response(
+            body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
+
+    async def version(self, request: web.Request) -> web.Response:
+        """GET /version."""
+        return _json({"version": __version__})
+
+    def stop(self) -> None:
+        """Take no new requests and end those that run."""
+        self.admission.stopping = True
+        self._mesh.fail_all(Unavailable("This server is stopping.", code="stopping"))
+
+    async def _answer(
+        self, request: web.Request, read: Reader, shape_of: Callable[[Answer, str], Shape]
+    ) -> web.StreamResponse:
+        try:
+            answer = await self._admit(request, read)
+        except ApiError as error:
+            self._metrics.requests.labels(request.path, error.code).inc()
+            raise
+        try:
+            async with running(answer, self._mesh):
+                shape = shape_of(answer, self._model)
+                if answer.job.stream:
+                    return await respond_streaming(request, answer, shape)
+                return await respond_whole(answer, shape)
+        except ApiError as error:
+            answer.outcome = error.code
+            raise
+        finally:
+            self._metrics.requests.labels(request.path, answer.outcome).inc()
+            log_request(answer)
+
+    async def _admit(self, request: web.Request, read: Reader) -> Answer:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
+        except TimeoutError:
+            raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
+        model, job = await self._tokenizer.in_thread(lambda: read(body, self._tokenizer))
+        self._check_model(model)
+        context_length = await self.admission.admit(job.choices)
+        answer = Answer(job, self._tokenizer.vocabulary, context_length, self._settings.request_timeout)
+        self._metrics.prompt_tokens.inc(sum(len(prompt.token_ids) for prompt in job.prompts))
+        return answer
+
+    def _check_model(self, model: str) -> None:
+        if model != self._model:
+            raise ModelNotFound(f"The model '{model}' does not exist; this server has '{self._model}'.", param="model")
+
+    def _model_card(self) -> dict[str, object]:
+        return {"id": self._model, "object": "model", "created": self._started, "owned_by": "headrace"}
+
+
+def _json(body: dict[str, object], status: int = 200) -> web.Response:
+    return web.Response(body=encode_json(body), status=status, content_type="application/json")

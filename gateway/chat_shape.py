@@ -1,0 +1,53 @@
+"""Answers of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.gateway.answer import Answer
+from headrace.gateway.shape import header, token_fields, top_tokens
+from headrace.gateway.text import Delta, ScoredToken
+
+
+class ChatShape:
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    def __init__(self, answer: Answer, model: str) -> None:
+        self._answer = answer
+        self._model = model
+        self._begun: set[int] = set()
+
+    def chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
+        """The first chunk of a choice carries the role."""
+        if not delta and finish_reason is None:
+            return None
+        message: dict[str, Any] = {} if index in self._begun else {"role": "assistant", "content": ""}
+        self._begun.add(index)
+        if delta.text or delta.tokens:
+            message["content"] = delta.text
+        return {"index": index, "delta": message, "logprobs": self._logprobs(delta), "finish_reason": finish_reason}
+
+    def whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        logprobs = self._logprobs(delta) or (
+            {"content": [], "refusal": None} if self._answer.job.show_logprobs else None
+        )
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if streamed else "chat.completion"
+        return {**header(self._answer, self._model, kind), "choices": choices}
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if not delta.tokens:
+            return None
+        return {"content": [self._token(token) for token in delta.tokens], "refusal": None}
+
+    def _token(self, token: ScoredToken) -> dict[str, Any]:
+        vocabulary = self._answer.vocabulary
+        top = top_tokens(token.scores, self._answer.job.sampling.logprobs or 0)
+        return {
+            **token_fields(vocabulary, token.scores.token_id, token.scores.logprob),
+            "top_logprobs": [token_fields(vocabulary, token_id, logprob) for token_id, logprob in top],
+        }

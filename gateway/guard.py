@@ -1,0 +1,83 @@
+"""What surrounds every handler: request ids, the API key, and OpenAI's shape for every failure."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+from contextvars import ContextVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from headrace.gateway.errors import (
+    ApiError,
+    BadRequest,
+    BodyTooLarge,
+    MethodNotAllowed,
+    NotFound,
+    Unauthorized,
+    error_body,
+)
+from headrace.gateway.respond import encode_json
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
+"""What a load balancer asks without a key."""
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The X-Request-Id of the request that the current task serves."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def guard(api_key: str | None) -> Middleware:
+    """The one middleware of the gateway."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-Request-Id", "")
+        request_id.set(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
+        try:
+            if api_key is not None and request.path not in OPEN_PATHS:
+                _check_key(request, api_key)
+            return await handler(request)
+        except ConnectionResetError:  # the client has gone: there is nobody to tell
+            raise
+        except Exception as error:  # noqa: BLE001 - the last line of defence: every failure gets OpenAI's shape
+            failure = _as_api_error(request, error)
+            body = encode_json(error_body(failure))
+            return web.Response(
+                status=failure.status, headers=failure.headers, body=body, content_type="application/json"
+            )
+
+    return guarded
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal handler: every response names its request."""
+    if (current := request_id.get()) is not None:
+        response.headers["X-Request-Id"] = current
+
+
+def _check_key(request: web.Request, api_key: str) -> None:
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), api_key.encode()):
+        raise Unauthorized("Incorrect API key provided: send 'Authorization: Bearer KEY'.")
+
+
+def _as_api_error(request: web.Request, error: Exception) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case web.HTTPMethodNotAllowed():
+            allowed = sorted(error.allowed_methods)
+            return MethodNotAllowed(f"{request.path} takes {', '.join(allowed)}, not {request.method}.", allowed)
+        case web.HTTPNotFound():
+            return NotFound(f"Unknown request URL: {request.method} {request.path}.", code="unknown_url")
+        case web.HTTPRequestEntityTooLarge():
+            return BodyTooLarge("The body is over this server's limit (--max-body-bytes).")
+        case web.HTTPException():
+            return BadRequest(error.text or error.reason)
+    log.error("request %s failed inside the gateway", request_id.get(), exc_info=error)
+    return ApiError(f"The server had an error of its own; its log has more under {request_id.get()}.")

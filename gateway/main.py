@@ -1,0 +1,64 @@
+"""The gateway process: `headrace gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from headrace.gateway.app import GatewayApp
+from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.tokenizer import Tokenizer
+from headrace.models.locate import locate_model
+from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
+from headrace.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 5.0
+"""How long connections may take to end once their answers have."""
+
+
+async def run(settings: Settings) -> None:
+    """Serve until told to stop. Workers may come and go at any time, before and after."""
+    folder = await asyncio.to_thread(locate_model, settings.model)
+    tokenizer = await asyncio.to_thread(Tokenizer.load, folder.path)
+    try:
+        identity = ModelIdentity(folder.name, folder.fingerprint, tokenizer.context_length)
+        name = settings.served_model_name or folder.name
+        async with join_mesh(settings, "gateway", identity) as node, serving(settings, name, tokenizer, node) as url:
+            log.info("the gateway serves %s on %s/v1", name, url)
+            await until_stopped()
+            log.info("the gateway stops")
+    finally:
+        tokenizer.close()
+
+
+@asynccontextmanager
+async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: Node) -> AsyncIterator[str]:
+    """Serve HTTP inside the block; yields the URL. Ends the block where a part of the gateway fails."""
+    metrics = GatewayMetrics(node)
+    mesh = MeshClient(node, metrics)
+    app = GatewayApp(settings, model, tokenizer, mesh, metrics)
+    runner = web.AppRunner(app.build(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    try:
+        async with asyncio.TaskGroup() as group:
+            receiving = group.create_task(mesh.receive())
+            warming = group.create_task(app.readiness.run())
+            await web.TCPSite(runner, settings.host, settings.port).start()
+            host, port = runner.addresses[0][:2]
+            try:
+                yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            finally:
+                warming.cancel()
+                app.stop()
+                await runner.cleanup()
+                await mesh.close()
+                receiving.cancel()
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,1 @@
+"""Model files: where a model's folder is, and GGUF files turned into such folders."""
