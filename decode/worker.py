@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.decode_batch import DecodeBatch
-from headrace.engine.engine import Engine, SampledToken
+from headrace.engine.engine import Engine
+from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.mesh import PeerGone
@@ -19,6 +20,7 @@ from headrace.messages.control import Cancel
 from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent, TokenLogprobs
 from headrace.node import Node
 from headrace.registry import Member
+from headrace.tasks import end_task
 from headrace.wire import Decoder, Message, WireError
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class DecodeWorker:
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
-        self._batch = DecodeBatch(engine)
+        self._batch: DecodeBatch[Key] = DecodeBatch(engine)
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._receiver = Receiver(
             layout, engine.cache, engine.pool, engine.pool.num_pages, self._post, self._start_decoding
@@ -62,9 +64,7 @@ class DecodeWorker:
                     await self._until_idle()
             except TimeoutError:
                 log.warning("giving up %d requests that did not end in time", len(self._scheduler.sequences()))
-            for task in [*loops, stepping]:
-                task.cancel()
-            await asyncio.wait([stepping])
+            await asyncio.gather(*[end_task(task) for task in [*loops, stepping]])
             for sequence in self._scheduler.sequences():
                 self._fail(sequence, "worker_stopping", "the decode worker was stopped")
 
@@ -148,6 +148,7 @@ class DecodeWorker:
         self._receiver.grant_waiting()
         if not self._scheduler.has_work:
             self._work.clear()
+            self._engine.cpu_share.rest()
             self._idle.set()
         self._publish_stats()
 
@@ -203,7 +204,7 @@ class DecodeWorker:
 
     def _publish_stats(self) -> None:
         pool = self._engine.pool
-        stats = {
+        stats: dict[str, float] = {
             "kv_pages_in_use": pool.num_in_use,
             "kv_pages_total": pool.num_pages,
             "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,

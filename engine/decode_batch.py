@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -41,8 +41,13 @@ class DecodeBatch(Generic[K]):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def join(self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams) -> None:
-        """Add a request. The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output."""
+    def join(
+        self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
+    ) -> None:
+        """Add a request.
+
+        The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output.
+        """
         row = len(self._keys)
         assert row < len(self._tokens), "the batch is full"
         self._keys.append(key)
@@ -63,9 +68,10 @@ class DecodeBatch(Generic[K]):
             for column in (self._tokens, self._positions, self._generated, self._block_table):
                 column[row] = column[last]
             self._row_of[self._keys[last]] = row
-        for column in (self._keys, self._sampling, self._num_pages, self._lengths):
-            column[row] = column[last]  # type: ignore[index]
-            column.pop()
+        lists: list[list[Any]] = [self._keys, self._sampling, self._num_pages, self._lengths]
+        for values in lists:
+            values[row] = values[last]
+            values.pop()
         self._sampler = None
 
     def add_pages(self, key: K, pages: Sequence[int]) -> None:
@@ -80,6 +86,7 @@ class DecodeBatch(Generic[K]):
         """One more token for every request. Each must have a page for its newest token."""
         rows, engine = len(self._keys), self._engine
         page_size = engine.layout.page_size
+        engine.cpu_share.adjust()
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling, engine.model_config.vocab_size, engine.device)
         positions, table = self._positions[:rows], self._block_table[:rows, : max(self._num_pages)]

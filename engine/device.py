@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -37,11 +36,6 @@ def _cpu_multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def set_threads(count: int | None) -> None:
-    """Use `count` threads for one operation, or one for each core this process may run on."""
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
 
 
 def available_memory(device: torch.device) -> int:

@@ -11,7 +11,8 @@ import torch
 
 from headrace.engine.base import Model, OnLayer
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.device import available_memory, choose_device, choose_dtype, set_threads
+from headrace.engine.cpu_share import CpuShare
+from headrace.engine.device import available_memory, choose_device, choose_dtype
 from headrace.engine.errors import EngineError
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
@@ -69,7 +70,8 @@ class PrefillChunk:
 @dataclass(frozen=True)
 class PrefillOutput:
     """`token` follows a complete sequence (but where `max_tokens` is 0). `prompt_logprobs` are those of the prompt
-    tokens `start + 1` to `start + length`, where asked for."""
+    tokens `start + 1` to `start + length`, where asked for.
+    """
 
     token: SampledToken | None
     prompt_logprobs: list[TokenLogprobs]
@@ -78,7 +80,9 @@ class PrefillOutput:
 class Engine:
     """Not thread-safe: `prefill` and decode steps belong on one thread. The pool may be used on another one."""
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int) -> None:
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int
+    ) -> None:
         self.config = config
         self.model_config = model_config
         self.model = model
@@ -87,13 +91,13 @@ class Engine:
         self.pool = PagePool(cache.num_pages, cache.layout.page_size)
         self.max_model_len = max_model_len
         self.device = cache.pages.device
+        self.cpu_share = CpuShare(config.cpu_threads)
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
         """Read the weights and take memory for the cache. Raises `EngineError`."""
         progress = progress or (lambda what, fraction: None)
         device = choose_device(config.device)
-        set_threads(config.cpu_threads)
         model_config = ModelConfig.from_folder(config.model_folder)
         dtype = choose_dtype(config.dtype, device, model_config.dtype)
         limit = model_config.max_position_embeddings
@@ -115,11 +119,19 @@ class Engine:
         pages = self.pool.allocate(1)
         self.prefill([PrefillChunk([0], 0, 1, pages, SamplingParams(max_tokens=1, temperature=0))])
         self.pool.release(pages)
+        self.cpu_share.rest()
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer | None = None) -> list[PrefillOutput]:
         """Compute all chunks in one forward pass. `on_layer(l)`: layer l of every chunk is in the cache."""
-        hidden = self.model.forward(self._pack(chunks), self.cache, on_layer)
+
+        def layer_done(layer: int) -> None:
+            self.cpu_share.adjust()
+            if on_layer is not None:
+                on_layer(layer)
+
+        self.cpu_share.adjust()
+        hidden = self.model.forward(self._pack(chunks), self.cache, layer_done)
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         last = [row for row, chunk in enumerate(chunks) if chunk.is_last and chunk.sampling.max_tokens > 0]
         tokens: dict[int, SampledToken] = {}

@@ -28,14 +28,16 @@ class CacheLayout:
 
 
 class KVCache:
-    """`pages` is [layers, pages, 2 (K, V), KV heads, page size, head size]: one page of one layer is one block of memory."""
+    """`pages` is [layers, pages, 2 (K, V), KV heads, page size, head size]: one page of one layer is one block of
+    memory.
+    """
 
     def __init__(self, layout: CacheLayout, num_pages: int, device: torch.device) -> None:
         self.layout = layout
         self.num_pages = num_pages
         self.page_bytes = layout.page_bytes
         shape = (layout.num_layers, num_pages, 2, layout.num_kv_heads, layout.page_size, layout.head_dim)
-        self.pages = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.pages = _zeros(shape, getattr(torch, layout.dtype), device)
         bytes_view = self.pages.view(layout.num_layers, num_pages, -1).view(torch.uint8)
         self._bytes = bytes_view
         # On the CPU, copies go through numpy: they run on the event loop's thread, where torch would start a second
@@ -49,7 +51,8 @@ class KVCache:
     def read_pages(self, layer: int, page_ids: Sequence[int]) -> memoryview:
         """A contiguous copy of these pages' bytes, in order."""
         if self._array is not None:
-            return self._array[layer].take(page_ids, axis=0).reshape(-1).data
+            copy: memoryview = self._array[layer].take(page_ids, axis=0).reshape(-1).data
+            return copy
         index = torch.tensor(page_ids, device=self.pages.device)
         return self._bytes[layer].index_select(0, index).cpu().numpy().reshape(-1).data
 
@@ -63,3 +66,12 @@ class KVCache:
         else:
             index = torch.tensor(page_ids, device=self.pages.device)
             self._bytes[layer].index_copy_(0, index, torch.from_numpy(source.copy()).to(self.pages.device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: what a page holds past its tokens is multiplied by 0, which must not be 0 times NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy leaves the zeroing to the kernel, page by page at first use; torch would take seconds for it now
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

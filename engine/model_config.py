@@ -1,4 +1,6 @@
-"""What the engine needs to know of a model, read from its config.json without importing transformers (that takes seconds)."""
+"""What the engine needs to know of a model, read from its config.json without importing transformers (that takes
+seconds).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from headrace.engine.errors import EngineError
+from headrace.kernels.gated_activation import Activation
 
 FUSED_TYPES = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma"}
 ROPE_TYPES = {"default", "linear", "llama3"}
@@ -63,7 +66,7 @@ class ModelConfig:
     dtype: str
     tied_head: bool
     rope: RopeConfig
-    activation: str
+    activation: Activation
     norm_plus_one: bool
     """Gemma stores norm weights minus one."""
     embedding_scale: float
@@ -78,7 +81,9 @@ class ModelConfig:
         try:
             return cls._parse(raw)
         except KeyError as error:
-            raise EngineError(f"{folder}/config.json lacks {error}: this is not a decoder-only language model") from error
+            raise EngineError(
+                f"{folder}/config.json lacks {error}: this is not a decoder-only language model"
+            ) from error
 
     @classmethod
     def _parse(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -100,7 +105,7 @@ class ModelConfig:
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             tied_head=bool(raw.get("tie_word_embeddings", gemma)),
             rope=rope,
-            activation="gelu_tanh" if gemma else str(raw.get("hidden_act", "silu")),
+            activation="gelu_tanh" if gemma else "silu",
             norm_plus_one=gemma,
             embedding_scale=hidden**0.5 if gemma else 1.0,
             unsupported=_why_not_fused(raw, kind, rope),
@@ -127,6 +132,6 @@ def _why_not_fused(raw: dict[str, Any], kind: str, rope: RopeConfig) -> str:
         return "sliding-window attention"
     if raw.get("mlp_bias") or raw.get("quantization_config"):
         return "quantized or biased projections"
-    if raw.get("hidden_act", "silu") not in ("silu", "gelu", "gelu_pytorch_tanh"):
+    if raw.get("hidden_act", "silu") not in ("silu", "gelu_pytorch_tanh"):
         return f"activation {raw['hidden_act']}"
     return ""

@@ -56,7 +56,10 @@ class PagePool:
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages with one reference each, evicting cached ones as needed. Raises `OutOfPages`, taking none."""
+        """Take `count` pages with one reference each, evicting cached ones as needed.
+
+        Raises `OutOfPages`, taking none.
+        """
         if count > self.num_free:
             raise OutOfPages(f"{count} pages wanted, {self.num_free} of {self.num_pages} are free")
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]

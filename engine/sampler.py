@@ -1,6 +1,7 @@
 """Chooses the next token of each request in a batch.
 
-A draw is keyed by (seed, output position) alone, so a request gives the same tokens in whatever row, batch, attempt or worker it runs.
+A draw is keyed by (seed, output position) alone, so a request gives the same tokens in whatever row, batch, attempt
+or worker it runs.
 Filters follow vLLM's order: temperature, min-p, top-k, top-p.
 """
 
@@ -57,7 +58,9 @@ class BatchSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._logprobs = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
-        self._penalized = self._rows(rows, lambda p: bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1))
+        self._penalized = self._rows(
+            rows, lambda p: bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+        )
         self._biased = self._rows(rows, lambda p: bool(p.logit_bias))
         self._held_open = self._rows(rows, lambda p: bool(p.min_tokens and p.stop_token_ids))
         drawn = self._rows(rows, lambda p: p.temperature > 0)
@@ -144,11 +147,13 @@ class BatchSampler:
             likelihood = (values - whole).exp().double()
             kept = torch.arange(values.shape[1], device=self._device) < self._top_k[rows]
             kept &= likelihood >= self._min_p[rows] * likelihood[:, :1]
-            mass = torch.where(self._top_k[rows] < self._vocab_size, (likelihood * kept).sum(-1, keepdim=True), 1.0)
+            cut = (self._top_k[rows] < self._vocab_size) | (self._min_p[rows] > 0)
+            mass = torch.where(cut, (likelihood * kept).sum(-1, keepdim=True), 1.0)
+            partial = cut & kept[:, -1:]  # what top-p is a share of goes on beyond the candidates
             before = likelihood.cumsum(-1) - likelihood
             kept &= before < self._top_p[rows] * mass
             kept[:, 0] = True
-            if values.shape[1] == self._vocab_size or not kept[:, -1].any():
+            if values.shape[1] == self._vocab_size or not (partial | kept[:, -1:]).any():
                 break
         cumulative = (likelihood * kept).cumsum(-1)
         choice = _pick(cumulative, cumulative[:, -1:], uniform).clamp(max=kept.sum(-1) - 1)

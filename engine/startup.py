@@ -52,7 +52,19 @@ def _load(settings: Settings, folder: ModelFolder) -> Engine:
         max_num_seqs=settings.max_num_seqs,
         cpu_threads=settings.cpu_threads,
     )
-    engine = Engine.load(config, lambda what, fraction: log.info("%s %d %%", what, fraction * 100))
+    engine = Engine.load(config, _LoggedProgress())
     log.info("warming up")
     engine.warm_up()
     return engine
+
+
+class _LoggedProgress:
+    """Logs every quarter of the way."""
+
+    def __init__(self) -> None:
+        self._next = 0.25
+
+    def __call__(self, what: str, fraction: float) -> None:
+        if fraction >= self._next or fraction == 0:
+            log.info("%s %d %%", what, fraction * 100)
+            self._next = fraction // 0.25 * 0.25 + 0.25

@@ -59,7 +59,8 @@ class Checkpoint:
         """One tensor in the engine's dtype. Raises `EngineError` where the checkpoint lacks it."""
         if name not in self._reader_of:
             raise EngineError(f"the checkpoint lacks {name}; try --model-impl transformers")
-        return self._reader_of[name].get_tensor(name).to(self._dtype)
+        tensor: torch.Tensor = self._reader_of[name].get_tensor(name)
+        return tensor.to(self._dtype)
 
     def stacked(self, *names: str) -> torch.Tensor:
         """Several tensors, one below the other."""

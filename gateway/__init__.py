@@ -5,11 +5,11 @@ tokens that the workers send back. It loads no weights and imports no torch.
 
 How a request runs through the files:
 
-1. `app` takes the HTTP request, `auth` and `guard` see that it may pass and that every failure has OpenAI's shape.
-2. `chat_request` or `completion_request` validate the body into a `job.Job`; `tokenizer` (with `chat_template`) makes its
-   prompts. Both run in `Tokenizer`'s threads.
+1. `app` takes the HTTP request, `guard` sees that it may pass and that every failure has OpenAI's shape.
+2. `chat_request` or `completion_request` validate the body into a `job.Job`; `tokenizer` and `chat_template` make
+   its prompts. All of that runs in the tokenizer's threads.
 3. `admission` refuses what can't be served now; `answer` opens one `choice.Choice` for each answer asked for.
 4. `mesh_client` queues the choices, gives them what the workers send, queues them anew after a failure, and cancels.
 5. `choice` follows the tokens over attempts; `text` turns them into text with `detokenizer` and `stop_strings`.
-6. `respond` writes the answer, whole or as server-sent events, in the shape that `chat_shape` or `completion_shape` gives.
+6. `respond` writes the answer, whole or as server-sent events, in the form of `chat_shape` or `completion_shape`.
 """

@@ -118,6 +118,8 @@ class GatewayApp:
         except ApiError as error:
             self._metrics.requests.labels(request.path, error.code).inc()
             raise
+        if request.transport is None:  # the client has gone, and redis-py may have lost the cancellation (see end_task)
+            raise ConnectionResetError("the client has gone")
         try:
             async with running(answer, self._mesh):
                 shape = shape_of(answer, self._model)

@@ -77,7 +77,7 @@ class ChatTemplate:
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}`, which marks the assistant's text for training; here it is only passed through."""
 
-    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -1,7 +1,6 @@
 """One answer on its way: follows its tokens from worker to worker until it is finished, failed or cancelled.
 
-    queued -> decoding -> finished
-       \\__________\\____-> failed | cancelled
+    queued -> decoding -> finished | failed | cancelled
 
 The gateway calls an answer `queued` until its first token, for prefill and handoff are told of only once they are over
 (`PrefillReport`). A choice does no I/O itself: its `Courier` queues it anew and tells workers to stop.

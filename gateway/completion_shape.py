@@ -77,7 +77,8 @@ class CompletionShape:
         """The prompt's tokens; nothing is known of how likely the first was."""
         choice = self._answer.choices[index]
         report = choice.report
-        assert report is not None and report.prompt_logprobs is not None, "deltas wait for the report"
+        assert report is not None, "deltas wait for the report"
+        assert report.prompt_logprobs is not None, "checked when the report came"
         logprobs["tokens"].append(self._name(choice.prompt.token_ids[0]))
         logprobs["token_logprobs"].append(None)
         logprobs["top_logprobs"].append(None)
@@ -96,6 +97,6 @@ class CompletionShape:
         logprobs["text_offset"].append(token.offset)
 
     def _name(self, token_id: int) -> str:
-        """A token's text, or `bytes:\\xe4\\xb8` for part of a code point."""
+        r"""A token's text, or `bytes:\xe4\xb8` for part of a code point."""
         name = self._answer.vocabulary.name_of(token_id)
         return f"bytes:{name}" if name.encode() != self._answer.vocabulary.bytes_of(token_id) else name

@@ -44,7 +44,7 @@ def guard(api_key: str | None) -> Middleware:
             return await handler(request)
         except ConnectionResetError:  # the client has gone: there is nobody to tell
             raise
-        except Exception as error:  # noqa: BLE001 - the last line of defence: every failure gets OpenAI's shape
+        except Exception as error:  # whatever it is, the client gets OpenAI's shape
             failure = _as_api_error(request, error)
             body = encode_json(error_body(failure))
             return web.Response(

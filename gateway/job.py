@@ -55,9 +55,9 @@ class Job:
             wanted = max(context_length - used, 1)
         if used + wanted > context_length:
             raise ContextLengthExceeded(
-                f"This model's maximum context length is {context_length} tokens. However, you requested {used + wanted} "
-                f"tokens ({used} in the {self._source}, {wanted} in the completion). Please reduce the length of the "
-                f"{self._source} or completion.",
+                f"This model's maximum context length is {context_length} tokens. However, you requested "
+                f"{used + wanted} tokens ({used} in the {self._source}, {wanted} in the completion). Please reduce "
+                f"the length of the {self._source} or completion.",
                 param=self._source,
             )
         seed = (self.sampling.seed + number) % 2**63

@@ -15,7 +15,8 @@ from headrace.gateway.metrics import GatewayMetrics
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.models.locate import locate_model
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
-from headrace.settings import Settings
+from headrace.settings import Settings, SettingsError
+from headrace.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +41,37 @@ async def run(settings: Settings) -> None:
 
 @asynccontextmanager
 async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: Node) -> AsyncIterator[str]:
-    """Serve HTTP inside the block; yields the URL. Ends the block where a part of the gateway fails."""
+    """Serve HTTP inside the block; yields the URL. Ends the block where a part of the gateway fails.
+
+    Raises `SettingsError` where the address can't be listened on.
+    """
     metrics = GatewayMetrics(node)
     mesh = MeshClient(node, metrics)
     app = GatewayApp(settings, model, tokenizer, mesh, metrics)
     runner = web.AppRunner(app.build(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
     await runner.setup()
     try:
+        url = await _listen(runner, settings)
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(mesh.receive())
             warming = group.create_task(app.readiness.run())
-            await web.TCPSite(runner, settings.host, settings.port).start()
-            host, port = runner.addresses[0][:2]
             try:
-                yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+                yield url
             finally:
-                warming.cancel()
+                await end_task(warming)
                 app.stop()
                 await runner.cleanup()
                 await mesh.close()
-                receiving.cancel()
+                await end_task(receiving)
     finally:
         await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> str:
+    """Open the HTTP port; the URL, with the real port where any was asked for."""
+    try:
+        await web.TCPSite(runner, settings.host, settings.port).start()
+    except OSError as error:
+        raise SettingsError(f"can't listen on --host {settings.host} --port {settings.port}: {error}") from error
+    host, port = runner.addresses[0][:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

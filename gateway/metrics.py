@@ -87,5 +87,6 @@ class _MeshCollector:
 
 
 def _family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
-    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    counts = name.endswith("_total") and name != "kv_pages_total"
+    kind = CounterMetricFamily if counts else GaugeMetricFamily
     return kind(f"headrace_{name}", "A worker's own figure", labels=["tier", "worker"])

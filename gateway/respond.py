@@ -44,8 +44,8 @@ async def respond_streaming(request: web.Request, answer: Answer, shape: Shape) 
     stream = _EventStream(request)
     told = [False] * len(answer.choices)
     try:
-        answer.check()
         while not all(told):
+            answer.check()
             if not (answer.ended or await answer.wait_for_news(KEEP_ALIVE_SECONDS)):
                 await stream.write(KEEP_ALIVE)
                 continue

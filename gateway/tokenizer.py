@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tokenizers
 
 from headrace.gateway.chat_template import ChatTemplate, TemplateRefused
+from headrace.gateway.errors import QueueFull
 from headrace.gateway.vocabulary import UnsupportedTokenizer, Vocabulary
 from headrace.settings import SettingsError
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 THREADS = 2
 """The tokenizers library and JSON parsing release the interpreter only in part: more threads gain little."""
+MAX_IN_THREADS = 1024
+"""Requests that are being read or wait for it."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -28,6 +31,7 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
+        self._in_threads = 0
         self.template = template
         self.vocabulary = Vocabulary(tokenizer)
         self.eos_token_ids: tuple[int, ...] = config["eos_token_ids"]
@@ -45,8 +49,14 @@ class Tokenizer:
             raise SettingsError(f"{folder}: {error}") from error
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run `work` in one of the tokenizer's threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Run `work` in one of the tokenizer's threads. Raises `QueueFull` where too much waits for them."""
+        if self._in_threads >= MAX_IN_THREADS:
+            raise QueueFull(f"{MAX_IN_THREADS} requests are being read: try again later.")
+        self._in_threads += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._in_threads -= 1
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """The tokens of a text."""

@@ -40,7 +40,7 @@ class Vocabulary:
         return known
 
     def name_of(self, token_id: int) -> str:
-        """The token as the API shows it: its text, or `\\xe4\\xb8` for part of a code point."""
+        r"""The token as the API shows it: its text, or `\xe4\xb8` for part of a code point."""
         raw = self.bytes_of(token_id)
         try:
             return raw.decode()

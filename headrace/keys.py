@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from zmq.utils import z85
 
 from headrace.settings import SettingsError
 
@@ -33,7 +34,9 @@ class MeshKey:
             if zmq.curve_public(secret) != public:
                 raise ValueError("the two halves don't belong together")
         except (OSError, ValueError, zmq.ZMQError) as error:
-            raise SettingsError(f"--mesh-key {path} is not a mesh key ({error}): make one with `headrace keys`") from error
+            raise SettingsError(
+                f"--mesh-key {path} is not a mesh key ({error}): make one with `headrace keys`"
+            ) from error
         return cls(public, secret)
 
     def write(self, path: Path) -> None:
@@ -44,7 +47,7 @@ class MeshKey:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """ZAP's question whether a client's public key may connect (the name is pyzmq's)."""
-        return hmac.compare_digest(zmq.utils.z85.encode(key) if len(key) == 32 else key, self.public)
+        return hmac.compare_digest(z85.encode(key) if len(key) == 32 else key, self.public)
 
 
 def is_loopback(host: str) -> bool:

@@ -129,7 +129,7 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        sent = line.send_multipart([encode(message)], flags=zmq.NOBLOCK)
+        sent = asyncio.ensure_future(line.send_multipart([encode(message)], flags=zmq.NOBLOCK))
         if sent.done() and (error := sent.exception()):
             raise PeerGone(f"{peer_id} takes no messages: {error}") from error
         sent.add_done_callback(lambda future: future.cancelled() or future.exception())

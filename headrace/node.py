@@ -19,6 +19,7 @@ from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
 from headrace.registry import Member, Registry, Tier
 from headrace.settings import Settings, SettingsError
+from headrace.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,21 @@ async def join_mesh(settings: Settings, tier: Tier, model: ModelIdentity) -> Asy
             await queue.create()
             await registry.join()
         except RedisError as error:
-            raise SettingsError(f"can't reach Redis at {url}: {error}. Start one, or name another with --redis") from error
+            raise SettingsError(
+                f"can't reach Redis at {url}: {error}. Start one, or name another with --redis"
+            ) from error
+        block = asyncio.current_task()
+        assert block is not None
         heartbeat = asyncio.create_task(registry.run(), name="registry")
+        heartbeat.add_done_callback(lambda task: None if task.cancelled() else block.cancel())
         try:
             yield Node(member.id, registry, mesh, queue)
+        except asyncio.CancelledError:
+            if heartbeat.done():  # a process that nobody can see any more must not go on as if it could be seen
+                heartbeat.result()
+            raise
         finally:
-            heartbeat.cancel()
-            await asyncio.wait([heartbeat])
+            await end_task(heartbeat)
             try:
                 await registry.leave()
             except RedisError as error:

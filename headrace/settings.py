@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from headrace.errors import StartError
 
 ENV_PREFIX = "HEADRACE_"
-NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED"}
+NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_CPU_SHARE"}
 """Variables with our prefix that are read elsewhere."""
 
 GATEWAY = ("up", "gateway")
@@ -54,18 +54,24 @@ class Settings(BaseModel):
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
     request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
 
-    worker_id: str | None = _field(None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode"))
+    worker_id: str | None = _field(
+        None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode")
+    )
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "where the model runs", WORKER)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field("auto", "type of weights and KV cache", WORKER)
     model_impl: Literal["auto", "fused", "transformers"] = _field("auto", "which path runs the model", WORKER)
-    max_model_len: int | None = _field(None, "longest prompt + output in tokens (default: the model's own)", WORKER, ge=16)
+    max_model_len: int | None = _field(
+        None, "longest prompt + output in tokens (default: the model's own)", WORKER, ge=16
+    )
     block_size: int = _field(16, "tokens in a KV page", WORKER, ge=1, le=256)
     kv_cache_memory_bytes: int | None = _field(None, "size of the KV cache (default: by device)", WORKER, ge=1)
     gpu_memory_utilization: float = _field(0.9, "share of a GPU's memory that a worker may use", WORKER, gt=0, le=1)
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
     max_num_batched_tokens: int = _field(2048, "prompt tokens that a prefill step computes", WORKER, ge=16)
     max_num_prefills: int = _field(8, "prompts that a prefill worker holds at once", WORKER, ge=1, le=256)
-    cpu_threads: int | None = _field(None, "threads of one worker on a CPU (default: all cores)", WORKER, ge=1)
+    cpu_threads: int | None = _field(
+        None, "threads of one worker on a CPU (default: its part of the cores)", WORKER, ge=1
+    )
     drain_timeout: float = _field(30.0, "seconds that a stopping worker may take to finish what it holds", WORKER, ge=0)
 
     prefill: int = _field(1, "prefill workers to start", ("up",), ge=1, le=64)

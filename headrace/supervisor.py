@@ -79,6 +79,7 @@ class Supervisor:
             start_new_session=True,  # Ctrl-C is for the supervisor, which stops its children in order
             limit=MAX_LOG_LINE,
         )
+        self._on_line(child, f"started, pid {child.process.pid}")
         assert child.process.stdout is not None
         while True:
             try:

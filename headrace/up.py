@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -26,12 +25,9 @@ from headrace.supervisor import Child, Supervisor
 READY_TIMEOUT_SECONDS = 900.0
 """Loading a large model from a slow disk takes minutes; a mesh that is not up by then never will be."""
 POLL_SECONDS = 0.1
-
-WORKER_ENVIRONMENT = {
-    # Workers share the cores: threads that wait must sleep, or two busy workers fall to a tenth of their speed.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+SPIN_COUNT = "10000"
+"""How long a worker's idle OpenMP thread spins before it sleeps: a fraction of a millisecond, since others want the
+core."""
 
 
 async def run(settings: Settings) -> None:
@@ -45,7 +41,7 @@ async def run(settings: Settings) -> None:
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
             settings = settings.model_copy(update={"redis": url})
-            screen = _Screen(console, _children(settings))
+            screen = _Screen(console, _children(settings, Path(folder)))
             supervisor = Supervisor(screen.children, screen.show)
             running = asyncio.create_task(supervisor.run())
             serving = asyncio.create_task(_until_ready(settings))
@@ -53,7 +49,7 @@ async def run(settings: Settings) -> None:
                 with screen.live:
                     await asyncio.wait([running, stopped, serving], return_when=asyncio.FIRST_COMPLETED)
                 if serving.done() and not stopped.done() and not running.done():
-                    console.print(_welcome(settings, serving.result(), time.monotonic() - started))
+                    console.print(_welcome(settings, serving.result(), time.monotonic() - started), soft_wrap=True)
                     await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if running.done():
                     running.result()
@@ -76,16 +72,22 @@ async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
             yield url
 
 
-def _children(settings: Settings) -> list[Child]:
+def _children(settings: Settings, folder: Path) -> list[Child]:
     """In the order in which they are stopped: the gateway first, so that nothing new comes in."""
+    cpu_share = folder / "cpu-share"
+    cpu_share.write_bytes(bytes(settings.prefill + settings.decode))
     environment = settings.as_environment()
     environment.pop("HEADRACE_WORKER_ID", None)
     children = [Child("gateway", "gateway", environment)]
     for tier, count in (("prefill", settings.prefill), ("decode", settings.decode)):
         for index in range(count):
             name = f"{tier}-{index}"
-            variables = {**WORKER_ENVIRONMENT, **os.environ, **environment, "HEADRACE_WORKER_ID": name}
-            children.append(Child(name, tier, variables))
+            own = {
+                "GOMP_SPINCOUNT": SPIN_COUNT,
+                "HEADRACE_WORKER_ID": name,
+                "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
+            }
+            children.append(Child(name, tier, environment | own))
     return children
 
 

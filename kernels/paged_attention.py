@@ -83,7 +83,8 @@ def plan_decode(
     """Plan for one query a request, at position context_length - 1; block_table int64 [B, max_pages]."""
     order = sorted(range(len(context_lengths)), key=context_lengths.__getitem__)
     is_sorted = order == list(range(len(order)))
-    groups, buffer_size = [], 0
+    groups: list[DecodeGroup] = []
+    buffer_size = 0
     for rows in _group_rows(order, context_lengths, _token_bytes(layer_pages)):
         lengths = [context_lengths[row] for row in rows]
         longest = lengths[-1]

@@ -8,7 +8,7 @@ import torch
 def rope_tables(
     positions: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, [T, 1, rotary_dim], for positions [T]; sin carries the minus of the first half."""
+    """Cos and sin, [T, 1, rotary_dim], for positions [T]; sin carries the minus of the first half."""
     angles = positions.to(torch.float32).unsqueeze(-1) * inverse_frequencies
     cos, sin = angles.cos().mul_(scaling), angles.sin().mul_(scaling)
     return (

@@ -17,7 +17,7 @@ from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, To
 PageHash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
-class Layout(Record):
+class Layout(Record, frozen=True, kw_only=True):
     """The shape of the pages. Two workers can hand over to each other only where all of it agrees."""
 
     model_fingerprint: Annotated[str, msgspec.Meta(max_length=64)]
@@ -29,7 +29,7 @@ class Layout(Record):
     tensor_parallel_size: Count
 
 
-class Offer(Message):
+class Offer(Message, frozen=True, kw_only=True):
     """The sender is about to compute this prompt's KV. Everything that decoding needs to know is here."""
 
     request_id: RequestId
@@ -46,7 +46,7 @@ class Offer(Message):
     """Unix time in seconds."""
 
 
-class Grant(Message):
+class Grant(Message, frozen=True, kw_only=True):
     """Pages are reserved: send. The first `held_pages` pages of the prompt are already here and need not travel."""
 
     request_id: RequestId
@@ -59,7 +59,7 @@ class Grant(Message):
 RefuseCause = Literal["layout", "full", "duplicate", "stale", "stopping", "too_long"]
 
 
-class Refuse(Message):
+class Refuse(Message, frozen=True, kw_only=True):
     """Nothing is reserved and nothing may be sent."""
 
     request_id: RequestId
@@ -68,7 +68,7 @@ class Refuse(Message):
     message: str
 
 
-class Pages(Message):
+class Pages(Message, frozen=True, kw_only=True):
     """KV of consecutive pages of one layer; one payload frame follows."""
 
     request_id: RequestId
@@ -82,7 +82,7 @@ class Pages(Message):
     """XXH3-64 of the payload."""
 
 
-class Credit(Message):
+class Credit(Message, frozen=True, kw_only=True):
     """All `Pages` below `sequence` have been written; their bytes are no longer on the way."""
 
     request_id: RequestId
@@ -90,7 +90,7 @@ class Credit(Message):
     sequence: Count
 
 
-class Commit(Message):
+class Commit(Message, frozen=True, kw_only=True):
     """All pages have been sent (`sequence` messages of them) and here is the first token: decode."""
 
     request_id: RequestId
@@ -100,14 +100,14 @@ class Commit(Message):
     logprobs: TokenLogprobs | None
 
 
-class Ack(Message):
+class Ack(Message, frozen=True, kw_only=True):
     """The request is the receiver's now; the sender may free its pages."""
 
     request_id: RequestId
     attempt: Attempt
 
 
-class Renew(Message):
+class Renew(Message, frozen=True, kw_only=True):
     """These handoffs are still wanted: their leases start again. The receiver aborts those it doesn't know."""
 
     handoffs: Annotated[list[tuple[RequestId, Attempt]], msgspec.Meta(max_length=65536)]
@@ -116,7 +116,7 @@ class Renew(Message):
 AbortCause = Literal["cancelled", "lease", "checksum", "sequence", "unknown", "sender_failed", "receiver_failed"]
 
 
-class Abort(Message):
+class Abort(Message, frozen=True, kw_only=True):
     """This attempt is over; both sides free what they hold for it."""
 
     request_id: RequestId

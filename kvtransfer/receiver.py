@@ -136,9 +136,7 @@ class Receiver:
         refusal = self._reason_to_refuse(offer)
         if refusal is not None:
             cause, message = refusal
-            self._send(
-                sender, Refuse(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=message)
-            )
+            self._send(sender, Refuse(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=message))
             return
         older = [key for key in self._incoming if key[0] == offer.request_id]
         for key in older:

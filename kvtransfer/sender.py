@@ -18,9 +18,7 @@ RENEW_SECONDS = 2.5
 class Send(Protocol):
     """Sends one message to a peer; raises `PeerGone`."""
 
-    def __call__(
-        self, peer_id: str, message: Message, payload: tuple[memoryview, ...] = (), /
-    ) -> Awaitable[None]: ...
+    def __call__(self, peer_id: str, message: Message, payload: tuple[memoryview, ...] = (), /) -> Awaitable[None]: ...
 
 
 class Sender:
@@ -37,12 +35,15 @@ class Sender:
 
     def pages_promised(self, receiver: str) -> int:
         """Pages of open handoffs that go to `receiver` and that its own figures may not show yet."""
-        return sum(len(handoff.offer.page_hashes) + 1 for handoff in self._open.values() if handoff.receiver == receiver)
+        return sum(
+            len(handoff.offer.page_hashes) + 1 for handoff in self._open.values() if handoff.receiver == receiver
+        )
 
     async def deliver(self, handoff: Handoff, choose: Callable[[Handoff], Awaitable[str]]) -> None:
         """Offer until granted, send each layer as it is computed, commit; returns when the receiver has acknowledged.
 
-        `choose` names the next receiver to try (`handoff.refused` says who would not). Raises `HandoffFailed`. Whatever ends it,
+        `choose` names the next receiver to try (`handoff.refused` says who would not). Raises `HandoffFailed`.
+        Whatever ends it,
         cancellation included, the receiver is told.
         """
         self._open[handoff.key] = handoff

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from headrace.engine.engine import PrefillChunk, SampledToken
+from headrace.engine.engine import PrefillChunk
+from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.handoff import Handoff, Segment
 from headrace.messages.request import QueueEntry
 from headrace.messages.stream import FailureCode, TokenLogprobs

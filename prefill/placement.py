@@ -23,7 +23,7 @@ class Placement:
         registry.on_join.append(lambda _: self._joined.set())
 
     async def choose(self, handoff: Handoff) -> str:
-        """The id of the receiver to try next; waits while there is none. Raises `HandoffFailed` where none will ever do."""
+        """The id of the receiver to try next, waiting for one. Raises `HandoffFailed` where none will ever do."""
         while True:
             workers = [worker for worker in self._registry.tier("decode") if not worker.draining]
             willing = [worker for worker in workers if worker.id not in handoff.refused]

@@ -36,7 +36,8 @@ class PrefillScheduler:
 
     def add(self, key: Key, num_tokens: int, computed: int) -> None:
         """Queue a prompt of which the first `computed` tokens (whole pages) are in the cache already."""
-        assert computed % self._page_size == 0 and computed < num_tokens, (computed, num_tokens)
+        assert computed % self._page_size == 0, computed
+        assert computed < num_tokens, (computed, num_tokens)
         self._waiting.append(_Waiting(key, num_tokens, computed))
 
     def remove(self, key: Key) -> None:

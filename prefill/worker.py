@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
-from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
+from headrace.engine.engine import Engine, PrefillOutput
 from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.messages import Layout, Offer, ToSender
@@ -24,6 +25,7 @@ from headrace.prefill.scheduler import Chunk, PrefillScheduler
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.registry import Member
+from headrace.tasks import end_task
 from headrace.wire import Decoder, Message, WireError
 
 log = logging.getLogger(__name__)
@@ -77,8 +79,7 @@ class PrefillWorker:
             await asyncio.wait([taking], timeout=STOP_TAKING_SECONDS)
             if self._tasks:
                 await asyncio.wait(list(self._tasks.values()), timeout=drain_timeout)
-            for task in [taking, *self._tasks.values(), *running]:
-                task.cancel()
+            await asyncio.gather(*[end_task(task) for task in [taking, *self._tasks.values(), *running]])
 
     async def _take_loop(self, group: asyncio.TaskGroup) -> None:
         """Pull entries, only as many as there is room for."""
@@ -91,9 +92,9 @@ class PrefillWorker:
             key = delivery.entry.request_id, delivery.attempt
             task = group.create_task(self._serve(delivery), name=f"serve {key}")
             self._tasks[key] = task
-            task.add_done_callback(lambda _, key=key, delivery=delivery: self._served(key, delivery))
+            task.add_done_callback(functools.partial(self._served, key, delivery))
 
-    def _served(self, key: tuple[str, int], delivery: Delivery) -> None:
+    def _served(self, key: tuple[str, int], delivery: Delivery, _: asyncio.Task[None]) -> None:
         self._intake.let_go(delivery)
         del self._tasks[key]
         self._room.release()
@@ -125,7 +126,9 @@ class PrefillWorker:
             async with asyncio.timeout(max(entry.deadline - time.time(), 0)):
                 return await self._prefill(delivery)
         except TimeoutError:
-            rejected = RequestRejected("deadline", "the request's deadline passed before its prompt was computed", False)
+            rejected = RequestRejected(
+                "deadline", "the request's deadline passed before its prompt was computed", False
+            )
         except RequestRejected as error:
             rejected = error
         log.warning("%s attempt %d: %s: %s", entry.request_id, delivery.attempt, rejected.code, rejected)
@@ -177,7 +180,7 @@ class PrefillWorker:
             raise RequestRejected("invalid_request", f"token ids must be below {vocabulary}", False)
 
     async def _get_pages(self, delivery: Delivery, hashes: list[bytes]) -> tuple[list[int], int]:
-        """This prompt's pages, those found in the prefix cache first, and how many tokens the latter hold."""
+        """Pages for the prompt, those found in the prefix cache first, and how many tokens the latter hold."""
         entry, pool, page_size = delivery.entry, self._engine.pool, self._layout.page_size
         # The last token is always computed: its logits give the first output token.
         reusable = (len(entry.token_ids) - 1) // page_size if entry.sampling.prompt_logprobs is None else 0
@@ -244,6 +247,7 @@ class PrefillWorker:
             chunks = self._scheduler.schedule()
             if not chunks:
                 self._work.clear()
+                self._engine.cpu_share.rest()
                 continue
             step = [(self._jobs[chunk.key], chunk) for chunk in chunks]
 

@@ -12,7 +12,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_TOKENS = 4_000_000
 
 
-class SamplingParams(Record):
+class SamplingParams(Record, frozen=True, kw_only=True):
     """How to choose each next token. All defaults mean "off", but for `temperature`.
 
     Sampling is keyed by (`seed`, position), so the same request gives the same tokens on every worker, in every batch
@@ -43,7 +43,7 @@ class SamplingParams(Record):
     """The same for each prompt token but the first."""
 
 
-class QueueEntry(Message, kw_only=True):
+class QueueEntry(Message, frozen=True, kw_only=True):
     """One request as it lies in the Redis Stream."""
 
     request_id: RequestId

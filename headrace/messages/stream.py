@@ -11,7 +11,7 @@ from headrace.wire import Attempt, Count, MeshId, Message, Milliseconds, Record,
 FinishReason = Literal["stop", "length"]
 
 
-class TokenLogprobs(Record):
+class TokenLogprobs(Record, frozen=True, kw_only=True):
     """Log probabilities (natural, of the model's raw distribution) at one position."""
 
     token_id: TokenId
@@ -20,7 +20,7 @@ class TokenLogprobs(Record):
     """Likeliest tokens first."""
 
 
-class TokenEvent(Record):
+class TokenEvent(Record, frozen=True, kw_only=True):
     """New tokens of one request.
 
     `position` is the index of `token_ids[0]` in the output, counted from 0 over all attempts. With finish reason
@@ -35,14 +35,16 @@ class TokenEvent(Record):
     finish_reason: FinishReason | None = None
 
 
-class TokenBatch(Message):
+class TokenBatch(Message, frozen=True, kw_only=True):
     """All tokens that one decode step made for one gateway."""
 
     events: list[TokenEvent]
 
 
-class PrefillReport(Message):
-    """Sent by the prefill worker once the handoff is acknowledged, or once a request with `max_tokens` 0 is computed."""
+class PrefillReport(Message, frozen=True, kw_only=True):
+    """Sent by the prefill worker once the handoff is acknowledged, or once a request with `max_tokens` 0 is
+    computed.
+    """
 
     request_id: RequestId
     attempt: Attempt
@@ -63,7 +65,7 @@ class PrefillReport(Message):
 FailureCode = Literal["invalid_request", "overloaded", "deadline", "preempted", "worker_stopping", "worker_error"]
 
 
-class RequestFailed(Message):
+class RequestFailed(Message, frozen=True, kw_only=True):
     """The worker gives the request up. `retryable` says that another attempt may succeed."""
 
     request_id: RequestId

@@ -158,7 +158,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], tied: bool) -> di
 
 
 def _rope_scaling(metadata: dict[str, Any], architecture: str, has_frequencies: bool) -> dict[str, Any] | None:
-    """Llama 3's scaling is only in the file as a tensor of factors; its parameters are those of all Llama 3.1 to 3.3."""
+    """Llama 3's scaling is only in the file as a tensor of factors; its parameters are Llama 3.1 to 3.3's."""
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if has_frequencies:
         small = metadata[f"{architecture}.embedding_length"] < 4096

@@ -82,8 +82,7 @@ def _byte_level_bpe(metadata: dict[str, Any]) -> Tokenizer:
     if pre in ("gpt-2", "default"):
         tokenizer.pre_tokenizer = byte_level
     elif pre == "smollm":
-        # Each digit is a word of its own. transformers' GGUF reader leaves this out, so that "123" may become one
-        # token there; here the rule is llama.cpp's and the original tokenizer's.
+        # Each digit is a word of its own, as in llama.cpp and the original tokenizer.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     elif pre in ("llama-bpe", "qwen2"):
         split = Regex(GPT4_SPLIT % (3 if pre == "llama-bpe" else 1))
@@ -105,9 +104,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = _merges_from_scores(tokens, metadata["tokenizer.ggml.scores"], vocabulary)
     unknown = _token(metadata, "unknown") or "<unk>"
-    tokenizer = Tokenizer(
-        BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     to_piece = normalizers.Replace(" ", "▁")
     to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):

@@ -78,7 +78,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Hash config.json, tokenizer.json and each weight file's name, size and a few samples (all of it takes too long)."""
+    """Hash config.json, tokenizer.json and each weight file's name, size and samples (all of it takes too long)."""
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: give a folder in the Hugging Face format, or a .gguf file")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import pytest
 
+from headrace.messages.control import Cancel
 from headrace.messages.stream import TokenBatch, TokenEvent
 from headrace.queue import DELIVERIES_PER_ATTEMPT, Delivery
 from tests.gateway.conftest import MODEL, Gateway, OpenGateway
@@ -48,17 +50,15 @@ def _script(first: Any) -> Any:
 async def test_a_decode_worker_that_leaves_is_a_pause_in_the_stream(open_gateway: OpenGateway) -> None:
     """Prompt and tokens so far are queued anew; no token twice, none missing."""
 
-    async def half(workers: Workers, delivery: Delivery) -> None:
-        await workers.report(delivery, 0)
-        await workers.tokens(delivery, 0, workers.ids()[:4])
-        await workers.leave("d0")
-
     async def elsewhere(workers: Workers, delivery: Delivery) -> None:
+        ids, begin = workers.ids(), delivery.entry.generated
         if delivery.entry.attempt == 0:
-            return await half(workers, delivery)
-        ids = workers.ids()
-        await workers.report(delivery, 1)
-        await workers.tokens(delivery, delivery.entry.generated, ids[delivery.entry.generated :], "length", decode=1)
+            await workers.report(delivery, 0)
+            await workers.tokens(delivery, 0, ids[:4])
+            await workers.leave("d0")
+        else:
+            await workers.report(delivery, 1)
+            await workers.tokens(delivery, begin, ids[begin:], "length", decode=1)
 
     async with open_gateway(decode=2) as gateway:
         gateway.workers.script = elsewhere
@@ -187,9 +187,16 @@ async def test_a_client_that_leaves_is_cancelled_in_both_tiers(open_gateway: Ope
         asking.cancel()
         request_id = gateway.workers.client_deliveries()[0].entry.request_id
         await gateway.workers.until(lambda: [c.request_id for c in gateway.workers.cancels].count(request_id) == 2)
-        async with asyncio.timeout(5):
-            while await gateway.node.queue.depth() > 0:
-                await asyncio.sleep(0.01)
+        assert await _eventually(lambda: gateway.node.queue.depth(), 0)
+
+
+async def _eventually(ask: Callable[[], Awaitable[Any]], expected: Any) -> bool:
+    """Ask until the answer is the expected one."""
+    for _ in range(500):
+        if await ask() == expected:
+            return True
+        await asyncio.sleep(0.01)
+    return False
 
 
 async def test_a_client_that_leaves_inside_a_stream_is_cancelled(open_gateway: OpenGateway) -> None:
@@ -225,8 +232,6 @@ async def test_tokens_that_nobody_waits_for_are_answered_with_a_cancellation(ope
 async def test_messages_that_break_the_schema_are_refused_and_counted(open_gateway: OpenGateway) -> None:
     """The gateway goes on."""
     async with open_gateway() as gateway:
-        from headrace.messages.control import Cancel
-
         await gateway.workers.decode[0].mesh.send(gateway.node.id, Cancel(request_id="x", attempt=0))
         assert _text(await _stream(gateway)) == TEXT
         assert gateway.node.mesh.refused == 1

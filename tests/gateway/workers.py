@@ -19,7 +19,9 @@ from headrace.messages.stream import (
 )
 from headrace.node import ModelIdentity, Node, join_mesh
 from headrace.queue import Delivery
+from headrace.redis_client import RedisError
 from headrace.settings import Settings
+from headrace.tasks import end_task
 from headrace.wire import Decoder
 
 TEXT = "The quick brown fox jumps over the lazy dog."
@@ -61,7 +63,7 @@ class Workers:
                 yield self
             finally:
                 for task in tasks:
-                    task.cancel()
+                    await end_task(task)
                 for name in list(self._members):
                     await self.leave(name)
 
@@ -149,7 +151,12 @@ class Workers:
 
     async def _take(self) -> None:
         while True:
-            for delivery in await self.prefill.queue.take("p0", count=8, block_ms=200):
+            try:
+                deliveries = await self.prefill.queue.take("p0", count=8, block_ms=200)
+            except RedisError:
+                await asyncio.sleep(0.05)
+                continue
+            for delivery in deliveries:
                 async with self._changed:
                     self.deliveries.append(delivery)
                     self._changed.notify_all()

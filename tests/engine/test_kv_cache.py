@@ -1,0 +1,39 @@
+"""Pages leave a cache as bytes and arrive in another one unchanged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.engine.kv_cache import CacheLayout, KVCache
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_survive_the_trip_to_other_places_of_another_cache(dtype: str) -> None:
+    """Three pages of one layer; the other layer and the other pages stay as they are."""
+    layout = CacheLayout(dtype, num_layers=2, num_kv_heads=3, head_dim=8, page_size=4)
+    source, target = (KVCache(layout, 6, torch.device("cpu")) for _ in range(2))
+    source.pages.normal_()
+    data = source.read_pages(1, [5, 0, 3])
+    assert data.nbytes == 3 * layout.page_bytes
+    target.write_pages(1, [2, 4, 1], data)
+    assert torch.equal(target.pages[1, [2, 4, 1]], source.pages[1, [5, 0, 3]])
+    assert not target.pages[0].any()
+    assert not target.pages[1, [0, 3, 5]].any()
+
+
+def test_a_read_is_a_copy() -> None:
+    """What happens to the page later does not change bytes that are on their way."""
+    layout = CacheLayout("float32", num_layers=1, num_kv_heads=1, head_dim=2, page_size=2)
+    cache = KVCache(layout, 2, torch.device("cpu"))
+    data = cache.read_pages(0, [1])
+    cache.pages.fill_(1)
+    assert not any(data)
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_a_buffer_of_another_size_is_refused(size: int) -> None:
+    """One page is 32 bytes here."""
+    layout = CacheLayout("float32", num_layers=1, num_kv_heads=1, head_dim=2, page_size=2)
+    with pytest.raises(ValueError, match="bytes"):
+        KVCache(layout, 2, torch.device("cpu")).write_pages(0, [1], memoryview(bytes(size)))
