@@ -217,7 +217,7 @@ def _num_pages(config: EngineConfig, layout: CacheLayout, device: torch.device, 
         budget = max(min(CPU_CACHE_BYTES, int(available_memory(device) * CPU_CACHE_SHARE)), needed * block)
     if budget // block < needed:
         raise EngineError(
-            f"a KV cache of {max(budget, 0) / 2**20:.0f} MiB holds {max(budget, 0) // block * layout.page_size} tokens, less than one request "
-            f"of {max_model_len}: give at least --kv-cache-memory-bytes {needed * block} or lower --max-model-len"
+            f"a KV cache of {max(budget, 0) / 2**20:.0f} MiB holds less than one request of {max_model_len} tokens: "
+            f"give at least --kv-cache-memory-bytes {needed * block} or lower --max-model-len"
         )
     return int(budget // block)

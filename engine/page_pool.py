@@ -79,8 +79,11 @@ class PagePool:
             self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Drop one reference on each. The last one frees a page, or leaves it cached where it was published."""
-        for page in pages:
+        """Drop one reference on each. The last one frees a page, or leaves it cached where it was published.
+
+        Later pages go first: of a cached prefix the end is evicted before the start, without which it can't be found.
+        """
+        for page in reversed(list(pages)):
             assert self._references[page] > 0, f"page {page} is not in use"
             self._references[page] -= 1
             if self._references[page] == 0:
@@ -114,8 +117,8 @@ class PagePool:
         free, cached = set(self._free), set(self._cached)
         used = {page for page, references in enumerate(self._references) if references > 0}
         assert len(free) == len(self._free), "a page is free twice"
-        assert not free & cached and not free & used and not cached & used, "a page is in two states"
-        assert len(free) + len(cached) + len(used) == self.num_pages, "a page is lost"
+        assert len(free) + len(cached) + len(used) == self.num_pages, "a page is lost or in two states"
+        assert free | cached | used == set(range(self.num_pages)), "a page is lost or in two states"
         assert all(references >= 0 for references in self._references), "a page has a negative reference count"
         assert cached <= set(self._hash_of), "a page is cached without a hash"
         assert {h: p for p, h in self._hash_of.items()} == self._page_of, "the hash maps differ"

@@ -105,9 +105,7 @@ class RequestQueue:
         )
         mine = {bytes(item["message_id"]).decode() for item in pending}.intersection(entry_ids)  # type: ignore[arg-type]
         if mine:
-            await self._client.xclaim(
-                self._stream, GROUP, consumer, min_idle_time=0, message_ids=sorted(mine), justid=True
-            )
+            await self._client.xclaim(self._stream, GROUP, consumer, min_idle_time=0, message_ids=[*mine], justid=True)
 
     async def _delivery(self, entry_id: bytes, fields: dict[bytes, bytes], times: int) -> Delivery | None:
         try:

@@ -81,4 +81,5 @@ async def _until_answering(server: asyncio.subprocess.Process, url: str, log_pat
         pass
     finally:
         await client.aclose()
-    raise SettingsError(f"the private Redis did not start: {log_path.read_text(errors='replace')[-2000:]}")
+    said = await asyncio.to_thread(log_path.read_text, errors="replace")
+    raise SettingsError(f"the private Redis did not start: {said[-2000:]}")

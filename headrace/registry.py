@@ -158,7 +158,8 @@ class Registry:
             self._excuse_absence()
         if not ids:
             return {}
-        values: list[bytes | None] = await self._client.mget([self._keys.member(member_id) for member_id in ids])
+        names = [self._keys.member(member_id) for member_id in ids]
+        values: list[bytes | None] = await self._client.mget(names)  # type: ignore[assignment]
         expired = [member_id for member_id, value in zip(ids, values, strict=True) if value is None]
         if expired:
             await self._client.srem(self._keys.members, *expired)
@@ -182,8 +183,8 @@ class Registry:
             return member
         if member.epoch < self.me.epoch:
             raise MeshMismatch(
-                f"{self.me.id} serves {mine} but {member.id}, which was here first, serves {theirs}: start both with the "
-                "same --model and version, or give this mesh its own --namespace"
+                f"{self.me.id} serves {mine} but {member.id}, which was here first, serves {theirs}: start both "
+                "with the same --model and version, or give this mesh its own --namespace"
             )
         if (member.id, member.epoch) not in self._reported:
             self._reported.add((member.id, member.epoch))

@@ -68,10 +68,13 @@ class Handoff:
         self.sent_bytes = 0
         self._pages = pages
         self._store = store
-        self._segments: list[Segment] = []
-        self._next_segment = 0
+        self._segments: deque[Segment] = deque()
+        """Computed, in order, and not sent."""
         self._sequence = 0
         self._window_bytes = 0
+        self._most_pages = 1
+        """In one message. A quarter of the window, because the receiver credits by quarters: a larger message could wait
+        for ever for the credit of a small one before it."""
         self._on_the_way: deque[tuple[int, int]] = deque()
         """(sequence, bytes) of the Pages that no Credit has covered."""
         self._first_token: tuple[int, TokenLogprobs | None] | None = None
@@ -107,6 +110,7 @@ class Handoff:
                 self.state = State.GRANTED
                 self.held_pages = message.held_pages
                 self._window_bytes = message.window_bytes
+                self._most_pages = max(message.window_bytes // 4 // self._store.page_bytes, 1)
             case Refuse() if self.state is State.OFFERED:
                 assert self.receiver is not None
                 self.refused[self.receiver] = message.cause
@@ -132,16 +136,19 @@ class Handoff:
         """What can be sent now, or None. Reads the pages it returns at this very moment."""
         if self.state is not State.GRANTED:
             return None
-        while self._next_segment < len(self._segments):
-            segment = self._without_held(self._segments[self._next_segment])
-            if segment is None:
-                self._next_segment += 1
+        while self._segments:
+            segment = self._segments.popleft()
+            first, end = max(segment.first_page, self.held_pages), segment.first_page + segment.num_pages
+            if first >= end:
                 continue
-            size = segment.num_pages * self._store.page_bytes
+            stop = min(end, first + self._most_pages)
+            size = (stop - first) * self._store.page_bytes
             if size > self._window_bytes and self._on_the_way:
+                self._segments.appendleft(segment)
                 return None
-            self._next_segment += 1
-            return self._pages_message(segment, size)
+            if stop < end:
+                self._segments.appendleft(Segment(segment.layer, stop, end - stop))
+            return self._pages_message(Segment(segment.layer, first, stop - first), size)
         if self._first_token is None:
             return None
         self.state = State.COMMITTED
@@ -150,11 +157,6 @@ class Handoff:
         return Commit(
             request_id=request_id, attempt=attempt, sequence=self._sequence, token_id=token_id, logprobs=logprobs
         ), NO_PAYLOAD
-
-    def _without_held(self, segment: Segment) -> Segment | None:
-        first = max(segment.first_page, self.held_pages)
-        end = segment.first_page + segment.num_pages
-        return Segment(segment.layer, first, end - first) if first < end else None
 
     def _pages_message(self, segment: Segment, size: int) -> tuple[Message, tuple[memoryview, ...]]:
         page_ids = self._pages[segment.first_page : segment.first_page + segment.num_pages]

@@ -1,0 +1,77 @@
+"""One table and one JSON file a benchmark: figures, each with its target and whether it was met."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COMPARISONS = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
+
+
+@dataclass
+class Figure:
+    """One measured number. `target` is text such as `<= 1.25`; without one the figure is for information."""
+
+    name: str
+    value: float | None
+    unit: str
+    target: str = ""
+    why: str = ""
+    """Why there is no value."""
+    met: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.target and self.value is not None:
+            sign, limit = self.target.split()
+            self.met = bool(COMPARISONS[sign](self.value, float(limit)))
+
+
+def publish(name: str, figures: list[Figure]) -> Path:
+    """Print the table and write `loadtest/results/NAME.json`."""
+    table = Table(title=name)
+    for column in ("figure", "value", "unit", "target", "met"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for figure in figures:
+        value = figure.why if figure.value is None else f"{figure.value:.3f}".rstrip("0").rstrip(".")
+        met = {None: "", True: "yes", False: "NO"}[figure.met]
+        table.add_row(figure.name, value, figure.unit, figure.target, met)
+    Console(width=120).print(table)
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "name": name,
+        "commit": _commit(),
+        "machine": f"{os.cpu_count()} cores of {_processor()}",
+        "card": None,
+        "command": " ".join(["python", "-m", "headrace.loadtest.bench", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "figures": [{key: value for key, value in asdict(figure).items() if value != ""} for figure in figures],
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    return path
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

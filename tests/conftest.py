@@ -1,0 +1,27 @@
+"""A real Redis-compatible server for the whole session, and a namespace of its own for each test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from headrace.redis_client import Keys
+from headrace.redis_server import private_redis
+
+_namespaces = itertools.count()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def redis_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """The URL of a server that lives as long as the session."""
+    async with private_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def keys() -> Keys:
+    """Redis keys that no other test uses."""
+    return Keys(f"unit-{next(_namespaces)}")

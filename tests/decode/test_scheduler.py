@@ -1,0 +1,179 @@
+"""Which requests a decode step runs, and who gives way when pages run out."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from headrace.decode.scheduler import DecodeScheduler, Plan
+from headrace.decode.sequence import Sequence
+from headrace.engine.page_pool import PagePool
+from headrace.messages.request import SamplingParams
+from tests.kvtransfer.parts import PAGE_SIZE, make_offer
+
+
+def arrived(pool: PagePool, name: str, tokens: int) -> Sequence:
+    """A request as the receiver hands it over: pages for its prompt, and the first token."""
+    offer = make_offer(range(tokens), name)
+    return Sequence(offer, [*offer.token_ids, 7], pool.allocate(pool.pages_for(tokens)), 1)
+
+
+def names(sequences: list[Sequence]) -> list[str]:
+    """Their request ids."""
+    return [sequence.offer.request_id for sequence in sequences]
+
+
+def test_requests_join_in_order_up_to_the_limit() -> None:
+    """The others wait and join when a place comes free."""
+    pool = PagePool(8, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 2)
+    for name in "abc":
+        scheduler.add(arrived(pool, name, 2))
+    assert names(scheduler.schedule().joins) == ["a", "b"]
+    assert (scheduler.num_running, scheduler.num_ready) == (2, 1)
+    scheduler.remove(("a", 0))
+    plan = scheduler.schedule()
+    assert (names(plan.joins), plan.leaves) == (["c"], [("a", 0)])
+
+
+def test_a_request_gets_a_page_when_it_needs_one() -> None:
+    """Neither earlier nor for a page that is not full yet."""
+    pool = PagePool(4, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 2)
+    sequence = arrived(pool, "a", PAGE_SIZE - 1)
+    scheduler.add(sequence)
+    assert scheduler.schedule().new_pages == {}
+    assert len(sequence.pages) == 1
+    sequence.append(8)
+    plan = scheduler.schedule()
+    assert plan.new_pages == {("a", 0): sequence.pages[1:]}
+    assert len(sequence.pages) == 2
+
+
+def test_a_joining_request_brings_all_its_pages() -> None:
+    """`new_pages` is about requests that run already."""
+    pool = PagePool(4, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 2)
+    sequence = arrived(pool, "a", PAGE_SIZE)
+    scheduler.add(sequence)
+    plan = scheduler.schedule()
+    assert (plan.new_pages, len(plan.joins[0].pages)) == ({}, 2)
+
+
+def test_the_youngest_gives_way_when_pages_run_out() -> None:
+    """The oldest goes on with the youngest's pages."""
+    pool = PagePool(3, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 4)
+    old, young = arrived(pool, "old", PAGE_SIZE - 1), arrived(pool, "young", PAGE_SIZE + 1)
+    scheduler.add(old)
+    scheduler.add(young)
+    scheduler.schedule()
+    old.append(1)
+    plan = scheduler.schedule()
+    assert names(plan.preempted) == ["young"]
+    assert plan.leaves == [("young", 0)]
+    assert list(plan.new_pages) == [("old", 0)]
+    pool.check_integrity()
+
+
+def test_a_request_given_up_before_it_ran_never_joins() -> None:
+    """The engine hears of it neither as joined nor as left."""
+    pool = PagePool(2, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 4)
+    scheduler.add(arrived(pool, "old", 1))
+    scheduler.schedule()
+    scheduler.add(arrived(pool, "young", PAGE_SIZE))
+    plan = scheduler.schedule()
+    assert (names(plan.preempted), plan.joins, plan.leaves, plan.new_pages) == (["young"], [], [], {})
+
+
+def test_removing_what_waits_concerns_no_engine() -> None:
+    """A request that has not joined leaves without a trace; an unknown one is nothing to remove."""
+    pool = PagePool(2, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 1)
+    scheduler.add(arrived(pool, "a", 1))
+    scheduler.remove(("a", 0))
+    scheduler.remove(("b", 0))
+    assert not scheduler.has_work
+    assert pool.num_in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("sampling", "tokens", "generated", "expected"),
+    [
+        (SamplingParams(max_tokens=9), [1, 2], 1, None),
+        (SamplingParams(max_tokens=1), [1, 2], 1, "length"),
+        (SamplingParams(max_tokens=9), [1] * 16, 1, "length"),
+        (SamplingParams(max_tokens=9, stop_token_ids=(2,)), [1, 2], 1, "stop"),
+        (SamplingParams(max_tokens=1, stop_token_ids=(2,)), [1, 2], 1, "stop"),
+        (SamplingParams(max_tokens=9, stop_token_ids=(2,), min_tokens=1), [1, 2], 1, None),
+        (SamplingParams(max_tokens=9, stop_token_ids=(2,), min_tokens=1), [1, 2, 2], 2, "stop"),
+        (SamplingParams(max_tokens=9, stop_token_ids=(1,)), [1, 2], 1, None),
+    ],
+)
+def test_a_sequence_knows_its_end(
+    sampling: SamplingParams, tokens: list[int], generated: int, expected: str | None
+) -> None:
+    """A stop token wins over the length; `min_tokens` output tokens come before any stop."""
+    offer = msgspec.structs.replace(make_offer([1]), sampling=sampling)
+    assert Sequence(offer, tokens, [0], generated).finish_reason(max_model_len=16) == expected
+
+
+class Batch(RuleBasedStateMachine):
+    """A scheduler and an engine that believes its plans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(6, PAGE_SIZE)
+        self.scheduler = DecodeScheduler(self.pool, 3)
+        self.engine: dict[tuple[str, int], list[int]] = {}
+        self.count = 0
+
+    @rule(tokens=st.integers(1, 3 * PAGE_SIZE))
+    def arrive(self, tokens: int) -> None:
+        """A request whose pages fit."""
+        if self.pool.pages_for(tokens) <= self.pool.num_free:
+            self.count += 1
+            self.scheduler.add(arrived(self.pool, str(self.count), tokens))
+
+    @precondition(lambda self: self.scheduler.sequences())
+    @rule(index=st.integers(0, 20))
+    def end(self, index: int) -> None:
+        """Any request ends or is cancelled."""
+        sequences = self.scheduler.sequences()
+        self.scheduler.remove(sequences[index % len(sequences)].key)
+
+    @rule()
+    def step(self) -> None:
+        """A decode step: the engine's pages are the scheduler's, and there is one for each token to be written."""
+        oldest = self.scheduler.sequences()[:1]
+        plan: Plan = self.scheduler.schedule()
+        for key in plan.leaves:
+            del self.engine[key]
+        for key, pages in plan.new_pages.items():
+            self.engine[key].extend(pages)
+        for sequence in plan.joins:
+            assert sequence.key not in self.engine
+            self.engine[sequence.key] = list(sequence.pages)
+        assert len(self.engine) == self.scheduler.num_running <= 3
+        for key, pages in self.engine.items():
+            sequence = self.scheduler.running(key)
+            assert pages == sequence.pages
+            assert sequence.pages_missing(PAGE_SIZE) == 0
+            sequence.append(5)
+        if oldest and oldest[0] in plan.preempted:
+            assert self.scheduler.num_running == 0
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        """What is in use belongs to exactly one request."""
+        self.pool.check_integrity()
+        held = [page for sequence in self.scheduler.sequences() for page in sequence.pages]
+        assert len(held) == len(set(held)) == self.pool.num_in_use
+
+
+TestBatch = Batch.TestCase
+TestBatch.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,241 @@
+"""Both sides of the handoff joined by a network that repeats, loses and damages messages, and by workers that die."""
+
+from __future__ import annotations
+
+from collections import deque
+from unittest import mock
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from headrace.engine.page_pool import PagePool
+from headrace.kvtransfer import receiver as receiver_module
+from headrace.kvtransfer.handoff import Handoff, Segment, State
+from headrace.kvtransfer.messages import Abort, Pages, Renew
+from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.wire import Message
+from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, MemoryStore, kv_bytes, make_offer
+
+DECODE_PAGES = 9
+WINDOW = 4 * PAGE_BYTES
+SENDERS = ("prefill-1", "prefill-2")
+Frame = tuple[Message, tuple[memoryview, ...]]
+
+any_request = st.sampled_from(["a", "b", "c"])
+any_sender = st.sampled_from(SENDERS)
+any_index = st.integers(0, 7)
+prompts = st.tuples(st.sampled_from([0, 100]), st.integers(1, 5 * PAGE_SIZE)).map(lambda p: list(range(p[0], sum(p))))
+
+
+class Job:
+    """A handoff and how far its prompt is computed. Its pages are a store of its own: page i of the prompt is page i."""
+
+    def __init__(self, tokens: list[int], request_id: str, attempt: int) -> None:
+        self.tokens = tokens
+        self.num_pages = -(-len(tokens) // PAGE_SIZE)
+        self.store = MemoryStore(self.num_pages)
+        self.computed = 0
+        offer = make_offer(tokens, request_id, attempt)
+        self.handoff = Handoff(offer, list(range(self.num_pages)), self.store)
+
+    def compute(self, count: int) -> None:
+        """One prefill step over up to `count` pages."""
+        end = min(self.computed + count, self.num_pages)
+        for layer in range(NUM_LAYERS):
+            for page in range(self.computed, end):
+                self.store.data[layer][page] = kv_bytes(layer, self.tokens, page)
+            if end > self.computed:
+                self.handoff.layer_ready(Segment(layer, self.computed, end - self.computed))
+        self.computed = end
+        if end == self.num_pages:
+            self.handoff.finish(1, None)
+
+
+class Handoffs(RuleBasedStateMachine):
+    """Two prefill workers, one decode worker, and everything that can go wrong between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = mock.patch.object(receiver_module, "WINDOW_BYTES", WINDOW)
+        self.window.start()
+        self.pool = PagePool(DECODE_PAGES, PAGE_SIZE)
+        self.store = MemoryStore(DECODE_PAGES)
+        self.now = 0.0
+        self.jobs: dict[str, list[Job]] = {sender: [] for sender in SENDERS}
+        self.to_receiver: dict[str, deque[Frame]] = {sender: deque() for sender in SENDERS}
+        self.to_sender: dict[str, deque[Message]] = {sender: deque() for sender in SENDERS}
+        self.decoding: list[ReceivedRequest] = []
+        self.receiver = Receiver(
+            LAYOUT,
+            self.store,
+            self.pool,
+            DECODE_PAGES,
+            lambda peer, message: self.to_sender[peer].append(message),
+            self.on_received,
+            lambda: self.now,
+        )
+
+    def on_received(self, request: ReceivedRequest) -> None:
+        """What arrived is what was computed, whether it travelled now or was held."""
+        self.assert_intact(request)
+        self.decoding.append(request)
+
+    def assert_intact(self, request: ReceivedRequest) -> None:
+        """Every page of a decoding request has the bytes that its prompt gives."""
+        for layer in range(NUM_LAYERS):
+            for index, page in enumerate(request.pages):
+                assert self.store.data[layer][page] == kv_bytes(layer, request.offer.token_ids, index)
+
+    def job(self, sender: str, index: int) -> Job | None:
+        """One of a sender's jobs."""
+        jobs = self.jobs[sender]
+        return jobs[index % len(jobs)] if jobs else None
+
+    @rule(sender=any_sender, request=any_request, attempt=st.integers(0, 9), tokens=prompts)
+    def begin(self, sender: str, request: str, attempt: int, tokens: list[int]) -> None:
+        """A new attempt, or a stale one, is offered."""
+        if any(job.handoff.key == (request, attempt) for job in self.jobs[sender]):
+            return
+        job = Job(tokens, request, attempt)
+        self.jobs[sender].append(job)
+        self.to_receiver[sender].append((job.handoff.offer_to("decode-1"), ()))
+
+    @rule(sender=any_sender, index=any_index)
+    def offer_again(self, sender: str, index: int) -> None:
+        """A refused handoff tries once more."""
+        job = self.job(sender, index)
+        if job and job.handoff.state is State.UNPLACED:
+            self.to_receiver[sender].append((job.handoff.offer_to("decode-1"), ()))
+
+    @rule(sender=any_sender, index=any_index, count=st.integers(1, 3))
+    def compute(self, sender: str, index: int, count: int) -> None:
+        """A prefill step."""
+        if (job := self.job(sender, index)) and job.computed < job.num_pages:
+            job.compute(count)
+
+    @rule(sender=any_sender, index=any_index)
+    def send(self, sender: str, index: int) -> None:
+        """All that may be sent goes into the line."""
+        job = self.job(sender, index)
+        while job and (item := job.handoff.next_message()) is not None:
+            self.to_receiver[sender].append((item[0], tuple(memoryview(bytes(frame)) for frame in item[1])))
+
+    @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost", "damaged"]))
+    def line_to_receiver(self, sender: str, fate: str) -> None:
+        """The head of the line reaches the decode worker, or doesn't."""
+        if not self.to_receiver[sender] or fate == "lost":
+            self.to_receiver[sender] = deque(list(self.to_receiver[sender])[1:])
+            return
+        message, payload = self.to_receiver[sender].popleft()
+        if fate == "damaged" and payload:
+            damaged = bytearray(payload[0])
+            damaged[-1] ^= 1
+            payload = (memoryview(bytes(damaged)),)
+        for _ in range(2 if fate == "twice" else 1):
+            self.receiver.handle(sender, message, payload)  # type: ignore[arg-type]
+
+    @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost"]))
+    def line_to_sender(self, sender: str, fate: str) -> None:
+        """The head of the other line reaches the prefill worker, or doesn't."""
+        if not self.to_sender[sender]:
+            return
+        message = self.to_sender[sender].popleft()
+        for job in self.jobs[sender]:
+            if job.handoff.receiver and job.handoff.key == (message.request_id, message.attempt):  # type: ignore[attr-defined]
+                for _ in range({"lost": 0, "twice": 2}.get(fate, 1)):
+                    job.handoff.handle(message)  # type: ignore[arg-type]
+        self.jobs[sender] = [j for j in self.jobs[sender] if j.handoff.state not in (State.DONE, State.FAILED)]
+
+    @rule(sender=any_sender, index=any_index)
+    def give_up(self, sender: str, index: int) -> None:
+        """A prefill worker abandons one handoff and says so."""
+        if job := self.job(sender, index):
+            request_id, attempt = job.handoff.key
+            abort = Abort(request_id=request_id, attempt=attempt, cause="sender_failed")
+            self.to_receiver[sender].append((abort, ()))
+            self.jobs[sender].remove(job)
+
+    @rule(sender=any_sender)
+    def die(self, sender: str) -> None:
+        """A prefill worker is gone with all that it had on the way."""
+        self.jobs[sender] = []
+        self.to_receiver[sender].clear()
+        self.to_sender[sender].clear()
+        self.receiver.sender_left(sender)
+        assert all(incoming.sender != sender for incoming in self.receiver._incoming.values())
+
+    @rule(sender=any_sender)
+    def renew(self, sender: str) -> None:
+        """A prefill worker says which handoffs it still wants."""
+        keys = [job.handoff.key for job in self.jobs[sender] if job.handoff.receiver]
+        self.to_receiver[sender].append((Renew(handoffs=keys), ()))
+
+    @rule(seconds=st.sampled_from([1.0, LEASE_SECONDS / 2, LEASE_SECONDS + 1]))
+    def time_passes(self, seconds: float) -> None:
+        """Leases run out."""
+        self.now += seconds
+        self.receiver.reap()
+
+    @rule(request=any_request, attempt=st.integers(0, 9))
+    def cancel(self, request: str, attempt: int) -> None:
+        """The client went away."""
+        self.receiver.cancel(request, attempt)
+
+    @precondition(lambda self: self.decoding)
+    @rule(index=any_index)
+    def end_decoding(self, index: int) -> None:
+        """A request ends: its pages were untouched to the last, and others may have them."""
+        request = self.decoding.pop(index % len(self.decoding))
+        self.assert_intact(request)
+        self.pool.release(request.pages)
+        self.receiver.grant_waiting()
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        """No page is lost, held twice, or held by what waits."""
+        self.pool.check_integrity()
+        self.receiver.check_integrity()
+
+    @invariant()
+    def the_window_is_respected(self) -> None:
+        """No more is on the way than was granted."""
+        for job in (job for jobs in self.jobs.values() for job in jobs):
+            sizes = [size for _, size in job.handoff._on_the_way]
+            assert sum(sizes) <= WINDOW
+
+    def teardown(self) -> None:
+        """After all leases have ended and all requests too, every page is free."""
+        self.window.stop()
+        self.now += 2 * LEASE_SECONDS
+        self.receiver.reap()
+        while self.receiver.num_waiting or self.decoding:
+            while self.decoding:
+                self.end_decoding(0)
+            self.now += 2 * LEASE_SECONDS
+            self.receiver.reap()
+        assert (self.receiver.num_open, self.pool.num_in_use) == (0, 0)
+        self.pool.check_integrity()
+
+
+TestHandoffs = Handoffs.TestCase
+TestHandoffs.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
+    """Without accidents every prompt arrives, large steps after small ones among them, in messages within the window."""
+    machine = Handoffs()
+    for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
+        machine.begin(SENDERS[0], "abcd"[number], 0, [number * 50 + token for token in range(5 * PAGE_SIZE)])
+        for step in [*steps, *[1] * 20]:
+            machine.compute(SENDERS[0], 0, step)
+            machine.send(SENDERS[0], 0)
+            while machine.to_receiver[SENDERS[0]]:
+                message, payload = machine.to_receiver[SENDERS[0]][0]
+                assert not isinstance(message, Pages) or len(payload[0]) == message.num_pages * PAGE_BYTES
+                machine.line_to_receiver(SENDERS[0], "arrives")
+            while machine.to_sender[SENDERS[0]]:
+                machine.line_to_sender(SENDERS[0], "arrives")
+        assert [request.offer.request_id for request in machine.decoding] == ["abcd"[number]]
+        machine.end_decoding(0)
+    machine.teardown()

@@ -1,0 +1,320 @@
+"""Every row of the table in `headrace.kvtransfer.receiver`."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import xxhash
+
+from headrace.engine.page_pool import PagePool
+from headrace.kvtransfer import receiver as receiver_module
+from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Renew
+from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.wire import Message
+from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, MemoryStore, make_offer
+
+PREFILL = "prefill-1"
+
+
+class Bench:
+    """A receiver over real pages, with a clock that the test turns."""
+
+    def __init__(self, num_pages: int = 8) -> None:
+        self.pool = PagePool(num_pages, PAGE_SIZE)
+        self.store = MemoryStore(num_pages)
+        self.sent: list[tuple[str, Message]] = []
+        self.received: list[ReceivedRequest] = []
+        self.now = 0.0
+        self.receiver = Receiver(
+            LAYOUT,
+            self.store,
+            self.pool,
+            num_pages,
+            lambda peer, message: self.sent.append((peer, message)),
+            self.received.append,
+            lambda: self.now,
+        )
+
+    def offer(self, tokens: int, request_id: str = "r", attempt: int = 0, sender: str = PREFILL) -> Offer:
+        """Offer a prompt that shares no page with others'."""
+        offer = make_offer([hash(request_id) % 1000 + token for token in range(tokens)], request_id, attempt)
+        self.receiver.handle(sender, offer, ())
+        return offer
+
+    def pages(self, sequence: int, layer: int, first: int = 0, count: int = 1, sender: str = PREFILL) -> None:
+        """Send pages of request `r` whose bytes tell their layer."""
+        payload = bytes([layer + 1]) * (count * PAGE_BYTES)
+        message = Pages(
+            request_id="r",
+            attempt=0,
+            sequence=sequence,
+            layer=layer,
+            first_page=first,
+            num_pages=count,
+            checksum=xxhash.xxh3_64_digest(payload),
+        )
+        self.receiver.handle(sender, message, (memoryview(payload),))
+
+    def commit(self, sequence: int, sender: str = PREFILL) -> None:
+        """Commit request `r`."""
+        message = Commit(request_id="r", attempt=0, sequence=sequence, token_id=5, logprobs=None)
+        self.receiver.handle(sender, message, ())
+
+    def deliver(self) -> None:
+        """Request `r`, one page long, from its first to its last message."""
+        for layer in range(NUM_LAYERS):
+            self.pages(layer, layer)
+        self.commit(NUM_LAYERS)
+
+    @property
+    def last(self) -> Message:
+        """What the receiver said last."""
+        return self.sent[-1][1]
+
+    def assert_empty(self) -> None:
+        """Nothing is held for anyone."""
+        assert (self.receiver.num_open, self.receiver.num_waiting, self.pool.num_in_use) == (0, 0, 0)
+        self.pool.check_integrity()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """One with eight free pages."""
+    return Bench()
+
+
+def test_an_offer_is_granted_where_pages_are_free(bench: Bench) -> None:
+    """(none) -> RECEIVING: the whole prompt's pages are reserved at once."""
+    bench.offer(9)
+    assert isinstance(bench.last, Grant)
+    assert (bench.last.held_pages, bench.pool.num_in_use, bench.receiver.num_open) == (0, 3, 1)
+
+
+def test_waiting_offers_are_granted_in_order(bench: Bench) -> None:
+    """(none) -> WAITING -> RECEIVING: a small late offer does not overtake a large early one."""
+    bench.offer(24, "first")
+    bench.offer(20, "large")
+    bench.offer(4, "small")
+    assert bench.receiver.num_waiting == 2
+    bench.receiver.check_integrity()
+    bench.receiver.cancel("first", 0)
+    granted = [message.request_id for _, message in bench.sent if isinstance(message, Grant)]
+    assert granted == ["first", "large", "small"]
+
+
+def test_reserved_pages_are_left_alone(bench: Bench) -> None:
+    """Grants leave room for running requests to grow."""
+    bench.receiver.reserve_pages = 7
+    bench.offer(8)
+    assert bench.receiver.num_waiting == 1
+    bench.receiver.reserve_pages = 6
+    bench.receiver.grant_waiting()
+    assert bench.receiver.num_waiting == 0
+
+
+def refuse_cause(bench: Bench) -> str:
+    """The cause of the refusal that was just sent."""
+    assert isinstance(bench.last, Refuse)
+    return bench.last.cause
+
+
+def test_another_layout_is_refused_naming_both(bench: Bench) -> None:
+    """Pages of another shape can't be read here."""
+    bench.receiver.handle(PREFILL, make_offer([1], layout=msgspec.structs.replace(LAYOUT, dtype="bfloat16")), ())
+    assert refuse_cause(bench) == "layout"
+    assert isinstance(bench.last, Refuse)
+    assert "bfloat16" in bench.last.message
+    assert "float32" in bench.last.message
+
+
+def test_a_prompt_larger_than_the_cache_is_refused(bench: Bench) -> None:
+    """It would wait for ever."""
+    bench.offer(8 * PAGE_SIZE + 1)
+    assert refuse_cause(bench) == "too_long"
+
+
+def test_a_repeated_offer_is_refused(bench: Bench) -> None:
+    """The first one goes on."""
+    bench.offer(4)
+    bench.offer(4)
+    assert refuse_cause(bench) == "duplicate"
+    bench.deliver()
+    assert len(bench.received) == 1
+
+
+def test_a_stale_attempt_is_refused_even_after_the_new_one_ended(bench: Bench) -> None:
+    """A late sender can't bring back what a newer attempt has done."""
+    bench.offer(4, attempt=3)
+    bench.receiver.cancel("r", 3)
+    bench.offer(4, attempt=2)
+    assert refuse_cause(bench) == "stale"
+    bench.assert_empty()
+
+
+def test_a_stopping_worker_takes_nothing_new_but_ends_what_it_has(bench: Bench) -> None:
+    """What was granted still arrives."""
+    bench.offer(4)
+    bench.receiver.stopping = True
+    bench.offer(4, "late")
+    assert refuse_cause(bench) == "stopping"
+    bench.deliver()
+    assert isinstance(bench.last, Ack)
+
+
+def test_too_many_waiting_offers_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue is bounded."""
+    monkeypatch.setattr(receiver_module, "MAX_WAITING", 1)
+    bench.offer(32, "first")
+    bench.offer(4, "waits")
+    bench.offer(4, "over")
+    assert refuse_cause(bench) == "full"
+
+
+def test_a_committed_prompt_goes_to_the_decoder(bench: Bench) -> None:
+    """RECEIVING -> (none): every byte is in its place, the pages are the decoder's, the sender gets its Ack."""
+    bench.offer(4)
+    bench.deliver()
+    (request,) = bench.received
+    assert (request.token_id, len(request.pages)) == (5, 1)
+    for layer in range(NUM_LAYERS):
+        assert bench.store.data[layer][request.pages[0]] == bytes([layer + 1]) * PAGE_BYTES
+    assert bench.sent[-1] == (PREFILL, Ack(request_id="r", attempt=0))
+    assert (bench.receiver.num_open, bench.pool.num_in_use) == (0, 1)
+    bench.pool.release(request.pages)
+    bench.assert_empty()
+
+
+def test_a_prefix_that_is_held_need_not_travel(bench: Bench) -> None:
+    """A committed prompt is found again: only the page after it is missing."""
+    bench.offer(4)
+    bench.deliver()
+    longer = make_offer([*bench.received[0].offer.token_ids, 9], "longer")
+    bench.receiver.handle(PREFILL, longer, ())
+    assert isinstance(bench.last, Grant)
+    assert bench.last.held_pages == 1
+    assert bench.pool.num_in_use == 2
+
+
+def test_a_repeated_message_is_dropped(bench: Bench) -> None:
+    """`Pages` below the expected sequence were written before."""
+    bench.offer(4)
+    bench.pages(0, 0)
+    bench.pages(0, 0)
+    bench.pages(1, 1)
+    bench.pages(2, 2)
+    bench.commit(3)
+    assert isinstance(bench.last, Ack)
+
+
+def test_a_flipped_byte_ends_the_attempt(bench: Bench) -> None:
+    """The checksum finds it; the pages are free again and nothing was written."""
+    bench.offer(4)
+    message = Pages(
+        request_id="r",
+        attempt=0,
+        sequence=0,
+        layer=0,
+        first_page=0,
+        num_pages=1,
+        checksum=xxhash.xxh3_64_digest(bytes(PAGE_BYTES)),
+    )
+    bench.receiver.handle(PREFILL, message, (memoryview(b"\1" + bytes(PAGE_BYTES - 1)),))
+    assert isinstance(bench.last, Abort)
+    assert bench.last.cause == "checksum"
+    assert bench.store.data == MemoryStore(8).data
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "layer", "first", "count"),
+    [(1, 0, 0, 1), (0, NUM_LAYERS, 0, 1), (0, 0, 1, 1), (0, 0, 0, 2)],
+    ids=["gap", "no such layer", "skipped page", "more than granted"],
+)
+def test_pages_out_of_order_end_the_attempt(bench: Bench, sequence: int, layer: int, first: int, count: int) -> None:
+    """RECEIVING -> (none): a gap can't be filled later."""
+    bench.offer(4)
+    bench.pages(sequence, layer, first, count)
+    assert isinstance(bench.last, Abort)
+    assert bench.last.cause == "sequence"
+    bench.assert_empty()
+
+
+def test_an_early_commit_ends_the_attempt(bench: Bench) -> None:
+    """A prompt with a missing layer never reaches the decoder."""
+    bench.offer(4)
+    bench.pages(0, 0)
+    bench.commit(1)
+    assert isinstance(bench.last, Abort)
+    assert bench.received == []
+    bench.assert_empty()
+
+
+def test_messages_of_strangers_change_nothing(bench: Bench) -> None:
+    """Only the worker that offered can send, commit, renew or abort."""
+    bench.offer(4)
+    bench.pages(0, 0, sender="other")
+    bench.commit(0, sender="other")
+    bench.receiver.handle("other", Abort(request_id="r", attempt=0, cause="cancelled"), ())
+    bench.receiver.handle("other", Renew(handoffs=[("r", 0)]), ())
+    assert bench.sent[1:] == [("other", Abort(request_id="r", attempt=0, cause="unknown"))]
+    bench.deliver()
+    assert len(bench.received) == 1
+
+
+def test_credit_comes_by_quarters_of_the_window(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Credit covers all `Pages` before it."""
+    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 8 * PAGE_BYTES)
+    bench.offer(4)
+    for layer in range(NUM_LAYERS):
+        bench.pages(layer, layer)
+    assert [message.sequence for _, message in bench.sent if isinstance(message, Credit)] == [2]
+
+
+def test_a_silent_handoff_loses_its_lease(bench: Bench) -> None:
+    """Any state -> (none); pages or a Renew start the lease again."""
+    bench.offer(4)
+    bench.now += LEASE_SECONDS
+    bench.pages(0, 0)
+    bench.now += LEASE_SECONDS
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0)]), ())
+    bench.now += LEASE_SECONDS
+    bench.receiver.reap()
+    assert bench.receiver.num_open == 1
+    bench.now += 0.1
+    bench.receiver.reap()
+    assert isinstance(bench.last, Abort)
+    assert bench.last.cause == "lease"
+    bench.assert_empty()
+
+
+def test_a_newer_attempt_replaces_an_older_one(bench: Bench) -> None:
+    """The older sender is told, and its pages serve the newer."""
+    bench.offer(32)
+    bench.offer(32, attempt=1, sender="prefill-2")
+    (_, abort), (peer, grant) = bench.sent[-2:]
+    assert isinstance(abort, Abort)
+    assert (peer, isinstance(grant, Grant)) == ("prefill-2", True)
+    assert bench.receiver.num_open == 1
+
+
+def test_cancels_and_deaths_free_everything(bench: Bench) -> None:
+    """Whoever goes, the receiver keeps nothing of theirs."""
+    bench.offer(4, "a")
+    bench.receiver.cancel("a", 5)
+    bench.offer(4, "b", sender="prefill-2")
+    bench.receiver.sender_left("prefill-2")
+    bench.offer(4, "c")
+    bench.receiver.cancel_gateway("gateway-1")
+    bench.offer(4, "d")
+    bench.receiver.handle(PREFILL, Abort(request_id="d", attempt=0, cause="sender_failed"), ())
+    aborted = [(peer, message.request_id) for peer, message in bench.sent if isinstance(message, Abort)]
+    assert aborted == [(PREFILL, "a"), (PREFILL, "c")]
+    assert bench.receiver.aborts == {"cancelled": 2, "sender_failed": 2}
+    bench.assert_empty()
+
+
+def test_a_cancelled_request_is_not_taken_afterwards(bench: Bench) -> None:
+    """The cancel may overtake the offer."""
+    bench.receiver.cancel("r", 0)
+    bench.offer(4)
+    assert refuse_cause(bench) == "stale"
