@@ -67,7 +67,9 @@ class Settings(BaseModel):
     kv_cache_memory_bytes: int | None = _field(None, "size of the KV cache (default: by device)", WORKER, ge=1)
     gpu_memory_utilization: float = _field(0.9, "share of a GPU's memory that a worker may use", WORKER, gt=0, le=1)
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
-    max_num_batched_tokens: int = _field(2048, "prompt tokens that a prefill step computes", WORKER, ge=16)
+    max_num_batched_tokens: int | None = _field(
+        None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16
+    )
     max_num_prefills: int = _field(8, "prompts that a prefill worker holds at once", WORKER, ge=1, le=256)
     cpu_threads: int | None = _field(
         None, "threads of one worker on a CPU (default: its part of the cores)", WORKER, ge=1

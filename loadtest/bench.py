@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from headrace.loadtest.client import Answer, StreamClient
@@ -79,19 +79,21 @@ async def bench(quick: bool) -> list[Figure]:
     """All figures. The mesh and the yardstick never compute at the same time."""
     numbers = Numbers()
     figures: list[Figure] = []
-    async with yardstick() as bare, local_mesh(*FLAGS) as mesh:
-        client = StreamClient(mesh.url, MODEL)
-        figures += await same_tokens(bare, client, *((6, 16) if quick else (50, 64)))
-        figures += await many_streams(client, numbers, 32 if quick else 64)
-        figures += await latency(bare, client, numbers, *((1, 16) if quick else (5, 48)))
+    async with AsyncExitStack() as stack:
+        flags = (*FLAGS, "--prefill", "2") if quick else FLAGS  # a quick run has no time for a second mesh
+        bare, mesh = await asyncio.gather(
+            stack.enter_async_context(yardstick()), stack.enter_async_context(local_mesh(*flags))
+        )
+        client = await stack.enter_async_context(StreamClient(mesh.url, MODEL))
+        figures += await same_tokens(bare, client, *((4, 8) if quick else (50, 64)))
+        figures += await many_streams(client, numbers, *((1, 32) if quick else (3, 64)))
+        figures += await latency(bare, client, numbers, *((1, 8) if quick else (5, 48)))
         figures += await bare_engine(bare, numbers, *((1, 8) if quick else (3, 48)))
         figures += await pages_come_back(mesh, client, numbers)
-        await client.close()
-    async with local_mesh(*FLAGS, "--prefill", "2") as mesh:
-        client = StreamClient(mesh.url, MODEL)
-        figures += await kill_a_prefill_worker(mesh, client, numbers, 6 if quick else 24)
-        await client.close()
-    return figures
+        if quick:
+            return figures + await kill_a_prefill_worker(mesh, client, numbers, 6)
+    async with local_mesh(*FLAGS, "--prefill", "2") as mesh, StreamClient(mesh.url, MODEL) as client:
+        return figures + await kill_a_prefill_worker(mesh, client, numbers, 24)
 
 
 async def same_tokens(bare: Yardstick, client: StreamClient, count: int, tokens: int) -> list[Figure]:
@@ -116,10 +118,10 @@ async def same_tokens(bare: Yardstick, client: StreamClient, count: int, tokens:
     ]
 
 
-async def many_streams(client: StreamClient, numbers: Numbers, tokens: int) -> list[Figure]:
+async def many_streams(client: StreamClient, numbers: Numbers, rounds: int, tokens: int) -> list[Figure]:
     """Total tokens a second of 32 streams against those of one."""
     one_rate, many_rate = [], []
-    for _ in range(2):
+    for _ in range(rounds):
         one_rate.append(await _rate(client, numbers, 1, tokens))
         many_rate.append(await _rate(client, numbers, 32, tokens))
     one, many = statistics.median(one_rate), statistics.median(many_rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from openai import AsyncOpenAI
 
@@ -73,6 +73,8 @@ class StreamClient:
                 answer.token_times += [now] * len(choice.logprobs.tokens or [])
         return answer
 
-    async def close(self) -> None:
-        """Close the connections."""
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
         await self._client.close()

@@ -8,6 +8,9 @@ from headrace.node import join_mesh, until_stopped
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 
+TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
+"""Prompt tokens that keep the device busy; more would only make the first of several prompts wait for the last."""
+
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
@@ -17,7 +20,7 @@ async def run(settings: Settings) -> None:
             model.engine,
             model.device_thread,
             layout_of(model.folder.fingerprint, model.engine.layout),
-            token_budget=settings.max_num_batched_tokens,
+            token_budget=settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,
         )

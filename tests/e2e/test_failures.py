@@ -15,13 +15,13 @@ MODEL = "smollm2"
 
 async def test_killed_workers_lose_no_request_and_nothing_is_left_behind() -> None:
     """SIGKILL a prefill worker, then a decode worker, under load: every answer is what it is undisturbed."""
-    async with local_mesh("--dtype", "float32", "--prefill", "2", "--decode", "2", "--max-num-seqs", "16") as mesh:
-        client = StreamClient(mesh.url, MODEL)
+    flags = ("--dtype", "float32", "--prefill", "2", "--decode", "2", "--max-num-seqs", "16")
+    async with local_mesh(*flags) as mesh, StreamClient(mesh.url, MODEL) as client:
         prompts = [unique_tokens(100, number) for number in range(6)]
         undisturbed = [(await client.complete(prompt, 24)).text for prompt in prompts]
         for victim in ("prefill-0", "decode-0"):
             load = [
-                asyncio.create_task(client.complete(prompt[1:] + [number], 24)) for number, prompt in enumerate(prompts)
+                asyncio.create_task(client.complete([*prompt[1:], number], 24)) for number, prompt in enumerate(prompts)
             ]
             await mesh.until_pages_are_used(victim)
             mesh.kill(victim)
@@ -29,7 +29,6 @@ async def test_killed_workers_lose_no_request_and_nothing_is_left_behind() -> No
             assert [len(answer.token_times) for answer in answers] == [24] * len(prompts)
         assert [(await client.complete(prompt, 24)).text for prompt in prompts] == undisturbed
         await mesh.until_no_page_is_used()
-        await client.close()
         pids = set(mesh.pids.values())
     assert not [pid for pid in pids if _is_running(pid)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from typing import Any
 
@@ -158,7 +159,7 @@ async def test_bad_bodies_get_a_clear_error_and_the_mesh_goes_on(mesh: LocalMesh
             ("chat/completions", json.dumps({"model": MODEL, "messages": []}).encode(), 400),
             ("completions", b'{"prompt": "' + b"x" * 50_000_000 + b'"}', 413),
         ):
-            async with session.post(f"{mesh.url}/v1/{path}", data=data) as response:
+            async with session.post(f"{mesh.url}/v1/{path}", data=io.BytesIO(data)) as response:
                 assert response.status == status
                 assert (await response.json())["error"]["message"]
     assert await stream_text(client, "Still", max_tokens=2, temperature=0)
