@@ -104,14 +104,15 @@ class Engine:
         max_model_len = min(config.max_model_len or limit, limit)
         with torch.inference_mode():
             model = _load_model(config, model_config, device, dtype, max_model_len, progress)
-            layout = CacheLayout(
-                str(dtype).removeprefix("torch."),
-                model_config.num_layers,
-                model_config.num_kv_heads,
-                model_config.head_dim,
-                config.page_size,
-            )
-            cache = KVCache(layout, _num_pages(config, layout, device, max_model_len), device)
+        layout = CacheLayout(
+            str(dtype).removeprefix("torch."),
+            model_config.num_layers,
+            model_config.num_kv_heads,
+            model_config.head_dim,
+            config.page_size,
+        )
+        # outside of inference mode, in which tensors are made that the handoff could not write to
+        cache = KVCache(layout, _num_pages(config, layout, device, max_model_len), device)
         return cls(config, model_config, model, cache, max_model_len)
 
     def warm_up(self) -> None:

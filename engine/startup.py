@@ -34,8 +34,7 @@ async def loaded_model(settings: Settings) -> AsyncIterator[LoadedModel]:
     with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
         engine = await loop.run_in_executor(device_thread, _load, settings, folder)
-        name = settings.served_model_name or folder.name
-        identity = ModelIdentity(name, folder.fingerprint, engine.max_model_len)
+        identity = ModelIdentity(folder.name, folder.fingerprint, engine.max_model_len)
         yield LoadedModel(folder, engine, device_thread, identity)
 
 

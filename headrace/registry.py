@@ -23,6 +23,9 @@ from headrace.wire import Count, Decoder, MeshId, Message, WireError, encode
 
 log = logging.getLogger(__name__)
 
+LOOKS_PER_LEASE = 8
+"""How often, in one lease, a process renews its own registration and reads the others'."""
+
 Tier = Literal["gateway", "prefill", "decode"]
 
 
@@ -72,7 +75,7 @@ class Registry:
 
     async def run(self) -> None:
         """Renew the lease and watch the others until cancelled."""
-        interval = self._lease_seconds / 4
+        interval = self._lease_seconds / LOOKS_PER_LEASE
         reachable = True
         while True:
             try:
@@ -88,7 +91,7 @@ class Registry:
                 reachable = False
             try:
                 await asyncio.wait_for(self._touched.wait(), interval)
-                await asyncio.sleep(interval / 5)  # one write for a burst of changes
+                await asyncio.sleep(interval / 4)  # one write for a burst of changes
             except TimeoutError:
                 pass
             self._touched.clear()

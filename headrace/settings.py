@@ -39,7 +39,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = _field("smollm2", "built-in `smollm2`, a Hugging Face folder, a .gguf file or a hub id", ALL)
-    served_model_name: str | None = _field(None, "name that clients use for the model (default: the model's own)", ALL)
+    served_model_name: str | None = _field(
+        None, "name that clients use for the model (default: the model's own)", GATEWAY
+    )
     redis: str | None = _field(None, "redis://, rediss:// or unix:// URL; `up` starts a private server if none", ALL)
     namespace: str = _field("headrace", "prefix of all Redis keys: one mesh a namespace", ALL, pattern=r"^[\w.-]+$")
     lease_seconds: float = _field(2.0, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
