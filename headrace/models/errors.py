@@ -1,7 +1,9 @@
-"""What can be wrong with a model's files."""
+"""What can be wrong with a model that a user names."""
 
 from __future__ import annotations
 
+from headrace.errors import StartError
 
-class ModelError(Exception):
-    """The model can't be found, read or served; the message says what to do."""
+
+class ModelError(StartError):
+    """The model can't be found, read or run; the message says what to do."""
