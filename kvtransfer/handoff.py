@@ -73,8 +73,8 @@ class Handoff:
         self._sequence = 0
         self._window_bytes = 0
         self._most_pages = 1
-        """In one message. A quarter of the window, because the receiver credits by quarters: a larger message could wait
-        for ever for the credit of a small one before it."""
+        """In one message: a quarter of the window, because the receiver credits by quarters. A larger one could
+        wait for ever for the credit of a small one before it."""
         self._on_the_way: deque[tuple[int, int]] = deque()
         """(sequence, bytes) of the Pages that no Credit has covered."""
         self._first_token: tuple[int, TokenLogprobs | None] | None = None

@@ -29,7 +29,7 @@ prompts = st.tuples(st.sampled_from([0, 100]), st.integers(1, 5 * PAGE_SIZE)).ma
 
 
 class Job:
-    """A handoff and how far its prompt is computed. Its pages are a store of its own: page i of the prompt is page i."""
+    """A handoff and how far its prompt is computed. It has a store of its own: page i of the prompt is page i."""
 
     def __init__(self, tokens: list[int], request_id: str, attempt: int) -> None:
         self.tokens = tokens
@@ -237,7 +237,7 @@ TestHandoffs.settings = settings(max_examples=60, stateful_step_count=60, deadli
 
 
 def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
-    """Without accidents every prompt arrives, large steps after small ones among them, in messages within the window."""
+    """Without accidents every prompt arrives, large steps after small ones among them, within the window."""
     machine = Handoffs()
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
         machine.begin(SENDERS[0], "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
