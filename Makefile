@@ -1,6 +1,6 @@
-# Everything runs in .venv, which is made from nothing when it is missing. HEADRACE_VENV puts it elsewhere.
+# Everything runs in .venv, which is made from nothing when it is missing; VENV=... puts it elsewhere.
 PYTHON ?= python3
-VENV ?= $(or $(HEADRACE_VENV),.venv)
+VENV ?= .venv
 # A plain `torch` on Linux brings gigabytes of GPU libraries; where there is no NVIDIA driver, PyTorch's CPU index is tried first.
 TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
