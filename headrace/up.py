@@ -25,7 +25,7 @@ from headrace.supervisor import Child, Supervisor
 READY_TIMEOUT_SECONDS = 900.0
 """Loading a large model from a slow disk takes minutes; a mesh that is not up by then never will be."""
 POLL_SECONDS = 0.1
-SPIN_COUNT = "10000"
+SPIN_COUNT = "30000"
 """How long a worker's idle OpenMP thread spins before it sleeps: a fraction of a millisecond, since others want the
 core."""
 

@@ -86,8 +86,8 @@ async def bench(quick: bool) -> list[Figure]:
         )
         client = await stack.enter_async_context(StreamClient(mesh.url, MODEL))
         figures += await same_tokens(bare, client, *((4, 8) if quick else (50, 64)))
-        figures += await many_streams(client, numbers, *((1, 32) if quick else (3, 64)))
-        figures += await latency(bare, client, numbers, *((1, 8) if quick else (5, 48)))
+        figures += await many_streams(client, numbers, *((1, 24) if quick else (3, 64)))
+        figures += await latency(bare, client, numbers, *((1, 8) if quick else (9, 32)))
         figures += await bare_engine(bare, numbers, *((1, 8) if quick else (3, 48)))
         figures += await pages_come_back(mesh, client, numbers)
         if quick:
@@ -134,7 +134,7 @@ async def many_streams(client: StreamClient, numbers: Numbers, rounds: int, toke
 
 async def _rate(client: StreamClient, numbers: Numbers, streams: int, tokens: int) -> float:
     started = time.perf_counter()
-    answers = await asyncio.gather(*(client.complete(numbers.prompt(32), tokens) for _ in range(streams)))
+    answers = await asyncio.gather(*(client.complete(numbers.prompt(16), tokens) for _ in range(streams)))
     assert all(len(answer.token_times) == tokens for answer in answers), "a stream lost tokens"
     return streams * tokens / (time.perf_counter() - started)
 
@@ -180,7 +180,7 @@ async def bare_engine(bare: Yardstick, numbers: Numbers, rounds: int, tokens: in
 
 async def pages_come_back(mesh: LocalMesh, client: StreamClient, numbers: Numbers) -> list[Figure]:
     """Finished, cancelled and failed requests at once; then no page may be in use."""
-    cancelled = [asyncio.create_task(client.complete(numbers.prompt(300), 500)) for _ in range(8)]
+    cancelled = [asyncio.create_task(client.complete(numbers.prompt(100), 500)) for _ in range(8)]
     finished = [asyncio.create_task(client.complete(numbers.prompt(40), 8)) for _ in range(8)]
     failed = [asyncio.create_task(client.complete(numbers.prompt(9000), 8)) for _ in range(2)]
     await asyncio.wait([*finished, *failed])
@@ -196,7 +196,7 @@ async def pages_come_back(mesh: LocalMesh, client: StreamClient, numbers: Number
 
 async def kill_a_prefill_worker(mesh: LocalMesh, client: StreamClient, numbers: Numbers, count: int) -> list[Figure]:
     """SIGKILL one of two prefill workers under load; every answer must be what it is undisturbed."""
-    prompts = [numbers.prompt(200) for _ in range(count)]
+    prompts = [numbers.prompt(100) for _ in range(count)]
     load = [asyncio.create_task(client.complete(prompt, 16)) for prompt in prompts]
     await mesh.until_pages_are_used("prefill-0")
     mesh.kill("prefill-0")
