@@ -150,16 +150,17 @@ class Handoffs(RuleBasedStateMachine):
                     job.handoff.handle(message)  # type: ignore[arg-type]
         self.jobs[sender] = [j for j in self.jobs[sender] if j.handoff.state not in (State.DONE, State.FAILED)]
 
-    @rule(sender=any_sender, count=st.integers(1, 3))
-    def flow(self, sender: str, count: int) -> None:
+    @rule(sender=any_sender, count=st.integers(1, 5), rounds=st.integers(1, 8))
+    def flow(self, sender: str, count: int, rounds: int) -> None:
         """Everything goes well for a while."""
-        for index in range(len(self.jobs[sender])):
-            self.compute(sender, index, count)
-            self.send(sender, index)
-        while self.to_receiver[sender]:
-            self.line_to_receiver(sender, "arrives")
-        while self.to_sender[sender]:
-            self.line_to_sender(sender, "arrives")
+        for _ in range(rounds):
+            for index in range(len(self.jobs[sender])):
+                self.compute(sender, index, count)
+                self.send(sender, index)
+            while self.to_receiver[sender]:
+                self.line_to_receiver(sender, "arrives")
+            while self.to_sender[sender]:
+                self.line_to_sender(sender, "arrives")
 
     @rule(sender=any_sender, index=any_index)
     def give_up(self, sender: str, index: int) -> None:
@@ -242,7 +243,7 @@ def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
         machine.begin(SENDERS[0], "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
         for step in [*steps, *[1] * 20]:
-            machine.flow(SENDERS[0], step)
+            machine.flow(SENDERS[0], step, 1)
         assert [request.offer.request_id for request in machine.decoding] == ["abcd"[number]]
         machine.end_decoding(0)
     machine.teardown()
