@@ -37,7 +37,8 @@ class DecodeWorker:
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
-        self._batch: DecodeBatch[Key] = DecodeBatch(engine)
+        self._batch: DecodeBatch[Key] | None = None
+        """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._receiver = Receiver(
             layout, engine.cache, engine.pool, engine.pool.num_pages, self._post, self._start_decoding
@@ -95,10 +96,16 @@ class DecodeWorker:
             self._fail(sequence, "worker_error", "a decode step failed")
             self._scheduler.remove(sequence.key)
         self._scheduler.schedule()
-        self._batch = DecodeBatch(self._engine)
+        self._batch = None
 
     def _run_step(self, plan: Plan) -> list[tuple[Key, SampledToken]]:
-        """On the device's own thread."""
+        """On the device's own thread.
+
+        No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
+        after, let those that wait sleep at once, and a step would take half as long again.
+        """
+        if self._batch is None:
+            self._batch = DecodeBatch(self._engine)
         for key in plan.leaves:
             self._batch.leave(key)
         for key, pages in plan.new_pages.items():

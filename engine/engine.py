@@ -27,7 +27,7 @@ from headrace.messages.stream import TokenLogprobs
 
 Progress = Callable[[str, float], None]
 
-CPU_CACHE_BYTES = 2 * 2**30
+CPU_CACHE_BYTES = 2**30
 CPU_CACHE_SHARE = 0.25
 LOGPROB_ROWS = 256
 """Rows of prompt logits held at once."""

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.host_memory import Populating, keep_freed_memory
 from headrace.models.locate import ModelFolder, locate_model
 from headrace.node import ModelIdentity
 from headrace.settings import Settings
@@ -30,12 +31,17 @@ class LoadedModel:
 @asynccontextmanager
 async def loaded_model(settings: Settings) -> AsyncIterator[LoadedModel]:
     """Load what `settings` name. Raises `ModelError` or `EngineError`, which say what to do."""
+    keep_freed_memory()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
         engine = await loop.run_in_executor(device_thread, _load, settings, folder)
         identity = ModelIdentity(folder.name, folder.fingerprint, engine.max_model_len)
-        yield LoadedModel(folder, engine, device_thread, identity)
+        populating = Populating(engine.cache.pages)
+        try:
+            yield LoadedModel(folder, engine, device_thread, identity)
+        finally:
+            populating.stop()
 
 
 def _load(settings: Settings, folder: ModelFolder) -> Engine:

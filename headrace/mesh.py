@@ -31,6 +31,8 @@ MAX_FRAME_BYTES = 512 * 2**20
 SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
+GREETING = b""
+"""The first message on every line: its receiver looks an unknown sender up at once, and they know each other."""
 
 Payload = bytes | memoryview
 
@@ -100,6 +102,7 @@ class Mesh:
             line.curve_secretkey = self._key.secret
         line.connect(member.address)
         self._lines[member.id] = line
+        _send_now(line, [GREETING])
 
     def _close_line(self, member: Member) -> None:
         line = self._lines.pop(member.id, None)
@@ -129,10 +132,8 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        sent = asyncio.ensure_future(line.send_multipart([encode(message)], flags=zmq.NOBLOCK))
-        if sent.done() and (error := sent.exception()):
+        if error := _send_now(line, [encode(message)]):
             raise PeerGone(f"{peer_id} takes no messages: {error}") from error
-        sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     async def receive(self) -> Inbound:
         """The next message from a registered peer."""
@@ -142,7 +143,7 @@ class Mesh:
                 self._refuse("no header", bytes(frames[0].buffer))
                 continue
             sender = await self._identify(bytes(frames[0].buffer))
-            if sender is not None:
+            if sender is not None and len(frames[1].buffer) > len(GREETING):
                 return Inbound(sender, frames[1].buffer, tuple(frame.buffer for frame in frames[2:]))
 
     async def _identify(self, routing_id: bytes) -> Member | None:
@@ -181,3 +182,12 @@ class Mesh:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.destroy(linger=0)
+
+
+def _send_now(line: zmq.asyncio.Socket, frames: list[bytes]) -> BaseException | None:
+    """Send without waiting; the error where that is known to have failed."""
+    sent = asyncio.ensure_future(line.send_multipart(frames, flags=zmq.NOBLOCK))
+    if sent.done():
+        return sent.exception()
+    sent.add_done_callback(lambda future: future.cancelled() or future.exception())
+    return None

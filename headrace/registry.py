@@ -23,7 +23,7 @@ from headrace.wire import Count, Decoder, MeshId, Message, WireError, encode
 
 log = logging.getLogger(__name__)
 
-LOOKS_PER_LEASE = 8
+LOOKS_PER_LEASE = 4
 """How often, in one lease, a process renews its own registration and reads the others'."""
 
 Tier = Literal["gateway", "prefill", "decode"]
@@ -91,7 +91,7 @@ class Registry:
                 reachable = False
             try:
                 await asyncio.wait_for(self._touched.wait(), interval)
-                await asyncio.sleep(interval / 4)  # one write for a burst of changes
+                await asyncio.sleep(interval / 2)  # one write for a burst of changes
             except TimeoutError:
                 pass
             self._touched.clear()

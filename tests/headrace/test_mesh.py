@@ -34,7 +34,8 @@ async def test_members_find_each_other_and_talk(redis_url: str, tmp_path: Path, 
     space = uuid.uuid4().hex
     async with join_mesh(settings(redis_url, space, "a", key), "prefill", MODEL) as a:
         async with join_mesh(settings(redis_url, space, "b", key), "decode", MODEL) as b:
-            await a.registry.refresh()
+            b.mesh.post("a", Cancel(request_id="q", attempt=0))
+            assert (await a.mesh.receive()).sender.id == "b"  # whose greeting made it known
             await a.mesh.send("b", Cancel(request_id="r", attempt=1), (memoryview(b"x" * 100_000),))
             inbound = await b.mesh.receive()
             assert (inbound.sender.id, decode(inbound.header)) == ("a", Cancel(request_id="r", attempt=1))
