@@ -21,7 +21,7 @@ from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, Tok
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
-from headrace.wire import Decoder, Message, WireError
+from headrace.wire import Decoder, Message
 
 log = logging.getLogger(__name__)
 
@@ -182,12 +182,7 @@ class DecodeWorker:
 
     async def _mailbox_loop(self) -> None:
         while True:
-            inbound = await self._node.mesh.receive()
-            try:
-                message = self._decode(inbound.header)
-            except WireError as error:
-                self._node.mesh.refuse(inbound.sender, str(error))
-                continue
+            inbound, message = await self._node.mesh.receive_as(self._decode)
             if isinstance(message, Cancel):
                 self._receiver.cancel(message.request_id, message.attempt)
                 held = [sequence.key for sequence in self._scheduler.sequences()]

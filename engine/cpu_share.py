@@ -1,9 +1,8 @@
 """How many threads an engine on a CPU may use just now.
 
 Two processes that each run an OpenMP pool over all cores fall to a tenth of their speed, for every thread waits,
-spinning,
-for one that is not running. So the engines of one machine share a file with one byte for each, set while it has work,
-and each takes its part of the cores: all of them when it is alone.
+spinning, for one that is not running. So the engines of one machine share a file with one byte for each, set while it
+has work, and each takes its part of the cores: all of them when it is alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which device, which dtype, how many threads."""
+"""Which device, which dtype, how much memory."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,10 @@ from headrace.engine.model_config import ModelConfig
 from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
-from headrace.engine.weights import load_decoder
+from headrace.engine.weights import Progress, load_decoder
 from headrace.kernels.paged_attention import plan_prefill
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
-
-Progress = Callable[[str, float], None]
 
 CPU_CACHE_BYTES = 2**30
 CPU_CACHE_SHARE = 0.25
@@ -69,8 +67,10 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class PrefillOutput:
-    """`token` follows a complete sequence (but where `max_tokens` is 0). `prompt_logprobs` are those of the prompt
-    tokens `start + 1` to `start + length`, where asked for.
+    """What one chunk gave.
+
+    `token` follows a complete sequence (but where `max_tokens` is 0); `prompt_logprobs` are those of the prompt tokens
+    `start + 1` to `start + length`, where asked for.
     """
 
     token: SampledToken | None

@@ -33,7 +33,7 @@ class FusedDecoder:
         residual = embedding(batch.token_ids, weights.embedding)
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
-        cos, sin = rope_tables(batch.positions, self._inverse_frequencies, 1.0, residual.dtype)
+        cos, sin = rope_tables(batch.positions, self._inverse_frequencies, residual.dtype)
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
         for index, layer in enumerate(weights.layers):
             queries, keys, values = self._project(layer, hidden, cos, sin)

@@ -63,8 +63,9 @@ class GeneralModel:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Write K and V [1, kv_heads, T, size] to the cache and attend from `query` [1, heads, T, size] to all of
-        it.
+        """Write K and V [1, kv_heads, T, size] to the cache and attend to all of it.
+
+        `query` is [1, heads, T, size]; returns [T, heads, size].
         """
         assert self._step is not None
         batch, cache, on_layer = self._step

@@ -28,8 +28,9 @@ class CacheLayout:
 
 
 class KVCache:
-    """`pages` is [layers, pages, 2 (K, V), KV heads, page size, head size]: one page of one layer is one block of
-    memory.
+    """One page of one layer is one block of memory.
+
+    `pages` is [layers, pages, 2 (K, V), KV heads, page size, head size].
     """
 
     def __init__(self, layout: CacheLayout, num_pages: int, device: torch.device) -> None:

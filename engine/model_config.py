@@ -1,6 +1,4 @@
-"""What the engine needs to know of a model, read from its config.json without importing transformers (that takes
-seconds).
-"""
+"""What the engine needs to know of a model, from its config.json (importing transformers would take seconds)."""
 
 from __future__ import annotations
 

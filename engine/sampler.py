@@ -1,8 +1,7 @@
 """Chooses the next token of each request in a batch.
 
 A draw is keyed by (seed, output position) alone, so a request gives the same tokens in whatever row, batch, attempt
-or worker it runs.
-Filters follow vLLM's order: temperature, min-p, top-k, top-p.
+or worker it runs. Filters follow vLLM's order: temperature, min-p, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -58,15 +57,12 @@ class BatchSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._logprobs = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
-        self._penalized = self._rows(
-            rows, lambda p: bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
-        )
-        self._biased = self._rows(rows, lambda p: bool(p.logit_bias))
-        self._held_open = self._rows(rows, lambda p: bool(p.min_tokens and p.stop_token_ids))
-        drawn = self._rows(rows, lambda p: p.temperature > 0)
-        filtered = {i for i in drawn if params[i].top_k or params[i].top_p < 1 or params[i].min_p > 0}
-        self._filtered = sorted(filtered)
-        self._unfiltered = [i for i in drawn if i not in filtered]
+        self._penalized = [i for i, row in enumerate(rows) if row.counts is not None]
+        self._biased = [i for i, p in enumerate(params) if p.logit_bias]
+        self._held_open = [i for i, p in enumerate(params) if p.min_tokens and p.stop_token_ids]
+        drawn = [(i, bool(p.top_k or p.top_p < 1 or p.min_p > 0)) for i, p in enumerate(params) if p.temperature > 0]
+        self._filtered = [i for i, is_filtered in drawn if is_filtered]
+        self._unfiltered = [i for i, is_filtered in drawn if not is_filtered]
         self._temperature = self._column([p.temperature or 1.0 for p in params], torch.float32)
         self._top_p = self._column([p.top_p for p in params], torch.float32)
         self._top_k = self._column([p.top_k or vocab_size for p in params], torch.int64)
@@ -74,9 +70,6 @@ class BatchSampler:
         self._seed = torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)
         self._prepare_penalties([rows[i] for i in self._penalized])
         self._prepare_masks(params)
-
-    def _rows(self, rows: Sequence[SamplingRow], wanted: object) -> list[int]:
-        return [index for index, row in enumerate(rows) if wanted(row.params)]  # type: ignore[operator]
 
     def _column(self, values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)

@@ -18,7 +18,7 @@ from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, To
 from headrace.node import Node
 from headrace.redis_client import RedisError
 from headrace.registry import Member
-from headrace.wire import Decoder, WireError
+from headrace.wire import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +44,11 @@ class MeshClient:
     async def receive(self) -> None:
         """Hand out messages until cancelled."""
         while True:
-            inbound = await self.node.mesh.receive()
+            inbound, message = await self.node.mesh.receive_as(self._decode)
             if inbound.sender.tier == "gateway":
                 self.node.mesh.refuse(inbound.sender, "gateways make no tokens")
-                continue
-            try:
-                message = self._decode(inbound.header)
-            except WireError as error:
-                self.node.mesh.refuse(inbound.sender, str(error))
-                continue
-            await self._dispatch(message, inbound.sender)
-            await asyncio.sleep(0)  # a full mailbox never suspends `receive`: let the HTTP handlers run
+            else:
+                await self._dispatch(message, inbound.sender)
 
     async def submit(self, choice: Choice) -> None:
         """Queue a new choice. Raises `Unavailable` where Redis is away."""

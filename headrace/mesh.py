@@ -23,7 +23,7 @@ from headrace.keys import MeshKey, is_loopback
 from headrace.redis_client import RedisError
 from headrace.registry import Member, Registry
 from headrace.settings import SettingsError
-from headrace.wire import Message, encode
+from headrace.wire import Decoder, Message, T, WireError, encode
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +135,19 @@ class Mesh:
         if error := _send_now(line, [encode(message)]):
             raise PeerGone(f"{peer_id} takes no messages: {error}") from error
 
+    async def receive_as(self, decode: Decoder[T]) -> tuple[Inbound, T]:
+        """The next message that follows the receiver's schema, decoded; what does not is refused."""
+        while True:
+            inbound = await self.receive()
+            try:
+                return inbound, decode(inbound.header)
+            except WireError as error:
+                self.refuse(inbound.sender, str(error))
+
     async def receive(self) -> Inbound:
         """The next message from a registered peer."""
         while True:
+            await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
             frames: list[Any] = await self._mailbox.recv_multipart(copy=False)
             if len(frames) < 2:
                 self._refuse("no header", bytes(frames[0].buffer))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from headrace.processes import end_process
 from headrace.redis_client import RedisError, connect
 from headrace.settings import SettingsError
 
@@ -37,18 +38,9 @@ async def private_redis(folder: Path) -> AsyncIterator[str]:
     """Run a server inside the block and yield its URL. What it holds survives its own crash, not the folder."""
     socket = folder / "redis.sock"
     url = f"unix://{socket}"
-    command = [
-        find_server(),
-        "--port",
-        "0",
-        "--unixsocket",
-        str(socket),
-        "--unixsocketperm",
-        "700",
-        "--dir",
-        str(folder),
-    ]
-    command += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--daemonize", "no"]
+    options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(folder), "daemonize": "no"}
+    options |= {"save": "", "appendonly": "yes", "appendfsync": "everysec"}
+    command = [find_server(), *(word for name, value in options.items() for word in (f"--{name}", value))]
     log_path = folder / "redis.log"
     with log_path.open("wb") as log_file:
         server = await asyncio.create_subprocess_exec(
@@ -58,13 +50,7 @@ async def private_redis(folder: Path) -> AsyncIterator[str]:
         await _until_answering(server, url, log_path)
         yield url
     finally:
-        if server.returncode is None:
-            server.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(server.wait(), STOP_TIMEOUT_SECONDS)
-            except TimeoutError:
-                server.kill()
-                await server.wait()
+        await end_process(server, signal.SIGTERM, STOP_TIMEOUT_SECONDS)
 
 
 async def _until_answering(server: asyncio.subprocess.Process, url: str, log_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Who is in the mesh: each process registers in Redis under a lease and watches the others.
 
 A process is `(id, epoch)`; the epoch is its start time in nanoseconds, so a restarted worker is a new peer and
-whatever was held for the old one
-is released. Redis expires a registration that is not renewed, so no clocks are compared. While Redis is away the last
-known membership stays in force, and after it is back every process gets one lease of grace to register again.
+whatever was held for the old one is released. Redis expires a registration that is not renewed, so no clocks are
+compared. While Redis is away the last known membership stays in force, and after it is back every process gets one
+lease of grace to register again.
 """
 
 from __future__ import annotations

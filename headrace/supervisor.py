@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from headrace.cli import EXIT_USAGE
 from headrace.errors import StartError
+from headrace.processes import end_process
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ class Child:
     command: str
     environment: dict[str, str]
     last_line: str = "starting"
-    restarts: int = 0
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
 
 
@@ -62,7 +62,6 @@ class Supervisor:
             quick_deaths = quick_deaths + 1 if time.monotonic() - started < QUICK_DEATH_SECONDS else 1
             if quick_deaths >= MAX_QUICK_DEATHS:
                 raise StartError(f"{child.name} died {quick_deaths} times in a row, the last words: {child.last_line}")
-            child.restarts += 1
             self._on_line(child, f"{_how_it_ended(code)}, starting it again")
             await asyncio.sleep(RESTART_DELAY_SECONDS * quick_deaths)
 
@@ -95,16 +94,8 @@ class Supervisor:
     async def stop(self) -> None:
         """Stop the children in their order, each with time to finish, and kill what does not go."""
         for child in self.children:
-            process = child.process
-            if process is None or process.returncode is not None:
-                continue
-            process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(process.wait(), STOP_TIMEOUT_SECONDS)
-            except TimeoutError:
-                log.warning("%s did not stop, killing it", child.name)
-                process.kill()
-                await process.wait()
+            if child.process is not None and await end_process(child.process, signal.SIGTERM, STOP_TIMEOUT_SECONDS):
+                log.warning("%s did not stop and was killed", child.name)
 
 
 def _how_it_ended(code: int) -> str:

@@ -77,7 +77,6 @@ def _children(settings: Settings, folder: Path) -> list[Child]:
     cpu_share = folder / "cpu-share"
     cpu_share.write_bytes(bytes(settings.prefill + settings.decode))
     environment = settings.as_environment()
-    environment.pop("HEADRACE_WORKER_ID", None)
     children = [Child("gateway", "gateway", environment)]
     for tier, count in (("prefill", settings.prefill), ("decode", settings.decode)):
         for index in range(count):
@@ -127,9 +126,10 @@ class _Screen:
         self.children = children
         self._console = console
         self._started = time.monotonic()
-        self.live = Live(get_renderable=self._table, console=console, transient=True, refresh_per_second=8)
-        if not console.is_terminal:
-            self.live = Live(console=console, auto_refresh=False, transient=True)
+        table = self._table if console.is_terminal else None
+        self.live = Live(
+            get_renderable=table, console=console, transient=True, auto_refresh=table is not None, refresh_per_second=8
+        )
 
     def show(self, child: Child, line: str) -> None:
         """Print one line of a child's log."""

@@ -22,7 +22,7 @@ class Linear:
             self._weight = weight.contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """X [T, in] to [T, out]."""
+        """Multiply x [T, in]; returns [T, out]."""
         if self._blocked:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return y

@@ -6,11 +6,11 @@ import torch
 
 
 def rope_tables(
-    positions: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
+    positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin, [T, 1, rotary_dim], for positions [T]; sin carries the minus of the first half."""
     angles = positions.to(torch.float32).unsqueeze(-1) * inverse_frequencies
-    cos, sin = angles.cos().mul_(scaling), angles.sin().mul_(scaling)
+    cos, sin = angles.cos(), angles.sin()
     return (
         torch.cat((cos, cos), dim=-1).unsqueeze(1).to(dtype),
         torch.cat((-sin, sin), dim=-1).unsqueeze(1).to(dtype),

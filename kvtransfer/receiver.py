@@ -70,7 +70,6 @@ class _Incoming:
     offer: Offer
     lease_ends: float
     pages: list[PageId] = field(default_factory=list)
-    held_pages: int = 0
     sequence: int = 0
     next_page: list[int] = field(default_factory=list)
     """By layer: the first page of the prompt that has not arrived."""
@@ -183,7 +182,6 @@ class Receiver:
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)
-            incoming.held_pages = len(held)
             incoming.next_page = [len(held)] * self._layout.num_layers
             request_id, attempt = key
             grant = Grant(request_id=request_id, attempt=attempt, held_pages=len(held), window_bytes=WINDOW_BYTES)

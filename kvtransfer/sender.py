@@ -43,8 +43,7 @@ class Sender:
         """Offer until granted, send each layer as it is computed, commit; returns when the receiver has acknowledged.
 
         `choose` names the next receiver to try (`handoff.refused` says who would not). Raises `HandoffFailed`.
-        Whatever ends it,
-        cancellation included, the receiver is told.
+        Whatever ends it, cancellation included, the receiver is told.
         """
         self._open[handoff.key] = handoff
         try:

@@ -9,11 +9,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
+
+from headrace.processes import end_process
 
 START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 60.0
@@ -64,13 +66,12 @@ class LocalMesh:
 
 
 @asynccontextmanager
-async def local_mesh(*flags: str, environment: Mapping[str, str] | None = None) -> AsyncIterator[LocalMesh]:
+async def local_mesh(*flags: str) -> AsyncIterator[LocalMesh]:
     """Run `headrace up FLAGS` inside the block; yields once it says that it is ready."""
     port = _free_port()
     command = [sys.executable, "-m", "headrace", "up", "--port", str(port), *flags]
     process = await asyncio.create_subprocess_exec(
         *command,
-        env={**os.environ, **(environment or {})},
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
@@ -86,13 +87,7 @@ async def local_mesh(*flags: str, environment: Mapping[str, str] | None = None) 
             raise RuntimeError("the mesh did not start:\n" + "\n".join(mesh.log[-40:]))
         yield mesh
     finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGINT)
-        try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_SECONDS)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        await end_process(process, signal.SIGINT, STOP_TIMEOUT_SECONDS)
         await reading
 
 

@@ -20,8 +20,6 @@ from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.messages.request import SamplingParams
 from headrace.models.locate import locate_model
 
-NEAR_TIE = 1e-3
-
 
 class Yardstick:
     """One method a command; the arguments are the command's other fields."""

@@ -19,9 +19,7 @@ MAX_CANCELLED = 4096
 
 
 class Intake:
-    """Pulls entries one at a time, those of workers that fell silent first, and keeps hold of them until
-    acknowledged.
-    """
+    """Pulls entries one at a time, those of silent workers first, and keeps hold of them until acknowledged."""
 
     def __init__(self, queue: RequestQueue, consumer: str, lease_seconds: float) -> None:
         self._queue = queue

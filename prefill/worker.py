@@ -14,7 +14,7 @@ from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.messages import Layout, Offer, ToSender
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
-from headrace.mesh import Inbound, PeerGone
+from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import PrefillReport, RequestFailed
 from headrace.node import Node
@@ -26,7 +26,7 @@ from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.registry import Member
 from headrace.tasks import end_task
-from headrace.wire import Decoder, Message, WireError
+from headrace.wire import Decoder, Message
 
 log = logging.getLogger(__name__)
 
@@ -281,21 +281,17 @@ class PrefillWorker:
 
     async def _mailbox_loop(self) -> None:
         while True:
-            inbound = await self._node.mesh.receive()
-            try:
-                self._receive(inbound)
-            except WireError as error:
-                self._node.mesh.refuse(inbound.sender, str(error))
+            inbound, message = await self._node.mesh.receive_as(self._decode)
+            if isinstance(message, Cancel):
+                self._cancel(message)
+            else:
+                self._sender.handle(inbound.sender.id, message)
 
-    def _receive(self, inbound: Inbound) -> None:
-        message = self._decode(inbound.header)
-        if isinstance(message, Cancel):
-            self._intake.cancel(message.request_id, message.attempt)
-            for (request_id, attempt), task in self._tasks.items():
-                if request_id == message.request_id and attempt <= message.attempt:
-                    task.cancel()
-        else:
-            self._sender.handle(inbound.sender.id, message)
+    def _cancel(self, message: Cancel) -> None:
+        self._intake.cancel(message.request_id, message.attempt)
+        for (request_id, attempt), task in self._tasks.items():
+            if request_id == message.request_id and attempt <= message.attempt:
+                task.cancel()
 
     async def _keep_alive_loop(self) -> None:
         """Renew what is held: the queue's entries (or others would claim them) and the handoffs' leases."""

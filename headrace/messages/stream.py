@@ -42,9 +42,7 @@ class TokenBatch(Message, frozen=True, kw_only=True):
 
 
 class PrefillReport(Message, frozen=True, kw_only=True):
-    """Sent by the prefill worker once the handoff is acknowledged, or once a request with `max_tokens` 0 is
-    computed.
-    """
+    """How a prefill went, once its handoff is acknowledged, or once a request with `max_tokens` 0 is computed."""
 
     request_id: RequestId
     attempt: Attempt

@@ -1,4 +1,4 @@
-"""A real Redis for the session, the built-in model's tokenizer, and gateways with scripted workers behind them."""
+"""The built-in model's tokenizer, and gateways with scripted workers behind them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,6 @@ def tokenizer() -> Iterator[Tokenizer]:
     tokenizer = Tokenizer.load(locate_model("smollm2").path)
     yield tokenizer
     tokenizer.close()
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that lives as long as the session."""
-    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
-    server = start_redis(socket)
-    yield f"unix://{socket}"
-    server.terminate()
-    server.wait(5)
 
 
 def start_redis(socket: Path) -> subprocess.Popen[bytes]:

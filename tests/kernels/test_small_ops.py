@@ -38,7 +38,7 @@ def test_rope_turns_pairs_by_position_times_frequency(head_dim: int, rotary_dim:
     """Dimensions i and i + half are a complex number that is multiplied by exp(i * position * frequency)."""
     positions, frequencies = torch.tensor([0, 3, 17]), torch.rand(rotary_dim // 2)
     x = torch.randn(3, 2, head_dim)
-    cos, sin = rope_tables(positions, frequencies, 1.0, torch.float32)
+    cos, sin = rope_tables(positions, frequencies, torch.float32)
     half = rotary_dim // 2
     turn = torch.polar(torch.ones(3, half), positions.unsqueeze(1) * frequencies).unsqueeze(1)
     turned = torch.complex(x[..., :half], x[..., half:rotary_dim]) * turn
