@@ -11,7 +11,7 @@ from headrace.kvtransfer.messages import Abort, ToReceiver
 from headrace.messages.control import Cancel
 from headrace.messages.request import QueueEntry, SamplingParams
 from headrace.messages.stream import ToGateway
-from headrace.wire import WIRE_VERSION, Decoder, WireError, encode
+from headrace.wire import WIRE_VERSION, Decoder, WireError, encode, seal
 
 decode_cancel: Decoder[Cancel] = Decoder(Cancel)
 DECODERS = [decode_cancel, Decoder(ToReceiver), Decoder(ToGateway), Decoder(QueueEntry)]
@@ -29,10 +29,10 @@ def test_a_message_survives_the_trip() -> None:
         b"",
         bytes([WIRE_VERSION + 1]) + encode(Cancel(request_id="r", attempt=3))[1:],
         encode(Abort(request_id="r", attempt=3, cause="lease")),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": -1}),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "", "attempt": 1}),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": 1, "x": 1}),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "r"}),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": -1})),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "", "attempt": 1})),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": 1, "x": 1})),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "r"})),
     ],
     ids=["empty", "version", "foreign type", "negative", "empty id", "extra field", "missing field"],
 )
@@ -43,11 +43,21 @@ def test_what_breaks_the_schema_is_refused(data: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.booleans())
-def test_random_bytes_raise_nothing_but_the_wire_error(data: bytes, versioned: bool) -> None:
+def test_random_bytes_raise_nothing_but_the_wire_error(data: bytes, sealed: bool) -> None:
     """Whatever arrives, a receiver lives on."""
     for decoder in DECODERS:
         with pytest.raises(WireError):
-            decoder((bytes([WIRE_VERSION]) if versioned else b"") + data)
+            decoder(seal(data) if sealed else data)
+
+
+@given(st.data())
+def test_a_flipped_bit_anywhere_is_found(data: st.DataObject) -> None:
+    """In version, checksum or body: such a message would otherwise be one with another token in it."""
+    damaged = bytearray(encode(Cancel(request_id="request", attempt=3)))
+    bit = data.draw(st.integers(0, 8 * len(damaged) - 1))
+    damaged[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(WireError):
+        decode_cancel(bytes(damaged))
 
 
 def test_sampling_parameters_out_of_range_are_refused() -> None:
