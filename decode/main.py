@@ -16,7 +16,7 @@ async def run(settings: Settings) -> None:
             node,
             model.engine,
             model.device_thread,
-            layout_of(model.folder.fingerprint, model.engine.layout),
+            layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
             max_num_seqs=settings.max_num_seqs,
         )
         await worker.run(until_stopped(), settings.drain_timeout)

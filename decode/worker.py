@@ -183,12 +183,18 @@ class DecodeWorker:
     async def _mailbox_loop(self) -> None:
         while True:
             inbound, message = await self._node.mesh.receive_as(self._decode)
-            if isinstance(message, Cancel):
-                self._receiver.cancel(message.request_id, message.attempt)
-                held = [sequence.key for sequence in self._scheduler.sequences()]
-                self._cancel([key for key in held if key[0] == message.request_id and key[1] <= message.attempt])
-            else:
-                self._receiver.handle(inbound.sender.id, message, inbound.payload)
+            match message, inbound.sender.tier:
+                case Cancel(), "gateway":
+                    self._receiver.cancel(message.request_id, message.attempt)
+                    held = [sequence.key for sequence in self._scheduler.sequences()]
+                    self._cancel([key for key in held if key[0] == message.request_id and key[1] <= message.attempt])
+                case Cancel(), _:
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
+                case _, "prefill":
+                    if (reason := self._receiver.handle(inbound.sender.id, message, inbound.payload)) is not None:
+                        self._node.mesh.refuse(inbound.sender, reason)
+                case _:
+                    self._node.mesh.refuse(inbound.sender, "only a prefill worker hands over")
 
     async def _reap_loop(self) -> None:
         while True:

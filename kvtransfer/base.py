@@ -33,6 +33,9 @@ class PageAllocator(Protocol):
     def release(self, page_ids: Sequence[PageId]) -> None:
         """Drop one reference on each."""
 
+    def hashes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """One for each full page of a prompt; each covers all tokens up to its page's end."""
+
     def match_prefix(self, hashes: Sequence[bytes]) -> list[PageId]:
         """The pages held for the longest known prefix of `hashes`, with one more reference each."""
 

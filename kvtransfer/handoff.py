@@ -4,11 +4,13 @@
 | --------- | ------------------------------- | ------------------------------------ | --------- |
 | UNPLACED  | `offer_to`                      | Offer                                | OFFERED   |
 | OFFERED   | Grant                           | remember what is held there          | GRANTED   |
-| OFFERED   | Refuse                          | may be offered to another            | UNPLACED  |
+| OFFERED   | Refuse, Abort `unknown`         | may be offered to another, or again  | UNPLACED  |
 | GRANTED   | a layer is computed, in credit  | Pages                                | GRANTED   |
 | GRANTED   | Credit                          | widen the window                     | GRANTED   |
 | GRANTED   | all sent and first token known  | Commit                               | COMMITTED |
+| COMMITTED | time to renew                   | Commit again: the Ack may be lost    | COMMITTED |
 | COMMITTED | Ack                             | (the pages may be freed)             | DONE      |
+| any other | time to renew                   | Renew: Grant or Credit may be lost   | same      |
 | any       | Abort, receiver gone            | stop                                 | FAILED    |
 
 Layers are announced whenever they are computed, in any state: what can't be sent yet stays in this worker's cache.
@@ -78,6 +80,8 @@ class Handoff:
         self._on_the_way: deque[tuple[int, int]] = deque()
         """(sequence, bytes) of the Pages that no Credit has covered."""
         self._first_token: tuple[int, TokenLogprobs | None] | None = None
+        self.commit: Commit | None = None
+        """What was sent last, once COMMITTED."""
         self._failure = ""
         self._changed = asyncio.Event()
 
@@ -85,6 +89,16 @@ class Handoff:
     def key(self) -> tuple[str, int]:
         """(request id, attempt)."""
         return self.offer.request_id, self.offer.attempt
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the prompt here."""
+        return len(self._pages)
+
+    @property
+    def num_sent(self) -> int:
+        """`Pages` messages so far."""
+        return self._sequence
 
     def offer_to(self, receiver: str) -> Offer:
         """Begin with `receiver`; the caller sends what is returned."""
@@ -121,6 +135,9 @@ class Handoff:
                     self._window_bytes += self._on_the_way.popleft()[1]
             case Ack() if self.state is State.COMMITTED:
                 self.state = State.DONE
+            case Abort(cause="unknown") if self.state is State.OFFERED:  # the offer or its refusal was lost
+                self.receiver = None
+                self.state = State.UNPLACED
             case Abort():
                 self.fail(f"{self.receiver}: {message.cause} {message.message}".rstrip())
         self._changed.set()
@@ -154,9 +171,10 @@ class Handoff:
         self.state = State.COMMITTED
         token_id, logprobs = self._first_token
         request_id, attempt = self.key
-        return Commit(
+        self.commit = Commit(
             request_id=request_id, attempt=attempt, sequence=self._sequence, token_id=token_id, logprobs=logprobs
-        ), NO_PAYLOAD
+        )
+        return self.commit, NO_PAYLOAD
 
     def _pages_message(self, segment: Segment, size: int) -> tuple[Message, tuple[memoryview, ...]]:
         page_ids = self._pages[segment.first_page : segment.first_page + segment.num_pages]

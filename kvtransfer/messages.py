@@ -2,6 +2,10 @@
 
 `Abort` may come from either side at any point. Each message names its (request, attempt); within one, `Pages` carry a
 sequence number and are applied once, in order.
+
+Any message may be lost: a line that breaks takes some with it. Every `Renew` is answered with what its handoffs may
+have missed, and a `Commit` is repeated until it is acknowledged, so a loss costs one renewal and not the request's
+deadline.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from headrace.messages.request import MAX_PROMPT_TOKENS, SamplingParams
 from headrace.messages.stream import TokenLogprobs
 from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, TokenId
 
-PageHash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+MAX_RENEWED = 1024
+"""Handoffs in one `Renew`: more than a prefill worker can have open."""
 
 
 class Layout(Record, frozen=True, kw_only=True):
@@ -27,6 +32,8 @@ class Layout(Record, frozen=True, kw_only=True):
     head_dim: Count
     page_size: Count
     tensor_parallel_size: Count
+    vocab_size: Count
+    """Token ids are below it."""
 
 
 class Offer(Message, frozen=True, kw_only=True):
@@ -40,8 +47,6 @@ class Offer(Message, frozen=True, kw_only=True):
     """The prompt, followed by the `generated` tokens of earlier attempts."""
     generated: Count
     sampling: SamplingParams
-    page_hashes: list[PageHash]
-    """Chained hashes of the full pages of `token_ids`."""
     deadline: float
     """Unix time in seconds."""
 
@@ -56,7 +61,7 @@ class Grant(Message, frozen=True, kw_only=True):
     """Page bytes that may be on the way, unacknowledged by a `Credit`, at any time."""
 
 
-RefuseCause = Literal["layout", "full", "duplicate", "stale", "stopping", "too_long"]
+RefuseCause = Literal["layout", "full", "duplicate", "stale", "stopping", "too_long", "invalid"]
 
 
 class Refuse(Message, frozen=True, kw_only=True):
@@ -108,9 +113,13 @@ class Ack(Message, frozen=True, kw_only=True):
 
 
 class Renew(Message, frozen=True, kw_only=True):
-    """These handoffs are still wanted: their leases start again. The receiver aborts those it doesn't know."""
+    """These handoffs are still wanted: their leases start again.
 
-    handoffs: Annotated[list[tuple[RequestId, Attempt]], msgspec.Meta(max_length=65536)]
+    The receiver repeats the `Grant` or the newest `Credit` of each, and aborts those that it doesn't know.
+    """
+
+    handoffs: Annotated[list[tuple[RequestId, Attempt, Count]], msgspec.Meta(max_length=MAX_RENEWED)]
+    """Request, attempt, and how many `Pages` have been sent."""
 
 
 AbortCause = Literal["cancelled", "lease", "checksum", "sequence", "unknown", "sender_failed", "receiver_failed"]

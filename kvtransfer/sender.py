@@ -35,9 +35,7 @@ class Sender:
 
     def pages_promised(self, receiver: str) -> int:
         """Pages of open handoffs that go to `receiver` and that its own figures may not show yet."""
-        return sum(
-            len(handoff.offer.page_hashes) + 1 for handoff in self._open.values() if handoff.receiver == receiver
-        )
+        return sum(handoff.num_pages for handoff in self._open.values() if handoff.receiver == receiver)
 
     async def deliver(self, handoff: Handoff, choose: Callable[[Handoff], Awaitable[str]]) -> None:
         """Offer until granted, send each layer as it is computed, commit; returns when the receiver has acknowledged.
@@ -88,13 +86,22 @@ class Sender:
                     handoff.fail(f"{receiver} left")
 
     async def renew(self) -> None:
-        """Tell each receiver which handoffs are still wanted. To be called every `RENEW_SECONDS`."""
-        by_receiver = defaultdict(list)
+        """Tell each receiver which handoffs are still wanted, so that it repeats what was lost on the way here.
+
+        To be called every `RENEW_SECONDS`.
+        """
+        messages: list[tuple[str, Message]] = []
+        under_way = defaultdict(list)
         for handoff in self._open.values():
-            if handoff.receiver is not None:
-                by_receiver[handoff.receiver].append(handoff.key)
-        for receiver, keys in by_receiver.items():
+            if handoff.state is State.COMMITTED:
+                assert handoff.receiver is not None
+                assert handoff.commit is not None
+                messages.append((handoff.receiver, handoff.commit))
+            elif handoff.receiver is not None:
+                under_way[handoff.receiver].append((*handoff.key, handoff.num_sent))
+        messages += [(receiver, Renew(handoffs=handoffs)) for receiver, handoffs in under_way.items()]
+        for receiver, message in messages:
             try:
-                await self._send(receiver, Renew(handoffs=keys))
+                await self._send(receiver, message)
             except PeerGone:
                 self.receiver_left(receiver)

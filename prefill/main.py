@@ -19,7 +19,7 @@ async def run(settings: Settings) -> None:
             node,
             model.engine,
             model.device_thread,
-            layout_of(model.folder.fingerprint, model.engine.layout),
+            layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
             token_budget=settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,

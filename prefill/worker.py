@@ -206,7 +206,6 @@ class PrefillWorker:
                 token_ids=entry.token_ids,
                 generated=entry.generated,
                 sampling=entry.sampling,
-                page_hashes=hashes,
                 deadline=entry.deadline,
             )
             handoff = Handoff(offer, pages, self._engine.cache)
@@ -282,10 +281,13 @@ class PrefillWorker:
     async def _mailbox_loop(self) -> None:
         while True:
             inbound, message = await self._node.mesh.receive_as(self._decode)
-            if isinstance(message, Cancel):
-                self._cancel(message)
-            else:
-                self._sender.handle(inbound.sender.id, message)
+            match message, inbound.sender.tier:
+                case Cancel(), "gateway":
+                    self._cancel(message)
+                case Cancel(), _:
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
+                case _:
+                    self._sender.handle(inbound.sender.id, message)
 
     def _cancel(self, message: Cancel) -> None:
         self._intake.cancel(message.request_id, message.attempt)

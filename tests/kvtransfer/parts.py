@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.messages import Layout, Offer
 from headrace.messages.request import SamplingParams
 
@@ -19,6 +18,7 @@ LAYOUT = Layout(
     head_dim=1,
     page_size=PAGE_SIZE,
     tensor_parallel_size=1,
+    vocab_size=1000,
 )
 
 
@@ -57,6 +57,5 @@ def make_offer(tokens: Sequence[int], request_id: str = "r", attempt: int = 0, l
         token_ids=list(tokens),
         generated=0,
         sampling=SamplingParams(max_tokens=4),
-        page_hashes=page_hashes(tokens, PAGE_SIZE),
         deadline=1e12,
     )

@@ -183,7 +183,7 @@ class Handoffs(RuleBasedStateMachine):
     @rule(sender=any_sender)
     def renew(self, sender: str) -> None:
         """A prefill worker says which handoffs it still wants."""
-        keys = [job.handoff.key for job in self.jobs[sender] if job.handoff.receiver]
+        keys = [(*job.handoff.key, job.handoff.num_sent) for job in self.jobs[sender] if job.handoff.receiver]
         self.to_receiver[sender].append((Renew(handoffs=keys), ()))
 
     @rule(seconds=st.sampled_from([1.0, LEASE_SECONDS / 2, LEASE_SECONDS + 1]))

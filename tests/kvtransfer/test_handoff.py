@@ -156,3 +156,14 @@ def test_nothing_undoes_an_acknowledged_handoff() -> None:
     sender.handle(Ack(**R))
     sender.handle(Abort(**R, cause="unknown"))
     assert sender.state is State.DONE
+
+
+def test_an_offer_that_the_receiver_never_saw_can_be_made_again() -> None:
+    """OFFERED -> UNPLACED: the offer, or its refusal, was lost. Once granted, `unknown` is the end."""
+    sender = handoff()
+    sender.offer_to("decode-1")
+    sender.handle(Abort(**R, cause="unknown"))
+    assert (sender.state, sender.receiver, sender.refused) == (State.UNPLACED, None, {})
+    sender = granted()
+    sender.handle(Abort(**R, cause="unknown"))
+    assert sender.state is State.FAILED

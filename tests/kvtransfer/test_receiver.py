@@ -37,7 +37,7 @@ class Bench:
 
     def offer(self, tokens: int, request_id: str = "r", attempt: int = 0, sender: str = PREFILL) -> Offer:
         """Offer a prompt that shares no page with others'."""
-        offer = make_offer([hash(request_id) % 1000 + token for token in range(tokens)], request_id, attempt)
+        offer = make_offer([hash(request_id) % 900 + token for token in range(tokens)], request_id, attempt)
         self.receiver.handle(sender, offer, ())
         return offer
 
@@ -133,13 +133,43 @@ def test_a_prompt_larger_than_the_cache_is_refused(bench: Bench) -> None:
     assert refuse_cause(bench) == "too_long"
 
 
-def test_a_repeated_offer_is_refused(bench: Bench) -> None:
-    """The first one goes on."""
+def test_a_repeated_offer_is_granted_again(bench: Bench) -> None:
+    """The Grant was lost; nothing more is reserved."""
     bench.offer(4)
     bench.offer(4)
+    assert bench.sent[0] == bench.sent[1]
+    assert bench.pool.num_in_use == 1
+    bench.deliver()
+    assert len(bench.received) == 1
+
+
+@pytest.mark.parametrize(("tokens", "sender"), [(4, "prefill-2"), (5, PREFILL)], ids=["worker", "prompt"])
+def test_another_offer_for_an_open_attempt_is_refused(bench: Bench, tokens: int, sender: str) -> None:
+    """Of another worker, or of another prompt: the first one goes on."""
+    bench.offer(4)
+    bench.offer(tokens, sender=sender)
     assert refuse_cause(bench) == "duplicate"
     bench.deliver()
     assert len(bench.received) == 1
+
+
+@pytest.mark.parametrize("changes", [{"token_ids": [1, 1000]}, {"generated": 2}], ids=["token", "generated"])
+def test_an_offer_that_could_not_be_decoded_is_refused(bench: Bench, changes: dict[str, object]) -> None:
+    """A token outside the vocabulary would end a step of the device for everybody."""
+    offer = msgspec.structs.replace(make_offer([1]), **changes)
+    assert bench.receiver.handle(PREFILL, offer, ()) is not None
+    assert refuse_cause(bench) == "invalid"
+    bench.assert_empty()
+
+
+def test_a_first_token_outside_the_vocabulary_ends_the_attempt(bench: Bench) -> None:
+    """It never reaches the decoder."""
+    bench.offer(4)
+    for layer in range(NUM_LAYERS):
+        bench.pages(layer, layer)
+    bench.receiver.handle(PREFILL, Commit(request_id="r", attempt=0, sequence=3, token_id=1000, logprobs=None), ())
+    assert isinstance(bench.last, Abort)
+    bench.assert_empty()
 
 
 def test_a_stale_attempt_is_refused_even_after_the_new_one_ended(bench: Bench) -> None:
@@ -254,9 +284,9 @@ def test_messages_of_strangers_change_nothing(bench: Bench) -> None:
     bench.offer(4)
     bench.pages(0, 0, sender="other")
     bench.commit(0, sender="other")
-    bench.receiver.handle("other", Abort(request_id="r", attempt=0, cause="cancelled"), ())
-    bench.receiver.handle("other", Renew(handoffs=[("r", 0)]), ())
-    assert bench.sent[1:] == [("other", Abort(request_id="r", attempt=0, cause="unknown"))]
+    abort, renew = Abort(request_id="r", attempt=0, cause="cancelled"), Renew(handoffs=[("r", 0, 0)])
+    assert [bench.receiver.handle("other", message, ()) is not None for message in (abort, renew)] == [True, True]
+    assert len(bench.sent) == 1
     bench.deliver()
     assert len(bench.received) == 1
 
@@ -276,7 +306,7 @@ def test_a_silent_handoff_loses_its_lease(bench: Bench) -> None:
     bench.now += LEASE_SECONDS
     bench.pages(0, 0)
     bench.now += LEASE_SECONDS
-    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0)]), ())
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0)]), ())
     bench.now += LEASE_SECONDS
     bench.receiver.reap()
     assert bench.receiver.num_open == 1
@@ -318,3 +348,42 @@ def test_a_cancelled_request_is_not_taken_afterwards(bench: Bench) -> None:
     bench.receiver.cancel("r", 0)
     bench.offer(4)
     assert refuse_cause(bench) == "stale"
+
+
+def test_a_renewal_is_answered_with_what_may_be_lost(bench: Bench) -> None:
+    """The Grant before the first pages, the newest Credit after them, an Abort for what is unknown."""
+    bench.offer(4)
+    renew = Renew(handoffs=[("r", 0, 0), ("x", 0, 0)])
+    bench.receiver.handle(PREFILL, renew, ())
+    assert bench.sent[1] == bench.sent[0]
+    assert bench.sent[2] == (PREFILL, Abort(request_id="x", attempt=0, cause="unknown"))
+    bench.pages(0, 0)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 1)]), ())
+    assert bench.last == Credit(request_id="r", attempt=0, sequence=1)
+
+
+def test_pages_that_are_missing_at_two_renewals_end_the_attempt(bench: Bench) -> None:
+    """They were sent before the first and did not come before the second; one that makes progress goes on."""
+    bench.offer(4)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 2)]), ())
+    bench.pages(0, 0)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 2)]), ())
+    assert bench.receiver.num_open == 1
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 2)]), ())
+    assert isinstance(bench.last, Abort)
+    assert bench.last.cause == "sequence"
+    bench.assert_empty()
+
+
+def test_a_repeated_commit_is_acknowledged_again(bench: Bench) -> None:
+    """The Ack was lost; the prompt is decoded once. Nobody else's commit, or another attempt's, is."""
+    bench.offer(4)
+    bench.deliver()
+    bench.commit(NUM_LAYERS)
+    assert bench.sent[-1] == bench.sent[-2] == (PREFILL, Ack(request_id="r", attempt=0))
+    assert len(bench.received) == 1
+    bench.commit(NUM_LAYERS, sender="other")
+    assert bench.last == Abort(request_id="r", attempt=0, cause="unknown")
+    bench.receiver.cancel("r", 1)
+    bench.commit(NUM_LAYERS)
+    assert bench.last == Abort(request_id="r", attempt=0, cause="unknown")
