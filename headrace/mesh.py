@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ MAX_FRAME_BYTES = 512 * 2**20
 SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
+STRANGER_SECONDS = 1.0
+"""How often a sender that the registry does not know is looked up there again."""
+LOOK_UP_SECONDS = 0.5
+"""How long that may keep the mailbox waiting."""
+MAX_STRANGERS = 1024
+OTHERS = "others"
+"""Under which those are counted that there is no room to name."""
 GREETING = b""
 """The first message on every line: its receiver looks an unknown sender up at once, and they know each other."""
 
@@ -66,6 +74,8 @@ class Mesh:
         self._lines: dict[str, zmq.asyncio.Socket] = {}
         self._registry: Registry | None = None
         self._refused: Counter[str] = Counter()
+        self._strangers: OrderedDict[bytes, float] = OrderedDict()
+        """Routing ids that were looked up in vain within the last `STRANGER_SECONDS`, the oldest first, and when."""
         self._bind_mailbox(bind)
 
     def _bind_mailbox(self, bind: str) -> None:
@@ -157,30 +167,46 @@ class Mesh:
                 return Inbound(sender, frames[1].buffer, tuple(frame.buffer for frame in frames[2:]))
 
     async def _identify(self, routing_id: bytes) -> Member | None:
+        member = self._member(routing_id)
+        if member is None and self._may_look_up(routing_id):  # it may have registered since the last look
+            assert self._registry is not None
+            try:
+                async with asyncio.timeout(LOOK_UP_SECONDS):
+                    await self._registry.refresh()
+            except (RedisError, TimeoutError):
+                pass
+            member = self._member(routing_id)
+        if member is None:
+            self._refuse("not in the registry", routing_id)
+        return member
+
+    def _member(self, routing_id: bytes) -> Member | None:
         assert self._registry is not None
         member_id, _, epoch = routing_id.decode("ascii", "replace").partition("@")
-        for fresh in (False, True):
-            if fresh:  # it may have registered since the last look
-                try:
-                    await self._registry.refresh()
-                except RedisError:
-                    break
-            member = self._registry.members.get(member_id)
-            if member is not None and str(member.epoch) == epoch:
-                return member
-        self._refuse("not in the registry", routing_id)
-        return None
+        member = self._registry.members.get(member_id)
+        return member if member is not None and str(member.epoch) == epoch else None
+
+    def _may_look_up(self, routing_id: bytes) -> bool:
+        """Whether a look into Redis is due: strangers must not be able to keep this mailbox busy with it."""
+        now = time.monotonic()
+        while self._strangers and next(iter(self._strangers.values())) < now - STRANGER_SECONDS:
+            self._strangers.popitem(last=False)
+        if routing_id in self._strangers or len(self._strangers) >= MAX_STRANGERS:
+            return False
+        self._strangers[routing_id] = now
+        return True
 
     def refuse(self, sender: Member, reason: str) -> None:
         """Count a message of a known peer that could not be used; its first one is logged."""
         self._refuse(reason, f"{sender.id}@{sender.epoch}".encode())
 
     def _refuse(self, reason: str, routing_id: bytes) -> None:
-        name = routing_id[:80].decode("ascii", "replace")
-        if len(self._refused) < 1024 or name in self._refused:
-            self._refused[name] += 1
-            if self._refused[name] == 1:
-                log.warning("refusing messages from %s: %s (further ones are counted only)", name, reason)
+        name = routing_id[:80].decode("ascii", "backslashreplace")
+        if len(self._refused) >= MAX_STRANGERS and name not in self._refused:
+            name = OTHERS
+        self._refused[name] += 1
+        if self._refused[name] == 1:
+            log.warning("refusing messages from %s: %s (further ones are counted only)", name, reason)
 
     @property
     def refused(self) -> int:
