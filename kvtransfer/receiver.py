@@ -14,7 +14,7 @@
 | RECEIVING | Pages, damaged or a gap    | free, Abort                                      | (none)    |
 | RECEIVING | Commit, all pages here     | hand over to the decoder, Ack                    | (none)    |
 | RECEIVING | Renew                      | start the lease again; Grant or Credit again     | RECEIVING |
-| RECEIVING | Renew, nothing came since the last, which spoke of more | free, Abort         | (none)    |
+| RECEIVING | Renew, nothing came since one that spoke of more | free, Abort                | (none)    |
 | WAITING   | Renew                      | start the lease again                            | WAITING   |
 | any       | Abort, cancel, lease ended, sender gone | free (and Abort to a living sender) | (none)    |
 
@@ -50,6 +50,8 @@ from headrace.kvtransfer.messages import (
 from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
+LOST_SECONDS = 2.0
+"""Less than the time between two renewals."""
 WINDOW_BYTES = 64 * 2**20
 MAX_WAITING = 4096
 MAX_REMEMBERED = 16384
@@ -89,8 +91,8 @@ class _Incoming:
     held_pages: int = 0
     """Pages of a known prefix, which don't travel."""
     sequence: int = 0
-    behind_at: int | None = None
-    """`sequence` at the last Renew, where that spoke of more."""
+    behind_since: float | None = None
+    """Since when the sender's renewals speak of more Pages than came."""
     next_page: list[int] = field(default_factory=list)
     """By layer: the first page of the prompt that has not arrived."""
     uncredited_bytes: int = 0
@@ -113,6 +115,7 @@ class Receiver:
         self.reserve_pages = 0
         """Free pages that grants leave alone, for running requests to grow into."""
         self.aborts: Counter[str] = Counter()
+        self.refusals: Counter[RefuseCause] = Counter()
         self.late = 0
         """Messages of handoffs that were over already: they cross an Abort on its way, and are dropped."""
         self._layout = layout
@@ -168,6 +171,7 @@ class Receiver:
         refusal = self._reason_to_refuse(offer)
         if refusal is not None:
             cause, reason = refusal
+            self.refusals[cause] += 1
             self._send(sender, Refuse(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=reason))
             return reason if cause in ("invalid", "duplicate") else None
         for older in [incoming for other, incoming in self._incoming.items() if other[0] == offer.request_id]:
@@ -249,6 +253,7 @@ class Receiver:
         self._store.write_pages(message.layer, pages, payload[0])
         incoming.next_page[message.layer] += message.num_pages
         incoming.sequence += 1
+        incoming.behind_since = None
         incoming.lease_ends = self._clock() + LEASE_SECONDS
         incoming.uncredited_bytes += len(payload[0])
         if incoming.uncredited_bytes >= WINDOW_BYTES // 4:
@@ -326,13 +331,17 @@ class Receiver:
     def _renew_one(self, incoming: _Incoming, num_sent: int) -> None:
         """Start the lease again and repeat what the sender may have missed.
 
-        Messages that were sent before one renewal and have not come by the next are lost for good.
+        Pages that were sent before one renewal and have not come by a later one, nor any others, are lost for good.
         """
-        if incoming.behind_at is not None and incoming.behind_at == incoming.sequence:
+        now = self._clock()
+        if num_sent <= incoming.sequence:
+            incoming.behind_since = None
+        elif incoming.behind_since is None:
+            incoming.behind_since = now
+        elif now - incoming.behind_since >= LOST_SECONDS:
             self._abort(incoming, "sequence", f"message {incoming.sequence} was lost on the way")
             return
-        incoming.lease_ends = self._clock() + LEASE_SECONDS
-        incoming.behind_at = incoming.sequence if num_sent > incoming.sequence else None
+        incoming.lease_ends = now + LEASE_SECONDS
         if incoming.sequence:
             self._send_credit(incoming)
         elif incoming.pages:

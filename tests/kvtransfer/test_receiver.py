@@ -9,7 +9,7 @@ import xxhash
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Renew
-from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import LEASE_SECONDS, LOST_SECONDS, ReceivedRequest, Receiver
 from headrace.wire import Message
 from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, MemoryStore, make_offer
 
@@ -363,13 +363,17 @@ def test_a_renewal_is_answered_with_what_may_be_lost(bench: Bench) -> None:
 
 
 def test_pages_that_are_missing_at_two_renewals_end_the_attempt(bench: Bench) -> None:
-    """They were sent before the first and did not come before the second; one that makes progress goes on."""
+    """They were sent before the first and did not come before the second; a handoff that makes progress goes on."""
+    renew = Renew(handoffs=[("r", 0, 2)])
     bench.offer(4)
-    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 2)]), ())
+    for _ in range(2):  # the second is a mere repetition
+        bench.receiver.handle(PREFILL, renew, ())
+    bench.now += LOST_SECONDS
     bench.pages(0, 0)
-    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 2)]), ())
+    bench.receiver.handle(PREFILL, renew, ())
     assert bench.receiver.num_open == 1
-    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 2)]), ())
+    bench.now += LOST_SECONDS
+    bench.receiver.handle(PREFILL, renew, ())
     assert isinstance(bench.last, Abort)
     assert bench.last.cause == "sequence"
     bench.assert_empty()

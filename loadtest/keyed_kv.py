@@ -1,0 +1,84 @@
+"""KV without a model: each page's bytes follow from the tokens up to its end, so that any wrong byte is known as such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import xxhash
+
+from headrace.kvtransfer.messages import Layout
+
+PAGE_SIZE = 4
+NUM_LAYERS = 4
+KV_HEADS = 2
+HEAD_DIM = 4
+PAGE_BYTES = 2 * KV_HEADS * PAGE_SIZE * HEAD_DIM * 4
+VOCABULARY = 2**31 - 1
+LAYOUT = Layout(
+    model_fingerprint="keyed",
+    dtype="float32",
+    num_layers=NUM_LAYERS,
+    kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    page_size=PAGE_SIZE,
+    tensor_parallel_size=1,
+    vocab_size=VOCABULARY,
+)
+
+
+class ArrayStore:
+    """A `PageStore` in memory: `data` is [layers, pages, page bytes] uint8."""
+
+    page_bytes = PAGE_BYTES
+
+    def __init__(self, num_pages: int) -> None:
+        self.data = np.zeros((NUM_LAYERS, num_pages, PAGE_BYTES), dtype=np.uint8)
+
+    def read_pages(self, layer: int, page_ids: Sequence[int]) -> memoryview:
+        """See `PageStore`."""
+        copy: memoryview = self.data[layer].take(page_ids, axis=0).reshape(-1).data
+        return copy
+
+    def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
+        """See `PageStore`."""
+        self.data[layer][page_ids] = np.frombuffer(data, dtype=np.uint8).reshape(len(page_ids), PAGE_BYTES)
+
+    def fill(self, layer: int, page_ids: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Compute these pages, as a model would."""
+        self.write_pages(layer, page_ids, memoryview(b"".join(page_content(key, layer) for key in keys)))
+
+
+def page_keys(token_ids: Sequence[int]) -> list[bytes]:
+    """One for each page of a prompt, the last and perhaps unfinished one too: of all tokens up to its end."""
+    tokens = np.asarray(token_ids, dtype=np.int32)
+    keys, previous = [], b""
+    for start in range(0, len(tokens), PAGE_SIZE):
+        previous = xxhash.xxh3_128_digest(previous + tokens[start : start + PAGE_SIZE].tobytes())
+        keys.append(previous)
+    return keys
+
+
+def page_content(key: bytes, layer: int) -> bytes:
+    """What the page of this key holds in one layer."""
+    return xxhash.xxh3_128_digest(key + bytes([layer])) * (PAGE_BYTES // 16)
+
+
+def first_token(keys: Sequence[bytes]) -> int:
+    """What a prefill worker samples."""
+    return xxhash.xxh3_64_intdigest(keys[-1]) % VOCABULARY
+
+
+def next_token(layers: Iterable[bytes | memoryview]) -> int:
+    """What a decode worker samples: it depends on each byte of the prompt's KV, layer by layer."""
+    digest = xxhash.xxh3_64()
+    for layer in layers:
+        digest.update(layer)
+    return digest.intdigest() % VOCABULARY
+
+
+def undisturbed(token_ids: Sequence[int]) -> list[int]:
+    """Both output tokens of a prompt where nothing goes wrong."""
+    keys = page_keys(token_ids)
+    layers = (b"".join(page_content(key, layer) for key in keys) for layer in range(NUM_LAYERS))
+    return [first_token(keys), next_token(layers)]
