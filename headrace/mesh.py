@@ -201,7 +201,7 @@ class Mesh:
         self._refuse(reason, f"{sender.id}@{sender.epoch}".encode())
 
     def _refuse(self, reason: str, routing_id: bytes) -> None:
-        name = routing_id[:80].decode("ascii", "backslashreplace")
+        name = routing_id[:80].decode("latin-1").encode("unicode_escape").decode()
         if len(self._refused) >= MAX_STRANGERS and name not in self._refused:
             name = OTHERS
         self._refused[name] += 1

@@ -11,7 +11,7 @@ from headrace.loadtest.keyed_kv import undisturbed
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.request import QueueEntry, SamplingParams
-from headrace.messages.stream import PrefillReport, RequestFailed, TokenBatch, TokenEvent, ToGateway
+from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.queue import DELIVERIES_PER_ATTEMPT
 from headrace.registry import Member

@@ -1,4 +1,4 @@
-"""KV without a model: each page's bytes follow from the tokens up to its end, so that any wrong byte is known as such."""
+"""KV without a model: each page's bytes follow from the tokens up to its end, so that any wrong byte shows."""
 
 from __future__ import annotations
 
