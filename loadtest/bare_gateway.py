@@ -18,7 +18,7 @@ from headrace.registry import Member
 from headrace.wire import Decoder
 
 SAMPLING = SamplingParams(max_tokens=2)
-SILENCE_SECONDS = 20.0
+SILENCE_SECONDS = 5.0
 """After which a request is asked anew: its worker died with the news of it."""
 TIMEOUT_SECONDS = 120.0
 
@@ -85,12 +85,15 @@ class BareGateway:
             deadline=time.time() + TIMEOUT_SECONDS,
         )
         question.entry_id = await self.node.queue.put(entry)
+        if question.answer.done():  # cancelled meanwhile
+            await self.node.queue.remove(question.entry_id)
 
     async def cancel(self, request_id: str) -> None:
         """The client goes away; `ask` ends with `CancelledError`. Nothing happens where the answer was faster."""
         question = self._open.get(request_id)
         if question is not None and question.answer.cancel():
-            await self.node.queue.remove(question.entry_id)
+            if question.entry_id:
+                await self.node.queue.remove(question.entry_id)
             self._tell_to_stop(request_id, question.attempt + DELIVERIES_PER_ATTEMPT - 1)
 
     def _tell_to_stop(self, request_id: str, attempt: int) -> None:

@@ -207,21 +207,26 @@ class Attack:
             await self._open_handoffs()
             if self._random.random() < JUNK_SHARE:
                 self._junk()
-            await asyncio.sleep(0)
-            while self.sent.total() - self._rig.refused > MAX_OUTSTANDING:  # leave the honest ones some room
-                await asyncio.sleep(0)
+            await self._until_outstanding(MAX_OUTSTANDING)  # leave the honest ones some room
 
     async def finish(self) -> None:
-        """Spoil what is still open and wait until everything is counted. Raises `TimeoutError` with what is not."""
+        """Spoil what is still open and wait until everything is counted."""
+        async with asyncio.timeout(SETTLE_SECONDS):
+            while self.insider.waiting or self.insider.granted:
+                self.insider.read()
+                if self.insider.granted:
+                    await self._spoil()
+                await asyncio.sleep(0)
+        await self._until_outstanding(0)
+
+    async def _until_outstanding(self, most: int) -> None:
+        """Wait until all but so many bad messages are counted as refused. Raises `TimeoutError` with what is not."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while self.insider.waiting or self.insider.granted or self._rig.refused < self.sent.total():
-            self.insider.read()
-            if self.insider.granted:
-                await self._spoil()
+        while (outstanding := self.sent.total() - self._rig.refused) > most:
             if time.monotonic() > deadline:
-                missing, waiting = self.sent.total() - self._rig.refused, len(self.insider.waiting)
-                raise TimeoutError(f"{missing} bad messages were not counted as refused, {waiting} offers not answered")
-            await asyncio.sleep(0.001)
+                raise TimeoutError(f"{outstanding} of {self.sent.total()} bad messages are not counted as refused")
+            self.insider.read()
+            await asyncio.sleep(0)
 
     async def _send_one(self) -> None:
         mutations, chance = self._rig.mutations, self._random.random()
