@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 
@@ -55,8 +56,7 @@ class BareDecode:
             inbound, message = await self._node.mesh.receive_as(self._decode)
             match message, inbound.sender.tier:
                 case Cancel(), "gateway":
-                    self.receiver.cancel(message.request_id, message.attempt)
-                    self._drop(lambda key, _, m=message: key[0] == m.request_id and key[1] <= m.attempt)
+                    self._cancel(message)
                 case Cancel(), _:
                     self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
                 case _, tier if tier != "prefill":
@@ -64,6 +64,10 @@ class BareDecode:
                 case _:
                     if (reason := self.receiver.handle(inbound.sender.id, message, inbound.payload)) is not None:
                         self._node.mesh.refuse(inbound.sender, reason)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        self.receiver.cancel(cancel.request_id, cancel.attempt)
+        self._drop(lambda key, _: key[0] == cancel.request_id and key[1] <= cancel.attempt)
 
     async def _reap_loop(self) -> None:
         while True:
@@ -161,9 +165,9 @@ class BarePrefill:
                 continue
             key = delivery.entry.request_id, delivery.attempt
             self._tasks[key] = task = group.create_task(self._serve(delivery))
-            task.add_done_callback(lambda _, key=key, delivery=delivery: self._served(key, delivery))
+            task.add_done_callback(functools.partial(self._served, key, delivery))
 
-    def _served(self, key: Key, delivery: Delivery) -> None:
+    def _served(self, key: Key, delivery: Delivery, _: asyncio.Task[None]) -> None:
         self._intake.let_go(delivery)
         del self._tasks[key]
         self._room.release()

@@ -32,6 +32,7 @@ from headrace.mesh import Payload
 from headrace.messages.stream import TokenBatch
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
 from headrace.redis_server import private_redis
+from headrace.registry import Tier
 from headrace.settings import Settings
 from headrace.tasks import end_task
 from headrace.wire import Message
@@ -45,6 +46,7 @@ WORKERS_A_TIER = 3
 PAGES = 96
 """Of each worker: fewer than the requests at once want."""
 AT_ONCE = 48
+MEAN_LIFE_SECONDS = 0.7
 CANCELLED = 0.05
 """Share of the requests whose client goes away."""
 STOP_SECONDS = 10.0
@@ -112,7 +114,7 @@ def serve(name: str, url: str, seed: int) -> None:
 
 
 async def _serve(name: str, url: str, seed: int) -> int:
-    tier = "prefill" if name.startswith("prefill") else "decode"
+    tier: Tier = "prefill" if name.startswith("prefill") else "decode"
     async with join_mesh(settings(url, name), tier, MODEL) as node:
         accidents = Accidents(node, seed)
         worker: BarePrefill | BareDecode
@@ -171,10 +173,14 @@ class Workers:
         process.start()
         self._processes[name] = process
 
-    async def kill_one(self) -> None:
-        """SIGKILL any worker and start it again under its name, at once or after its lease."""
-        name = self._random.choice(list(self._processes))
-        process = self._processes.pop(name)
+    @property
+    def names(self) -> list[str]:
+        """Of all, the dead ones too."""
+        return list(self._processes)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL one and start it again under its name, at once or after its lease."""
+        process = self._processes[name]
         if process.exitcode is not None:
             self.broken.append(f"{name} ended with {process.exitcode}")
         process.kill()
@@ -228,7 +234,7 @@ async def workers(url: str, seed: int) -> AsyncIterator[Workers]:
         await started.stop()
 
 
-async def chaos(requests: int, kill_every_seconds: float, seed: int, folder: Path) -> Findings:
+async def chaos(requests: int, mean_life_seconds: float, seed: int, folder: Path) -> Findings:
     """Serve so many requests while workers die."""
     findings = Findings()
     async with AsyncExitStack() as stack:
@@ -239,11 +245,12 @@ async def chaos(requests: int, kill_every_seconds: float, seed: int, folder: Pat
         started = time.monotonic()
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(gateway.run())
-            killing = group.create_task(_keep_killing(processes, kill_every_seconds))
+            killing = [group.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.names]
             await _ask_all(gateway, requests, seed, findings)
             findings.seconds = time.monotonic() - started
-            killing.cancel()
-            await asyncio.wait([killing])
+            for killer in killing:
+                killer.cancel()
+            await asyncio.wait(killing)
             findings.leaked = await _until_no_page_is_used(node)
             findings.queued = await node.queue.depth()
             await end_task(serving)
@@ -254,15 +261,16 @@ async def chaos(requests: int, kill_every_seconds: float, seed: int, folder: Pat
     return findings
 
 
-async def _keep_killing(processes: Workers, every_seconds: float) -> None:
-    """A kill that has begun is ended: afterwards every worker is there."""
+async def _keep_killing(processes: Workers, name: str, mean_life_seconds: float) -> None:
+    """Let one worker live and die again and again. A kill that has begun is ended: afterwards the worker is there."""
+    chance = random.Random(name)
     while True:
-        await asyncio.sleep(every_seconds)
-        one = asyncio.ensure_future(processes.kill_one())
+        await asyncio.sleep(2 * mean_life_seconds * chance.random())
+        killing = asyncio.ensure_future(processes.kill(name))
         try:
-            await asyncio.shield(one)
+            await asyncio.shield(killing)
         except asyncio.CancelledError:
-            await one
+            await killing
             raise
 
 
@@ -340,7 +348,7 @@ def main() -> None:
     arguments = parser.parse_args()
     requests = 800 if arguments.quick else 10_000
     with tempfile.TemporaryDirectory() as folder:
-        findings = asyncio.run(chaos(requests, 0.25, arguments.seed, Path(folder)))
+        findings = asyncio.run(chaos(requests, MEAN_LIFE_SECONDS, arguments.seed, Path(folder)))
     table = figures(findings, requests)
     publish("kv_chaos", table)
     sys.exit(any(figure.met is False for figure in table))

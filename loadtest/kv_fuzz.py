@@ -298,14 +298,14 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
     """Send so many bad messages. What breaks a worker ends this with its exception."""
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(private_redis(folder))
-        nodes = []
-        tiers: tuple[Tier, ...] = ("gateway", "prefill", "decode")
-        for tier in tiers:
+
+        async def node(tier: Tier) -> Node:
             settings = Settings(redis=url, namespace=NAMESPACE, worker_id=tier, lease_seconds=LEASE_SECONDS)
-            nodes.append(await stack.enter_async_context(join_mesh(settings, tier, MODEL)))
+            return await stack.enter_async_context(join_mesh(settings, tier, MODEL))
+
+        rig = Rig(await node("gateway"), await node("prefill"), await node("decode"), seed)
         insider = await stack.enter_async_context(member(url, "insider", "prefill"))
         other_tier = await stack.enter_async_context(member(url, "other-tier", "gateway"))
-        rig = Rig(*nodes, seed)
         attack = Attack(rig, insider, other_tier, seed)
         started = time.monotonic()
         async with asyncio.TaskGroup() as group:

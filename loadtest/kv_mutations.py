@@ -73,9 +73,9 @@ class Mutations:
         payload = self.random.randbytes(PAGE_BYTES)
         kind = self.random.randrange(6)
         if kind == 0:
-            return self.offer(*key.values(), num_tokens=self.random.randrange(1, 4 * PAGE_SIZE)), []
+            return self.offer(request_id, attempt, self.random.randrange(1, 4 * PAGE_SIZE)), []
         if kind == 1:
-            return self.pages(*key.values()), [payload]
+            return self.pages(request_id, attempt), [payload]
         if kind == 2:
             return Commit(**key, sequence=self.random.randrange(9), token_id=3, logprobs=None), []
         if kind == 3:
