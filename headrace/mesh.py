@@ -1,4 +1,4 @@
-"""Messages between the processes of a mesh: ZeroMQ sockets that follow the registry.
+"""Messages between the processes of a mesh: ZeroMQ sockets that follow the registry. Bulk bytes take `data_line.py`.
 
 Every process binds one ROUTER socket, its mailbox, and opens one DEALER socket to the mailbox of each peer as soon as
 the registry names it, so that no request waits for a connection. A DEALER's routing id is `id@epoch`; a message from
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,12 @@ from headrace.wire import Decoder, Message, T, WireError, encode
 
 log = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = 512 * 2**20
+MAX_FRAME_BYTES = 64 * 2**20
 SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
 GREETING = b""
 """The first message on every line: its receiver looks an unknown sender up at once, and they know each other."""
-
-Payload = bytes | memoryview
 
 
 class PeerGone(ConnectionError):
@@ -43,11 +40,10 @@ class PeerGone(ConnectionError):
 
 @dataclass(frozen=True)
 class Inbound:
-    """One message as it came: who sent it, the undecoded header, the payload frames."""
+    """One message as it came: who sent it, and the undecoded header."""
 
     sender: Member
     header: memoryview
-    payload: tuple[memoryview, ...]
 
 
 class Mesh:
@@ -109,23 +105,22 @@ class Mesh:
         if line is not None:
             line.close(linger=0)
 
-    async def send(self, peer_id: str, message: Message, payload: Sequence[Payload] = ()) -> None:
-        """Send a header and its payload frames, the latter without a copy.
+    async def send(self, peer_id: str, message: Message) -> None:
+        """Send a message.
 
         Raises `PeerGone` where the peer is not in the registry or takes nothing for `SEND_TIMEOUT_SECONDS`.
         """
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        frames = [encode(message), *payload]
         try:
             async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                await line.send_multipart(frames, copy=not payload)
+                await line.send(encode(message))
         except (TimeoutError, zmq.ZMQError) as error:
             raise PeerGone(f"{peer_id} takes no messages: {error or 'timed out'}") from error
 
     def post(self, peer_id: str, message: Message) -> None:
-        """Send a header without ever waiting; messages to one peer stay in order.
+        """Send a message without ever waiting; messages to one peer stay in order.
 
         Raises `PeerGone` where the peer is not in the registry or has let `SEND_HIGH_WATER_MARK` messages pile up.
         """
@@ -152,11 +147,12 @@ class Mesh:
             if len(frames) < 2:
                 self._refuse("no header", bytes(frames[0].buffer))
                 continue
-            sender = await self._identify(bytes(frames[0].buffer))
+            sender = await self.identify(bytes(frames[0].buffer))
             if sender is not None and len(frames[1].buffer) > len(GREETING):
-                return Inbound(sender, frames[1].buffer, tuple(frame.buffer for frame in frames[2:]))
+                return Inbound(sender, frames[1].buffer)
 
-    async def _identify(self, routing_id: bytes) -> Member | None:
+    async def identify(self, routing_id: bytes) -> Member | None:
+        """The member behind an `id@epoch`; None for a stranger, who is counted."""
         assert self._registry is not None
         member_id, _, epoch = routing_id.decode("ascii", "replace").partition("@")
         for fresh in (False, True):
@@ -174,6 +170,10 @@ class Mesh:
     def refuse(self, sender: Member, reason: str) -> None:
         """Count a message of a known peer that could not be used; its first one is logged."""
         self._refuse(reason, f"{sender.id}@{sender.epoch}".encode())
+
+    def refuse_from(self, sender_id: str, reason: str) -> None:
+        """The same, by the sender's id, from any thread."""
+        self._refuse(reason, sender_id.encode())
 
     def _refuse(self, reason: str, routing_id: bytes) -> None:
         name = routing_id[:80].decode("ascii", "replace")
