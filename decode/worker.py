@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
+from headrace.data_line import Listener
+from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.decode_batch import DecodeBatch
@@ -15,6 +17,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.transports import Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent, TokenLogprobs
@@ -32,7 +35,13 @@ class DecodeWorker:
     """Runs all requests whose prompts have been handed over, one step at a time."""
 
     def __init__(
-        self, node: Node, engine: Engine, device_thread: ThreadPoolExecutor, layout: Layout, max_num_seqs: int
+        self,
+        node: Node,
+        engine: Engine,
+        device_thread: ThreadPoolExecutor,
+        layout: Layout,
+        max_num_seqs: int,
+        listener: Listener,
     ) -> None:
         self._node = node
         self._engine = engine
@@ -41,8 +50,17 @@ class DecodeWorker:
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._receiver = Receiver(
-            layout, engine.cache, engine.pool, engine.pool.num_pages, self._post, self._start_decoding
+            layout,
+            engine.cache,
+            engine.pool,
+            engine.pool.num_pages,
+            self._post,
+            self._start_decoding,
+            choice=Transports(engine.cache, node.mesh.refuse_from),
+            call_soon=asyncio.get_running_loop().call_soon_threadsafe,
+            refuse=node.mesh.refuse_from,
         )
+        self._listener = listener
         self._cancelled: set[Key] = set()
         """Requests to be freed at the next step boundary: a running step may still write to their pages."""
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
@@ -54,6 +72,9 @@ class DecodeWorker:
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
         """Serve until `stopped` is done, then finish what is held (for `drain_timeout` seconds at most)."""
         self._publish_stats()
+        self._listener.start(
+            self._receiver.arrivals.on_frame, identify_by(self._node.mesh), self._node.mesh.refuse_from
+        )
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(loop) for loop in (self._mailbox_loop(), self._reap_loop())]
             stepping = group.create_task(self._step_loop())
@@ -191,8 +212,7 @@ class DecodeWorker:
                 case Cancel(), _:
                     self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
                 case _, "prefill":
-                    if (reason := self._receiver.handle(inbound.sender.id, message, inbound.payload)) is not None:
-                        self._node.mesh.refuse(inbound.sender, reason)
+                    self._receiver.handle(inbound.sender.id, message)
                 case _:
                     self._node.mesh.refuse(inbound.sender, "only a prefill worker hands over")
 
@@ -205,6 +225,7 @@ class DecodeWorker:
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "prefill":
+            self._listener.drop(member.id)
             self._receiver.sender_left(member.id)
         elif member.tier == "gateway":
             self._receiver.cancel_gateway(member.id)

@@ -12,6 +12,11 @@ class PageStore(Protocol):
     """The bytes of a paged KV cache. One page of one layer is `page_bytes` long: K, then V."""
 
     page_bytes: int
+    num_pages: int
+    """In each layer."""
+
+    def host_views(self, layer: int, page_ids: Sequence[PageId]) -> list[memoryview] | None:
+        """The memory itself of these pages, in order, neighbours in one view; None where it is on another device."""
 
     def read_pages(self, layer: int, page_ids: Sequence[PageId]) -> memoryview:
         """A contiguous copy of these pages."""
@@ -30,6 +35,9 @@ class PageAllocator(Protocol):
     def allocate(self, count: int) -> list[PageId]:
         """Take `count` pages, with one reference each. The caller checks `num_free` first."""
 
+    def share(self, page_ids: Sequence[PageId]) -> None:
+        """Add one reference on each of these pages, which are in use."""
+
     def release(self, page_ids: Sequence[PageId]) -> None:
         """Drop one reference on each."""
 
@@ -41,3 +49,10 @@ class PageAllocator(Protocol):
 
     def publish(self, page_id: PageId, page_hash: bytes) -> None:
         """Let a full page be found by its hash."""
+
+
+class Ready(Protocol):
+    """Device work that must be over before its pages are read; a `torch.cuda.Event` is one."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""

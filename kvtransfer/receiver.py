@@ -1,25 +1,27 @@
 """The receiving side of handoffs: a decode worker's incoming requests.
 
-| state     | on                         | does                                             | next      |
-| --------- | -------------------------- | ------------------------------------------------ | --------- |
-| (none)    | Offer, pages free          | reserve, Grant                                   | RECEIVING |
-| (none)    | Offer, pool full           | queue, first come first served                   | WAITING   |
-| (none)    | Offer, unusable            | Refuse                                           | (none)    |
-| (none)    | Commit or Renew, taken before | Ack again                                     | (none)    |
-| (none)    | Commit or Renew, unknown   | Abort `unknown`                                  | (none)    |
-| WAITING   | pages come free            | reserve, Grant                                   | RECEIVING |
-| RECEIVING | the same Offer again       | Grant again                                      | RECEIVING |
-| RECEIVING | Pages, next in order       | check, write, Credit                             | RECEIVING |
-| RECEIVING | Pages, seen before         | drop                                             | RECEIVING |
-| RECEIVING | Pages, damaged or a gap    | free, Abort                                      | (none)    |
-| RECEIVING | Commit, all pages here     | hand over to the decoder, Ack                    | (none)    |
-| RECEIVING | Renew                      | start the lease again; Grant or Credit again     | RECEIVING |
-| RECEIVING | Renew, nothing came since one that spoke of more | free, Abort                | (none)    |
-| WAITING   | Renew                      | start the lease again                            | WAITING   |
-| any       | Abort, cancel, lease ended, sender gone | free (and Abort to a living sender) | (none)    |
+| state      | on                         | does                                             | next       |
+| ---------- | -------------------------- | ------------------------------------------------ | ---------- |
+| (none)     | Offer, pages free          | reserve, choose a transport, Grant               | RECEIVING  |
+| (none)     | Offer, pool full           | queue, first come first served                   | WAITING    |
+| (none)     | Offer, unusable            | Refuse                                           | (none)     |
+| (none)     | Commit or Renew, taken before | Ack again                                     | (none)     |
+| (none)     | Commit or Renew, unknown   | Abort `unknown`                                  | (none)     |
+| WAITING    | pages come free            | reserve, choose a transport, Grant               | RECEIVING  |
+| RECEIVING  | the same Offer again       | Grant again                                      | RECEIVING  |
+| RECEIVING  | pages landed               | start the lease again, Credit where it is wanted | RECEIVING  |
+| RECEIVING  | pages landed, damaged or out of bounds | Abort                                | DRAINING   |
+| RECEIVING  | Commit, pages missing      | remember it                                      | COMMITTING |
+| RECEIVING  | Commit, all pages here     | hand over to the decoder, Ack                    | (none)     |
+| COMMITTING | pages landed, the last     | hand over to the decoder, Ack                    | (none)     |
+| RECEIVING  | Renew                      | Grant or Credit again                            | RECEIVING  |
+| WAITING, RECEIVING | Renew, all that was sent is here | start the lease again              | same       |
+| any        | Abort                      | (Released when drained)                          | DRAINING   |
+| any        | cancel, lease ended, sender gone | Abort to a living sender                   | DRAINING   |
+| DRAINING   | no thread writes its pages | free them                                        | (none)     |
 
-Nothing here waits or blocks: every method is called on the event loop and replies through `send`. A message that can't
-be meant for this state, or is another worker's business, changes nothing.
+The pages themselves land beside this, on threads (`arrivals.py`, `landing.py`), in any order, before the Commit or
+after it. Nothing here waits or blocks: every method is called on the event loop and replies through `send`.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import xxhash
-
+from headrace.kvtransfer.arrivals import Arrivals, Arriving, Source
 from headrace.kvtransfer.base import PageAllocator, PageId, PageStore
+from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import (
     Abort,
     AbortCause,
@@ -41,23 +44,30 @@ from headrace.kvtransfer.messages import (
     Grant,
     Layout,
     Offer,
-    Pages,
     Refuse,
     RefuseCause,
+    Released,
     Renew,
     ToReceiver,
+    TransportName,
 )
 from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
-LOST_SECONDS = 2.0
-"""Less than the time between two renewals."""
 WINDOW_BYTES = 64 * 2**20
 MAX_WAITING = 4096
 MAX_REMEMBERED = 16384
 """Requests whose newest attempt is remembered, so that a stale one is told from a new one."""
 
 Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The newest attempt of a request, and the worker that it was taken from, if it was."""
+
+    attempt: int
+    taken_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,32 +80,49 @@ class ReceivedRequest:
     commit: Commit
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The newest attempt of a request, and the worker that it was taken from, if it was."""
+class Choice(Protocol):
+    """How pages can come from a sender."""
 
-    attempt: int
-    taken_from: str | None = None
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """The best transport that both ends can use, and the sender's memory where it is read in place."""
+
+    def forget(self, sender: str) -> None:
+        """The sender is gone: let go of its memory."""
 
 
-@dataclass
+class TcpOnly:
+    """Without shared memory."""
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """See `Choice`."""
+        return "tcp", None
+
+    def forget(self, sender: str) -> None:
+        """See `Choice`."""
+
+
+def _at_once(callback: Callable[[], None]) -> None:
+    callback()
+
+
+@dataclass(eq=False)
 class _Incoming:
-    """One handoff between Offer and Commit. `pages` is empty while it waits for room."""
+    """One handoff between Offer and Commit. `pages` is empty and `landing` None while it waits for room."""
 
     sender: str
     offer: Offer
     lease_ends: float
     hashes: list[bytes]
     """Of the prompt's full pages."""
+    grant: Grant | None = None
     pages: list[PageId] = field(default_factory=list)
-    held_pages: int = 0
-    """Pages of a known prefix, which don't travel."""
-    sequence: int = 0
-    behind_since: float | None = None
-    """Since when the sender's renewals speak of more Pages than came."""
-    next_page: list[int] = field(default_factory=list)
-    """By layer: the first page of the prompt that has not arrived."""
-    uncredited_bytes: int = 0
+    landing: Landing | None = None
+    commit: Commit | None = None
+
+    @property
+    def key(self) -> Key:
+        """(request id, attempt)."""
+        return self.offer.request_id, self.offer.attempt
 
 
 class Receiver:
@@ -110,23 +137,38 @@ class Receiver:
         send: Callable[[str, Message], None],
         on_received: Callable[[ReceivedRequest], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        choice: Choice | None = None,
+        call_soon: Callable[[Callable[[], None]], object] = _at_once,
+        refuse: Callable[[str, str], None] = lambda sender, reason: None,
     ) -> None:
+        """`call_soon` brings what a line's thread has to say to this object's own thread. `refuse(sender, reason)`
+        counts what no honest worker sends, and is called on any thread.
+        """
         self.stopping = False
         self.reserve_pages = 0
         """Free pages that grants leave alone, for running requests to grow into."""
         self.aborts: Counter[str] = Counter()
         self.refusals: Counter[RefuseCause] = Counter()
+        """Offers not taken."""
         self.late = 0
-        """Messages of handoffs that were over already: they cross an Abort on its way, and are dropped."""
+        """Other messages about handoffs that were over: they cross an Abort on its way, and change nothing."""
+        self.transports: Counter[str] = Counter()
+        """Grants by transport."""
+        self.arrivals = Arrivals(store, layout.dtype, refuse)
         self._layout = layout
-        self._store = store
         self._pool = pool
         self._total_pages = total_pages
         self._send = send
         self._on_received = on_received
         self._clock = clock
+        self._choice = choice or TcpOnly()
+        self._call_soon = call_soon
+        self._refuse = refuse
         self._incoming: dict[Key, _Incoming] = {}
         self._waiting: OrderedDict[Key, _Incoming] = OrderedDict()
+        self._draining: dict[_Incoming, bool] = {}
+        """Handoffs that are over but for threads that may write to their pages; whether to say Released at the end."""
         self._newest: OrderedDict[str, _Seen] = OrderedDict()
 
     @property
@@ -139,48 +181,40 @@ class Receiver:
         """Handoffs that have not been committed yet, those that wait among them."""
         return len(self._incoming)
 
-    def handle(self, sender: str, message: ToReceiver, payload: tuple[memoryview, ...]) -> str | None:
-        """Apply one message. Returns why not, where no honest worker would have sent it."""
+    def handle(self, sender: str, message: ToReceiver) -> None:
+        """Apply one message."""
         match message:
             case Offer():
-                return self._offer(sender, message)
-            case Pages():
-                return self._pages(sender, message, payload)
+                self._offer(sender, message)
             case Commit():
-                return self._commit(sender, message)
+                self._commit(sender, message)
             case Renew():
-                return self._renew(sender, message)
+                self._renew(sender, message)
             case Abort():
-                incoming = self._incoming.get((message.request_id, message.attempt))
-                if incoming is None:
-                    self.late += 1
-                elif incoming.sender != sender:
-                    return "it aborts another worker's handoff"
-                else:
-                    self._free(incoming)
-                    self.aborts[message.cause] += 1
-                return None
+                self._aborted(sender, message)
 
-    def _offer(self, sender: str, offer: Offer) -> str | None:
-        key = (offer.request_id, offer.attempt)
-        incoming = self._incoming.get(key)
-        if incoming is not None and (incoming.sender, incoming.offer) == (sender, offer):
-            if key not in self._waiting:
-                self._send_grant(incoming)
-            return None
+    def _offer(self, sender: str, offer: Offer) -> None:
+        known = self._incoming.get((offer.request_id, offer.attempt))
+        if known is not None and (known.sender, known.offer) == (sender, offer):
+            if known.grant is not None:
+                self._send(sender, known.grant)
+            return
         refusal = self._reason_to_refuse(offer)
         if refusal is not None:
-            cause, reason = refusal
+            cause, message = refusal
             self.refusals[cause] += 1
-            self._send(sender, Refuse(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=reason))
-            return reason if cause in ("invalid", "duplicate") else None
-        for older in [incoming for other, incoming in self._incoming.items() if other[0] == offer.request_id]:
-            self._abort(older, "cancelled", "a newer attempt began")
+            if cause in ("invalid", "duplicate"):
+                self._refuse(sender, message)
+            self._send(sender, Refuse(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=message))
+            return
+        older = [key for key in self._incoming if key[0] == offer.request_id]
+        for key in older:
+            self._abort(self._incoming[key], "cancelled", "a newer attempt began")
         self._remember(offer.request_id, _Seen(offer.attempt))
         incoming = _Incoming(sender, offer, self._clock() + LEASE_SECONDS, self._pool.hashes(offer.token_ids))
-        self._incoming[key] = self._waiting[key] = incoming
+        self._incoming[offer.request_id, offer.attempt] = incoming
+        self._waiting[offer.request_id, offer.attempt] = incoming
         self.grant_waiting()
-        return None
 
     def _reason_to_refuse(self, offer: Offer) -> tuple[RefuseCause, str] | None:
         if offer.layout != self._layout:
@@ -222,84 +256,59 @@ class Receiver:
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)
-            incoming.held_pages = len(held)
-            incoming.next_page = [len(held)] * self._layout.num_layers
-            self._send_grant(incoming)
+            self._grant(incoming, len(held))
 
-    def _send_grant(self, incoming: _Incoming) -> None:
-        offer = incoming.offer
-        grant = Grant(
-            request_id=offer.request_id,
-            attempt=offer.attempt,
-            held_pages=incoming.held_pages,
+    def _grant(self, incoming: _Incoming, held: int) -> None:
+        request_id, attempt = incoming.key
+
+        def notify() -> None:  # on a line's thread
+            self._call_soon(lambda: self._landed(incoming, landing))
+
+        landing = incoming.landing = Landing(incoming.pages, held, self._layout.num_layers, notify)
+        transport, source = self._choice.choose(incoming.sender, incoming.offer)
+        wire_dtype = incoming.offer.wire_dtype if transport == "tcp" else "auto"
+        self.arrivals.expect((incoming.sender, *incoming.key), Arriving(landing, transport, source, wire_dtype))
+        self.transports[transport] += 1
+        incoming.grant = Grant(
+            request_id=request_id,
+            attempt=attempt,
+            held_pages=held,
             window_bytes=WINDOW_BYTES,
+            transport=transport,
+            wire_dtype=wire_dtype,
         )
-        self._send(incoming.sender, grant)
+        self._send(incoming.sender, incoming.grant)
 
-    def _pages(self, sender: str, message: Pages, payload: tuple[memoryview, ...]) -> str | None:
-        incoming = self._incoming.get((message.request_id, message.attempt))
-        if incoming is None:
-            self.late += 1
-            return None
-        if incoming.sender != sender or not incoming.pages:
-            return "it sends pages that were not granted to it"
-        if message.sequence < incoming.sequence:
-            return "it repeats pages"
-        problem = self._problem_with(incoming, message, payload)
-        if problem is not None:
-            self._abort(incoming, *problem)
-            return problem[1]
-        pages = incoming.pages[message.first_page : message.first_page + message.num_pages]
-        self._store.write_pages(message.layer, pages, payload[0])
-        incoming.next_page[message.layer] += message.num_pages
-        incoming.sequence += 1
-        incoming.behind_since = None
+    def _landed(self, incoming: _Incoming, landing: Landing) -> None:
+        """Pages of one handoff were written, or could not be."""
+        credit = landing.take_credit()
+        if incoming in self._draining:
+            self._end_draining(incoming)
+        if self._incoming.get(incoming.key) is not incoming:
+            return
+        if landing.problem is not None:
+            self._refuse(incoming.sender, landing.problem[1])
+            self._abort(incoming, *landing.problem)
+            return
         incoming.lease_ends = self._clock() + LEASE_SECONDS
-        incoming.uncredited_bytes += len(payload[0])
-        if incoming.uncredited_bytes >= WINDOW_BYTES // 4:
-            self._send_credit(incoming)
-        return None
+        if credit is not None:
+            request_id, attempt = incoming.key
+            self._send(incoming.sender, Credit(request_id=request_id, attempt=attempt, sequence=credit))
+        self._complete(incoming)
 
-    def _send_credit(self, incoming: _Incoming) -> None:
-        incoming.uncredited_bytes = 0
-        offer = incoming.offer
-        credit = Credit(request_id=offer.request_id, attempt=offer.attempt, sequence=incoming.sequence)
-        self._send(incoming.sender, credit)
-
-    def _problem_with(
-        self, incoming: _Incoming, message: Pages, payload: tuple[memoryview, ...]
-    ) -> tuple[AbortCause, str] | None:
-        if message.sequence != incoming.sequence:
-            return "sequence", f"expected message {incoming.sequence}, got {message.sequence}"
-        if message.layer >= self._layout.num_layers or message.first_page != incoming.next_page[message.layer]:
-            return "sequence", f"layer {message.layer} can't go on at page {message.first_page}"
-        if message.first_page + message.num_pages > len(incoming.pages):
-            return "sequence", f"{message.num_pages} pages from {message.first_page} are more than were granted"
-        if len(payload) != 1 or len(payload[0]) != message.num_pages * self._store.page_bytes:
-            return "checksum", "the payload is not one frame of the announced size"
-        if xxhash.xxh3_64_digest(payload[0]) != message.checksum:
-            return "checksum", f"layer {message.layer}, page {message.first_page}: the payload was damaged on the way"
-        return None
-
-    def _commit(self, sender: str, commit: Commit) -> str | None:
-        request_id, attempt = key = (commit.request_id, commit.attempt)
-        incoming = self._incoming.get(key)
+    def _commit(self, sender: str, commit: Commit) -> None:
+        incoming = self._incoming.get((commit.request_id, commit.attempt))
         if incoming is None:
-            self._answer_over(sender, request_id, attempt)
-            return None
-        if incoming.sender != sender or not incoming.pages:
-            return "it commits what was not granted to it"
-        problem = self._problem_with_commit(incoming, commit)
-        if problem is not None:
+            self._answer_over(sender, commit.request_id, commit.attempt)
+        elif incoming.sender != sender or incoming.landing is None:
+            self._refuse(sender, "it commits what was not granted to it")
+        elif commit.token_id >= self._layout.vocab_size:
+            problem = f"committed token {commit.token_id}, which must be below {self._layout.vocab_size}"
+            self._refuse(sender, problem)
             self._abort(incoming, "sequence", problem)
-            return problem
-        del self._incoming[key]
-        self._remember(request_id, _Seen(attempt, sender))
-        for page, page_hash in zip(incoming.pages, incoming.hashes, strict=False):
-            self._pool.publish(page, page_hash)
-        self._send(sender, Ack(request_id=request_id, attempt=attempt))
-        self._on_received(ReceivedRequest(incoming.offer, incoming.pages, commit.token_id, commit))
-        return None
+        else:
+            incoming.commit = commit
+            self._complete(incoming)
 
     def _answer_over(self, sender: str, request_id: str, attempt: int) -> None:
         """Say once more how a handoff ended that `sender` believes to be open."""
@@ -309,43 +318,70 @@ class Receiver:
         else:
             self._send(sender, Abort(request_id=request_id, attempt=attempt, cause="unknown"))
 
-    def _problem_with_commit(self, incoming: _Incoming, commit: Commit) -> str | None:
-        total = len(incoming.pages)
-        if commit.sequence != incoming.sequence or any(page != total for page in incoming.next_page):
-            return "committed before all pages arrived"
-        if commit.token_id >= self._layout.vocab_size:
-            return f"committed token {commit.token_id}, which must be below {self._layout.vocab_size}"
-        return None
+    def _complete(self, incoming: _Incoming) -> None:
+        """Hand a committed request over to the decoder once all its pages are here."""
+        commit, landing = incoming.commit, incoming.landing
+        if commit is None or landing is None:
+            return
+        problem = landing.problem or landing.problem_with_end(commit.sequence)
+        if problem is not None:
+            self._refuse(incoming.sender, problem[1])
+            self._abort(incoming, *problem)
+        elif landing.is_complete(commit.sequence):
+            landing.close()
+            self._take_out(incoming)
+            self._remember(commit.request_id, _Seen(commit.attempt, incoming.sender))
+            for page, page_hash in zip(incoming.pages, incoming.hashes, strict=False):
+                self._pool.publish(page, page_hash)
+            self._send(incoming.sender, Ack(request_id=commit.request_id, attempt=commit.attempt))
+            self._on_received(ReceivedRequest(incoming.offer, incoming.pages, commit.token_id, commit))
 
-    def _renew(self, sender: str, renew: Renew) -> str | None:
+    def _take_out(self, incoming: _Incoming) -> None:
+        self._waiting.pop(incoming.key, None)
+        del self._incoming[incoming.key]
+        if incoming.landing is not None:
+            self.arrivals.forget((incoming.sender, *incoming.key))
+
+    def _renew(self, sender: str, renew: Renew) -> None:
         for request_id, attempt, num_sent in renew.handoffs:
             incoming = self._incoming.get((request_id, attempt))
             if incoming is None:
                 self._answer_over(sender, request_id, attempt)
             elif incoming.sender != sender:
-                return "it renews another worker's handoff"
+                self._refuse(sender, "it renews another worker's handoff")
             else:
                 self._renew_one(incoming, num_sent)
-        return None
 
     def _renew_one(self, incoming: _Incoming, num_sent: int) -> None:
-        """Start the lease again and repeat what the sender may have missed.
+        """Repeat what the sender may have missed, and start the lease again where nothing is on the way here.
 
-        Pages that were sent before one renewal and have not come by a later one, nor any others, are lost for good.
+        Pages that are on the way have one lease to come: they may be lost.
         """
-        now = self._clock()
-        if num_sent <= incoming.sequence:
-            incoming.behind_since = None
-        elif incoming.behind_since is None:
-            incoming.behind_since = now
-        elif now - incoming.behind_since >= LOST_SECONDS:
-            self._abort(incoming, "sequence", f"message {incoming.sequence} was lost on the way")
+        landed = incoming.landing.num_landed if incoming.landing is not None else 0
+        if num_sent <= landed and incoming.commit is None:
+            incoming.lease_ends = self._clock() + LEASE_SECONDS
+        if landed:
+            request_id, attempt = incoming.key
+            self._send(incoming.sender, Credit(request_id=request_id, attempt=attempt, sequence=landed))
+        elif incoming.grant is not None:
+            self._send(incoming.sender, incoming.grant)
+
+    def _aborted(self, sender: str, abort: Abort) -> None:
+        key = (abort.request_id, abort.attempt)
+        incoming = self._incoming.get(key)
+        if incoming is not None and incoming.sender == sender:
+            self.aborts[abort.cause] += 1
+            self._free(incoming, tell_released=True)
             return
-        incoming.lease_ends = now + LEASE_SECONDS
-        if incoming.sequence:
-            self._send_credit(incoming)
-        elif incoming.pages:
-            self._send_grant(incoming)
+        if incoming is not None:
+            self._refuse(sender, "it aborts another worker's handoff")
+        else:
+            self.late += 1
+        draining = [i for i in self._draining if i.sender == sender and i.key == key]
+        for incoming in draining:
+            self._draining[incoming] = True
+        if not draining:
+            self._send(sender, Released(request_id=abort.request_id, attempt=abort.attempt))
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Nobody waits for this request any more, in any attempt up to `attempt`."""
@@ -362,8 +398,9 @@ class Receiver:
     def sender_left(self, sender: str) -> None:
         """A prefill worker is gone: nothing it began will end."""
         for incoming in [i for i in self._incoming.values() if i.sender == sender]:
-            self._free(incoming)
+            self._free(incoming, tell_released=False)
             self.aborts["sender_failed"] += 1
+        self._choice.forget(sender)
 
     def reap(self) -> None:
         """End the handoffs whose lease has run out. To be called on a timer of its own."""
@@ -372,19 +409,27 @@ class Receiver:
             self._abort(incoming, "lease", f"no progress for {LEASE_SECONDS} s")
 
     def _abort(self, incoming: _Incoming, cause: AbortCause, message: str) -> None:
-        self._free(incoming)
         self.aborts[cause] += 1
         offer = incoming.offer
         self._send(
             incoming.sender, Abort(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=message)
         )
+        self._free(incoming, tell_released=False)
 
-    def _free(self, incoming: _Incoming) -> None:
-        key = (incoming.offer.request_id, incoming.offer.attempt)
-        self._waiting.pop(key, None)
-        del self._incoming[key]
+    def _free(self, incoming: _Incoming, tell_released: bool) -> None:
+        self._take_out(incoming)
+        if incoming.landing is not None:
+            incoming.landing.close()
+        self._draining[incoming] = tell_released
+        self._end_draining(incoming)
+
+    def _end_draining(self, incoming: _Incoming) -> None:
+        if incoming.landing is not None and not incoming.landing.idle:
+            return
         self._pool.release(incoming.pages)
-        incoming.pages = []
+        if self._draining.pop(incoming):
+            request_id, attempt = incoming.key
+            self._send(incoming.sender, Released(request_id=request_id, attempt=attempt))
         self.grant_waiting()
 
     def check_integrity(self) -> None:
@@ -392,5 +437,8 @@ class Receiver:
         for key, incoming in self._incoming.items():
             if key in self._waiting:
                 assert not incoming.pages, f"{key} waits and holds pages"
+                assert incoming.landing is None, f"{key} waits and may be written to"
             else:
                 assert len(incoming.pages) == self._pages_needed(incoming.offer), f"{key} holds the wrong pages"
+        for incoming in self._draining:
+            assert incoming.landing is not None, f"{incoming.key} drains and was never granted"

@@ -18,7 +18,7 @@ from headrace.registry import Member
 from headrace.wire import Decoder
 
 SAMPLING = SamplingParams(max_tokens=2)
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 15.0
 """After which a request is asked anew: its worker died with the news of it."""
 TIMEOUT_SECONDS = 120.0
 

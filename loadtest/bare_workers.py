@@ -7,12 +7,25 @@ import functools
 import time
 from collections.abc import Callable
 
+from headrace.data_line import Listener
+from headrace.data_lines import identify_by
 from headrace.engine.page_pool import PagePool
+from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment
 from headrace.kvtransfer.messages import Offer, ToReceiver, ToSender
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Send, Sender
-from headrace.loadtest.keyed_kv import LAYOUT, NUM_LAYERS, PAGE_SIZE, ArrayStore, first_token, next_token, page_keys
+from headrace.kvtransfer.transports import Transports, exports_of
+from headrace.loadtest.keyed_kv import (
+    LAYOUT,
+    NUM_LAYERS,
+    PAGE_SIZE,
+    fill,
+    first_token,
+    new_cache,
+    next_token,
+    page_keys,
+)
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import PrefillReport, RequestFailed, TokenBatch, TokenEvent
@@ -33,12 +46,23 @@ Key = tuple[str, int]
 class BareDecode:
     """Receives prompts, holds them for a while, and answers with the commit's token and one made of the pages."""
 
-    def __init__(self, node: Node, num_pages: int, hold_seconds: float = 0.0) -> None:
+    def __init__(self, node: Node, listener: Listener, num_pages: int, hold_seconds: float = 0.0) -> None:
         self.pool = PagePool(num_pages, PAGE_SIZE)
         self.received = 0
         self.post: Callable[[str, Message], None] = node.mesh.post
-        self.store = ArrayStore(num_pages)
-        self.receiver = Receiver(LAYOUT, self.store, self.pool, num_pages, self._post, self._start_decoding)
+        self.cache = new_cache(num_pages)
+        self.receiver = Receiver(
+            LAYOUT,
+            self.cache,
+            self.pool,
+            num_pages,
+            self._post,
+            self._start_decoding,
+            choice=Transports(self.cache, node.mesh.refuse_from),
+            call_soon=asyncio.get_running_loop().call_soon_threadsafe,
+            refuse=node.mesh.refuse_from,
+        )
+        self._listener = listener
         self._node = node
         self._hold_seconds = hold_seconds
         self._held: dict[Key, ReceivedRequest] = {}
@@ -47,9 +71,14 @@ class BareDecode:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._mailbox_loop())
-            group.create_task(self._reap_loop())
+        mesh = self._node.mesh
+        self._listener.start(self.receiver.arrivals.on_frame, identify_by(mesh), mesh.refuse_from)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._mailbox_loop())
+                group.create_task(self._reap_loop())
+        finally:
+            self.cache.close()
 
     async def _mailbox_loop(self) -> None:
         while True:
@@ -62,8 +91,7 @@ class BareDecode:
                 case _, tier if tier != "prefill":
                     self._node.mesh.refuse(inbound.sender, "only a prefill worker hands over")
                 case _:
-                    if (reason := self.receiver.handle(inbound.sender.id, message, inbound.payload)) is not None:
-                        self._node.mesh.refuse(inbound.sender, reason)
+                    self.receiver.handle(inbound.sender.id, message)
 
     def _cancel(self, cancel: Cancel) -> None:
         self.receiver.cancel(cancel.request_id, cancel.attempt)
@@ -85,6 +113,7 @@ class BareDecode:
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "prefill":
+            self._listener.drop(member.id)
             self.receiver.sender_left(member.id)
         elif member.tier == "gateway":
             self.receiver.cancel_gateway(member.id)
@@ -105,7 +134,7 @@ class BareDecode:
         asyncio.get_running_loop().call_later(self._hold_seconds, self._finish, key, self._next_token(request))
 
     def _next_token(self, request: ReceivedRequest) -> int:
-        return next_token(self.store.read_pages(layer, request.pages) for layer in range(NUM_LAYERS))
+        return next_token(self.cache.read_pages(layer, request.pages) for layer in range(NUM_LAYERS))
 
     def _finish(self, key: Key, token_id: int) -> None:
         request = self._held.get(key)
@@ -132,17 +161,22 @@ class BareDecode:
 class BarePrefill:
     """Takes requests from the queue, fills their pages layer by layer and hands them over meanwhile."""
 
-    def __init__(self, node: Node, num_pages: int, lease_seconds: float, renew_seconds: float) -> None:
+    def __init__(
+        self, node: Node, lines: Lines, num_pages: int, lease_seconds: float, renew_seconds: float, shares_memory: bool
+    ) -> None:
+        """`shares_memory` is whether receivers on this machine may read pages in place, instead of over TCP."""
         self.pool = PagePool(num_pages, PAGE_SIZE)
         self.send: Send = node.mesh.send
         self.accident: Callable[[], None] = lambda: None
         """Called before each layer; what it raises (`HandoffFailed`) ends the attempt."""
         self._node = node
-        self._store = ArrayStore(num_pages)
+        self._cache = new_cache(num_pages)
+        self._exports = exports_of(self._cache) if shares_memory else None
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._intake = Intake(node.queue, node.id, lease_seconds)
-        self._sender = Sender(lambda peer, message, payload=(): self.send(peer, message, payload))
+        departures = LineDepartures(self._cache, LAYOUT.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
+        self._sender = Sender(lambda peer, message: self.send(peer, message), departures)
         self._placement = Placement(node.registry, self._sender)
         self._room = asyncio.Semaphore(MAX_JOBS)
         self._tasks: dict[Key, asyncio.Task[None]] = {}
@@ -152,9 +186,12 @@ class BarePrefill:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for loop in (self._take_loop(group), self._mailbox_loop(), self._renew_loop(), self._keep_alive_loop()):
-                group.create_task(loop)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for loop in (self._take_loop(group), self._mailbox_loop(), self._renew_loop(), self._keep_alive_loop()):
+                    group.create_task(loop)
+        finally:
+            self._cache.close()
 
     async def _take_loop(self, group: asyncio.TaskGroup) -> None:
         while True:
@@ -207,8 +244,10 @@ class BarePrefill:
             generated=entry.generated,
             sampling=entry.sampling,
             deadline=entry.deadline,
+            host=self._exports.host if self._exports else None,
+            shm=self._exports.shm if self._exports else None,
         )
-        handoff = Handoff(offer, pages, self._store)
+        handoff = Handoff(offer, pages, self._cache)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._sender.deliver(handoff, self._placement.choose))
@@ -234,7 +273,7 @@ class BarePrefill:
             chunk = slice(first, first + PAGES_A_CHUNK)
             for layer in range(NUM_LAYERS):
                 self.accident()
-                self._store.fill(layer, pages[chunk], keys[chunk])
+                fill(self._cache, layer, pages[chunk], keys[chunk])
                 handoff.layer_ready(Segment(layer, first, len(pages[chunk])))
                 await asyncio.sleep(0)
         handoff.finish(first_token(keys), None)

@@ -5,48 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 import xxhash
 
-from headrace.kvtransfer.messages import Layout
+from headrace.engine.kv_cache import CacheLayout, KVCache
+from headrace.kvtransfer.layout import layout_of
 
 PAGE_SIZE = 4
 NUM_LAYERS = 4
 KV_HEADS = 2
 HEAD_DIM = 4
-PAGE_BYTES = 2 * KV_HEADS * PAGE_SIZE * HEAD_DIM * 4
+CACHE_LAYOUT = CacheLayout("float32", NUM_LAYERS, KV_HEADS, HEAD_DIM, PAGE_SIZE)
+PAGE_BYTES = CACHE_LAYOUT.page_bytes
 VOCABULARY = 2**31 - 1
-LAYOUT = Layout(
-    model_fingerprint="keyed",
-    dtype="float32",
-    num_layers=NUM_LAYERS,
-    kv_heads=KV_HEADS,
-    head_dim=HEAD_DIM,
-    page_size=PAGE_SIZE,
-    tensor_parallel_size=1,
-    vocab_size=VOCABULARY,
-)
+LAYOUT = layout_of("keyed", CACHE_LAYOUT, VOCABULARY)
 
 
-class ArrayStore:
-    """A `PageStore` in memory: `data` is [layers, pages, page bytes] uint8."""
+def new_cache(num_pages: int) -> KVCache:
+    """An empty KV cache in memory that other processes may map."""
+    return KVCache(CACHE_LAYOUT, num_pages, torch.device("cpu"))
 
-    page_bytes = PAGE_BYTES
 
-    def __init__(self, num_pages: int) -> None:
-        self.data = np.zeros((NUM_LAYERS, num_pages, PAGE_BYTES), dtype=np.uint8)
-
-    def read_pages(self, layer: int, page_ids: Sequence[int]) -> memoryview:
-        """See `PageStore`."""
-        copy: memoryview = self.data[layer].take(page_ids, axis=0).reshape(-1).data
-        return copy
-
-    def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
-        """See `PageStore`."""
-        self.data[layer][page_ids] = np.frombuffer(data, dtype=np.uint8).reshape(len(page_ids), PAGE_BYTES)
-
-    def fill(self, layer: int, page_ids: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Compute these pages, as a model would."""
-        self.write_pages(layer, page_ids, memoryview(b"".join(page_content(key, layer) for key in keys)))
+def fill(cache: KVCache, layer: int, page_ids: Sequence[int], keys: Sequence[bytes]) -> None:
+    """Compute these pages, as a model would."""
+    cache.write_pages(layer, page_ids, memoryview(b"".join(page_content(key, layer) for key in keys)))
 
 
 def page_keys(token_ids: Sequence[int]) -> list[bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import multiprocessing
 import random
 import signal
@@ -16,19 +17,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from headrace.data_line import Make
+from headrace.data_lines import DataLines, data_listener
+from headrace.kvtransfer.departures import Lines
 from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.messages import Grant
 from headrace.loadtest.bare_gateway import BareGateway
 from headrace.loadtest.bare_workers import BareDecode, BarePrefill
 from headrace.loadtest.keyed_kv import PAGE_SIZE, undisturbed
 from headrace.loadtest.report import Figure, publish
-from headrace.mesh import Payload
 from headrace.messages.stream import TokenBatch
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
 from headrace.redis_server import private_redis
@@ -59,7 +62,7 @@ MISTAKEN = 3
 class Accidents:
     """What goes wrong in one worker short of its death."""
 
-    LOST = 0.001
+    LOST = 0.0005
     REPEATED = 0.002
     DAMAGED = 0.002
     ABORTED = 0.01
@@ -72,6 +75,11 @@ class Accidents:
         """Its messages, and its computing."""
         worker.send = self._send
         worker.accident = self._fail
+
+    def lines(self, lines: DataLines) -> Lines:
+        """The same lines, which lose, repeat and damage frames."""
+        self._lines = lines
+        return self
 
     def befall_decode(self, worker: BareDecode) -> None:
         """Its answers, and its patience."""
@@ -87,15 +95,26 @@ class Accidents:
     def _happens(self, chance: float) -> bool:
         return self._random.random() < chance
 
-    async def _send(self, peer: str, message: Message, payload: tuple[Payload, ...] = ()) -> None:
-        if self._happens(self.LOST):
-            return
-        if payload and self._happens(self.DAMAGED):
-            damaged = bytearray(payload[0])
-            damaged[self._random.randrange(len(damaged))] ^= 1 << self._random.randrange(8)
-            payload = (memoryview(damaged),)
-        for _ in range(2 if self._happens(self.REPEATED) else 1):
-            await self._node.mesh.send(peer, message, payload)
+    def _times(self) -> int:
+        """How often a message arrives."""
+        return 0 if self._happens(self.LOST) else 2 if self._happens(self.REPEATED) else 1
+
+    async def _send(self, peer: str, message: Message) -> None:
+        for _ in range(self._times()):
+            await self._node.mesh.send(peer, message)
+
+    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None]) -> None:
+        """See `Lines`."""
+        for _ in range(self._times()):
+            damaged = functools.partial(self._damage, make) if self._happens(self.DAMAGED) else make
+            self._lines.submit(peer_id, damaged, failed)
+
+    def _damage(self, make: Make) -> tuple[bytes, Sequence[memoryview]]:
+        """Flip a bit anywhere in header or payload."""
+        header, payload = make()
+        frame = bytearray(header + b"".join(payload))
+        frame[self._random.randrange(len(frame))] ^= 1 << self._random.randrange(8)
+        return bytes(frame[: len(header)]), [memoryview(frame)[len(header) :]]
 
     def _fail(self) -> None:
         if self._happens(self.ABORTED / 10):
@@ -115,14 +134,19 @@ def serve(name: str, url: str, seed: int) -> None:
 
 async def _serve(name: str, url: str, seed: int) -> int:
     tier: Tier = "prefill" if name.startswith("prefill") else "decode"
-    async with join_mesh(settings(url, name), tier, MODEL) as node:
+    async with (
+        data_listener("127.0.0.1", None) as listener,
+        join_mesh(settings(url, name), tier, MODEL, listener.address if tier == "decode" else "") as node,
+        DataLines(node.registry, None) as lines,
+    ):
         accidents = Accidents(node, seed)
         worker: BarePrefill | BareDecode
         if tier == "prefill":
-            worker = BarePrefill(node, PAGES, LEASE_SECONDS, RENEW_SECONDS)
+            by_tcp = name.endswith("0")
+            worker = BarePrefill(node, accidents.lines(lines), PAGES, LEASE_SECONDS, RENEW_SECONDS, not by_tcp)
             accidents.befall_prefill(worker)
         else:
-            worker = BareDecode(node, PAGES, HOLD_SECONDS)
+            worker = BareDecode(node, listener, PAGES, HOLD_SECONDS)
             accidents.befall_decode(worker)
         running = asyncio.create_task(worker.run())
         stopped = asyncio.create_task(until_stopped())

@@ -9,11 +9,14 @@ import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
+from headrace.data_lines import DataLines
 from headrace.engine.engine import Engine, PrefillOutput
 from headrace.engine.page_pool import page_hashes
+from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
-from headrace.kvtransfer.messages import Layout, Offer, ToSender
+from headrace.kvtransfer.messages import Layout, Offer, ToSender, WireDtype
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
+from headrace.kvtransfer.transports import exports_of
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import PrefillReport, RequestFailed
@@ -45,6 +48,8 @@ class PrefillWorker:
         token_budget: int,
         max_jobs: int,
         lease_seconds: float,
+        lines: DataLines,
+        wire_dtype: WireDtype,
     ) -> None:
         self._node = node
         self._engine = engine
@@ -53,7 +58,10 @@ class PrefillWorker:
         self._lease_seconds = lease_seconds
         self._intake = Intake(node.queue, node.id, lease_seconds)
         self._scheduler = PrefillScheduler(token_budget, layout.page_size)
-        self._sender = Sender(node.mesh.send)
+        departures = LineDepartures(engine.cache, layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
+        self._sender = Sender(node.mesh.send, departures)
+        self._exports = exports_of(engine.cache)
+        self._wire_dtype: WireDtype = wire_dtype
         self._placement = Placement(node.registry, self._sender)
         self._room = asyncio.Semaphore(max_jobs)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -207,6 +215,9 @@ class PrefillWorker:
                 generated=entry.generated,
                 sampling=entry.sampling,
                 deadline=entry.deadline,
+                host=self._exports.host,
+                shm=self._exports.shm,
+                wire_dtype=self._wire_dtype,
             )
             handoff = Handoff(offer, pages, self._engine.cache)
         computed = asyncio.get_running_loop().create_future()
@@ -325,4 +336,5 @@ class PrefillWorker:
                 "handoff_recomputed_total": self._recomputed,
                 "messages_refused_total": self._node.mesh.refused,
             }
+            | self._sender.stats.figures()
         )

@@ -43,21 +43,20 @@ def test_what_breaks_the_schema_is_refused(data: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.booleans())
-def test_random_bytes_raise_nothing_but_the_wire_error(data: bytes, sealed: bool) -> None:
+def test_random_bytes_raise_nothing_but_the_wire_error(data: bytes, versioned: bool) -> None:
     """Whatever arrives, a receiver lives on."""
     for decoder in DECODERS:
         with pytest.raises(WireError):
-            decoder(seal(data) if sealed else data)
+            decoder(seal(data) if versioned else data)
 
 
-@given(st.data())
-def test_a_flipped_bit_anywhere_is_found(data: st.DataObject) -> None:
-    """In version, checksum or body: such a message would otherwise be one with another token in it."""
-    damaged = bytearray(encode(Cancel(request_id="request", attempt=3)))
-    bit = data.draw(st.integers(0, 8 * len(damaged) - 1))
-    damaged[bit // 8] ^= 1 << bit % 8
+@given(st.integers(0, 7), st.data())
+def test_a_flipped_bit_is_refused(bit: int, data: st.DataObject) -> None:
+    """Wherever it is, even where another valid message would come out."""
+    message = bytearray(encode(Cancel(request_id="r", attempt=3)))
+    message[data.draw(st.integers(0, len(message) - 1))] ^= 1 << bit
     with pytest.raises(WireError):
-        decode_cancel(bytes(damaged))
+        decode_cancel(bytes(message))
 
 
 def test_sampling_parameters_out_of_range_are_refused() -> None:
