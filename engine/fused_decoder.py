@@ -20,16 +20,19 @@ from headrace.kernels.rope import apply_rope, rope_tables
 class FusedDecoder:
     """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup, *, norms_are_folded: bool = False
+    ) -> None:
+        self.weights = weights
+        self.norms_are_folded = norms_are_folded
         self._config = config
-        self._weights = weights
         self._group = group
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
         self._scale = config.head_dim**-0.5
 
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         """See `Model.forward`."""
-        config, weights = self._config, self._weights
+        config, weights = self._config, self.weights
         residual = embedding(batch.token_ids, weights.embedding)
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
@@ -67,4 +70,4 @@ class FusedDecoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model.logits`."""
-        return self._weights.head(hidden).float()
+        return self.weights.head(hidden).float()
