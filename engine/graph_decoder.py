@@ -18,8 +18,9 @@ from headrace.kernels.decode_attention import (
     plan_decode_attention,
 )
 from headrace.kernels.decode_begin import begin_decode
-from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Workspace, decode_linear
+from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspace, decode_linear
 from headrace.kernels.gated_activation import gated_activation
+from headrace.kernels.linear import Linear
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
 
 
@@ -117,30 +118,44 @@ class GraphDecoder:
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
-            self._linear(residual, layer.qkv.weight, qkv, Epilogue(sums, eps, layer.qkv.bias))
-            self._attend(index, layer, size)
-            sums = self._add(attended, layer.output.weight, layer.output.bias, residual, squares)
-            self._linear(
-                residual, layer.gate_up.weight, activated, Epilogue(sums, eps, activation=self._config.activation)
+            output, gate_up, down = (
+                Upcoming(layer.output.weight),
+                Upcoming(layer.gate_up.weight, gated=True),
+                Upcoming(layer.down.weight),
             )
-            sums = self._add(activated, layer.down.weight, None, residual, squares)
+            last = index + 1 == len(self._weights.layers)
+            following = Upcoming(self._weights.head.weight if last else self._weights.layers[index + 1].qkv.weight)
+            self._linear(residual, layer.qkv.weight, qkv, Epilogue(sums, eps, layer.qkv.bias), output)
+            self._attend(index, layer, size)
+            sums = self._add(attended, layer.output, residual, squares, gate_up)
+            epilogue = Epilogue(sums, eps, activation=self._config.activation)
+            self._linear(residual, layer.gate_up.weight, activated, epilogue, down)
+            sums = self._add(activated, layer.down, residual, squares, following)
         hidden.copy_(rms_norm(residual, self._weights.norm, eps))
         self._linear(hidden, self._weights.head.weight, self._logits[:size], Epilogue())
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
-        decode_linear(x, weight, out, epilogue, self._linear_workspace)
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        epilogue: Epilogue,
+        upcoming: Upcoming | None = None,
+    ) -> None:
+        decode_linear(x, weight, out, epilogue, self._linear_workspace, upcoming)
 
     def _add(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        projection: Linear,
         residual: torch.Tensor,
         squares: Iterator[torch.Tensor],
+        upcoming: Upcoming,
     ) -> torch.Tensor:
         """Add a projection to the residual stream; returns the new sums of squares."""
         sums = next(squares)
-        self._linear(x, weight, residual, Epilogue(bias=bias, residual=True, squares_out=sums))
+        epilogue = Epilogue(bias=projection.bias, residual=True, squares_out=sums)
+        self._linear(x, projection.weight, residual, epilogue, upcoming)
         return sums
 
     def _attend(self, index: int, layer: LayerWeights, size: int) -> None:

@@ -7,12 +7,12 @@ prompt, from tokens on the host to its first token on the host.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ MANY_PROMPTS = (32, 2048, ">= 43500")
 
 
 def bound_seconds(config: dict[str, Any], batch: int, context: float) -> float:
-    """The least time of a decode step: weights but for the embedding, and KV, read once, or the arithmetic of products."""
+    """The least time of a decode step: weights but for the embedding, and KV, read once, or their arithmetic."""
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config["head_dim"]
     layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config["intermediate_size"]
@@ -68,8 +68,7 @@ def bound_seconds(config: dict[str, Any], batch: int, context: float) -> float:
     return float(products + cached / READ_BYTES_A_SECOND)
 
 
-@contextmanager
-def loaded(shape: Shape, largest_batch: int, device: str) -> Iterator[tuple[Engine, float]]:
+def load(shape: Shape, largest_batch: int, device: str) -> tuple[Engine, float]:
     """An engine with random weights that is ready for requests, and how long that took."""
     started = time.perf_counter()
     longest = min(max([INPUT + OUTPUT, *[length for length, _ in shape.prefill]]) + 64, 16384)
@@ -87,10 +86,7 @@ def loaded(shape: Shape, largest_batch: int, device: str) -> Iterator[tuple[Engi
     engine.prepare_decode(lambda what, fraction: None)
     if device == "cuda":
         torch.cuda.synchronize()
-    yield engine, time.perf_counter() - started
-    del engine
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    return engine, time.perf_counter() - started
 
 
 def decode_step_seconds(engine: Engine, batch_size: int, steps: int) -> float:
@@ -100,10 +96,10 @@ def decode_step_seconds(engine: Engine, batch_size: int, steps: int) -> float:
     held = [engine.pool.allocate(engine.pool.pages_for(INPUT + steps + 8)) for _ in range(batch_size)]
     for key, pages in enumerate(held):
         batch.join(key, [1] * INPUT, 1, pages, params)
-    for _ in range(batch.lookahead + 3):  # the first ones send all rows to the device
+    for _ in range(4):  # the first one sends all rows to the device
         batch.start()
-    while batch.in_flight > batch.lookahead:
-        batch.collect()
+        if batch.in_flight > batch.lookahead:
+            batch.collect()
     started = time.perf_counter()
     for _ in range(steps):
         batch.start()
@@ -139,37 +135,35 @@ def measure(shape: Shape, device: str, quick: bool) -> list[Figure]:
     """All figures of one shape."""
     figures = []
     largest = max(batch for batch, _ in shape.decode)
-    with loaded(shape, largest, device) as (engine, start_seconds):
-        figures.append(Figure(f"{shape.name} start", start_seconds, "s"))
-        for batch, target in shape.decode:
-            seconds = decode_step_seconds(engine, batch, 8 if quick else OUTPUT)
-            bound = bound_seconds(shape.config, batch, INPUT + OUTPUT / 2)
-            figures += [
-                Figure(
-                    f"{shape.name} decode, batch {batch}",
-                    seconds * 1000,
-                    "ms a step",
-                    "" if shape.decode_is_ratio else target,
-                ),
-                Figure(f"{shape.name} decode, batch {batch}", batch / seconds, "tokens/s"),
-                Figure(f"{shape.name} decode, batch {batch}, bound", bound * 1000, "ms a step"),
-                Figure(
-                    f"{shape.name} decode, batch {batch}, over the bound",
-                    seconds / bound,
-                    "ratio",
-                    target if shape.decode_is_ratio else "",
-                ),
-            ]
-        for length, target in shape.prefill:
-            times = [prefill_seconds(engine, 1, length) for _ in range(3 if quick else 12)][1:]
-            figures.append(
-                Figure(f"{shape.name} prefill, {length} tokens", statistics.median(times) * 1000, "ms", target)
-            )
-        if shape.prefill:
-            prompts, length, target = (2, 64, "") if quick else MANY_PROMPTS
-            seconds = min(prefill_seconds(engine, prompts, length) for _ in range(2))
-            name = f"{shape.name} prefill, {prompts} x {length} tokens"
-            figures.append(Figure(name, prompts * length / seconds, "tokens/s", target))
+    engine, start_seconds = load(shape, largest, device)
+    figures.append(Figure(f"{shape.name} start", start_seconds, "s"))
+    for batch, target in shape.decode:
+        seconds = decode_step_seconds(engine, batch, 8 if quick else OUTPUT)
+        bound = bound_seconds(shape.config, batch, INPUT + OUTPUT / 2)
+        figures += [
+            Figure(
+                f"{shape.name} decode, batch {batch}",
+                seconds * 1000,
+                "ms a step",
+                "" if shape.decode_is_ratio else target,
+            ),
+            Figure(f"{shape.name} decode, batch {batch}", batch / seconds, "tokens/s"),
+            Figure(f"{shape.name} decode, batch {batch}, bound", bound * 1000, "ms a step"),
+            Figure(
+                f"{shape.name} decode, batch {batch}, over the bound",
+                seconds / bound,
+                "ratio",
+                target if shape.decode_is_ratio else "",
+            ),
+        ]
+    for length, target in shape.prefill:
+        times = [prefill_seconds(engine, 1, length) for _ in range(3 if quick else 12)][1:]
+        figures.append(Figure(f"{shape.name} prefill, {length} tokens", statistics.median(times) * 1000, "ms", target))
+    if shape.prefill:
+        prompts, length, target = (2, 64, "") if quick else MANY_PROMPTS
+        seconds = min(prefill_seconds(engine, prompts, length) for _ in range(2))
+        name = f"{shape.name} prefill, {prompts} x {length} tokens"
+        figures.append(Figure(name, prompts * length / seconds, "tokens/s", target))
     return figures
 
 
@@ -186,7 +180,9 @@ def main() -> None:
     figures = []
     for shape in shapes:
         if options.only in (None, shape.name):
-            figures += measure(shape, device, options.quick)
+            # a process of its own: an engine takes the whole device
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                figures += process.submit(measure, shape, device, options.quick).result()
     publish(
         "engine-quick" if options.quick else "engine",
         figures,
