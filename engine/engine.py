@@ -22,7 +22,7 @@ from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
 from headrace.engine.weights import Progress, load_decoder
-from headrace.kernels.paged_attention import plan_prefill
+from headrace.kernels.prefill_attention import plan_prefill
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
@@ -177,7 +177,7 @@ class Engine:
             positions=positions,
             slot_pages=table[rows.to(self.device), positions // page_size],
             slot_offsets=positions % page_size,
-            plan=plan_prefill(self.cache.layer(0), table, lengths, contexts),
+            plan=plan_prefill(self.cache.layer(0), table, lengths, contexts, self.model_config.num_heads),
         )
 
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> list[SampledToken]:

@@ -38,7 +38,7 @@ class Figure:
 
 
 def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
-    """Print the table and write `loadtest/results/NAME.json`."""
+    """Print the table and write `loadtest/results/NAME.json`; `card` names the GPU that was measured."""
     table = Table(title=name)
     for column in ("figure", "value", "unit", "target", "met"):
         table.add_column(column, justify="right" if column == "value" else "left")
