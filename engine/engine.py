@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from headrace.engine.weights import Progress, load_decoder
 from headrace.kernels.prefill_attention import plan_prefill
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
+
+if TYPE_CHECKING:
+    from headrace.engine.graph_decoder import GraphDecoder
 
 CPU_CACHE_BYTES = 2**30
 CPU_CACHE_SHARE = 0.25
@@ -45,6 +49,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     cpu_threads: int | None = None
+    random_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Engine:
         self.max_model_len = max_model_len
         self.device = cache.pages.device
         self.cpu_share = CpuShare(config.cpu_threads)
+        self.graph_decoder: GraphDecoder | None = None
+        """Set by `prepare_decode` where the model and the device have one."""
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -121,6 +128,17 @@ class Engine:
         self.prefill([PrefillChunk([0], 0, 1, pages, SamplingParams(max_tokens=1, temperature=0))])
         self.pool.release(pages)
         self.cpu_share.rest()
+
+    @torch.inference_mode()
+    def prepare_decode(self, progress: Progress) -> None:
+        """Compile and capture what decode steps need, so that no request waits for it."""
+        if isinstance(self.model, FusedDecoder) and self.model.norms_are_folded:
+            from headrace.engine.graph_decoder import GraphDecoder
+
+            self.graph_decoder = GraphDecoder(
+                self.model_config, self.model.weights, self.cache, self.config.max_num_seqs, self.max_model_len
+            )
+            self.graph_decoder.capture_all(progress)
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer | None = None) -> list[PrefillOutput]:
@@ -201,8 +219,17 @@ def _load_model(
 
         progress("loading through transformers", 0.0)
         return GeneralModel(config.model_folder, device, dtype, max_model_len)
-    weights = load_decoder(config.model_folder, model_config, device, dtype, progress)
-    return FusedDecoder(model_config, weights, ParallelGroup())
+    fold_norms = device.type == "cuda" and dtype.itemsize == 2  # for the graph decoder, whose kernels are for 16 bits
+    weights = load_decoder(
+        config.model_folder,
+        model_config,
+        device,
+        dtype,
+        progress,
+        fold_norms=fold_norms,
+        random=config.random_weights,
+    )
+    return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fold_norms)
 
 
 def _num_pages(config: EngineConfig, layout: CacheLayout, device: torch.device, max_model_len: int) -> int:

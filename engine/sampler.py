@@ -154,12 +154,15 @@ class BatchSampler:
 
     def with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> list[SampledToken]:
         """The chosen tokens on the host, with log probabilities of the raw `logits` where asked for."""
-        found: dict[int, TokenLogprobs] = {}
-        if self._logprobs:
-            rows = list(self._logprobs)
-            counts = list(self._logprobs.values())
-            found = dict(zip(rows, describe_logprobs(logits[rows], tokens[rows], counts), strict=True))
+        found = self.logprobs(tokens, logits)
         return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
+
+    def logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> dict[int, TokenLogprobs]:
+        """Log probabilities under the raw `logits`, by row, of the rows that asked for them."""
+        if not self._logprobs:
+            return {}
+        rows, counts = list(self._logprobs), list(self._logprobs.values())
+        return dict(zip(rows, describe_logprobs(logits[rows], tokens[rows], counts), strict=True))
 
 
 def describe_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:

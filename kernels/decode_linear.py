@@ -21,10 +21,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.gated_activation import Activation, gated_activation
-from headrace.kernels.launch import dependent_launch, num_processors, power_of_two
+from headrace.kernels.launch import INTERPRETED, dependent_launch, num_processors, power_of_two
 
 MAX_ROWS = 64
 """With more, a projection is bound by arithmetic, which cuBLAS does best."""
+PREFETCHED_LINES = 4
+"""By each program: more would be evicted before they are used, see docs/log.md."""
 SQUARES_SCALE = 2.0**20
 """Sums of squares are added up by atomics as integers of this fraction of one: in any order, the sum is the same."""
 
@@ -47,6 +49,14 @@ class Epilogue:
     """[M] int64: the new sums of squares of `out` are added here."""
 
 
+@dataclass(frozen=True)
+class Upcoming:
+    """The projection that comes next: while the parts of this one are added up, its weights start on their way."""
+
+    weight: torch.Tensor
+    gated: bool = False
+
+
 class Workspace:
     """Memory that the kernels of one stream share."""
 
@@ -56,13 +66,18 @@ class Workspace:
 
 
 def decode_linear(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue, workspace: Workspace
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue,
+    workspace: Workspace,
+    upcoming: Upcoming | None = None,
 ) -> None:
     """Write x [M, K] @ weight [N, K].T, changed by `epilogue`, to out [M, N]; M is at most `MAX_ROWS`, K even."""
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
     else:
-        _stream(x, weight, out, epilogue, workspace)
+        _stream(x, weight, out, epilogue, workspace, upcoming)
 
 
 def decode_linear_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
@@ -113,15 +128,28 @@ def _tiling(rows: int, gated: bool) -> _Tiling:
     return _Tiling(block_m, *(_GATED_TILINGS if gated else _TILINGS)[block_m])
 
 
-def _stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue, workspace: Workspace) -> None:
+def _stream(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue,
+    workspace: Workspace,
+    upcoming: Upcoming | None,
+) -> None:
     tiling = _tiling(x.shape[0], epilogue.activation is not None)
     n, k = out.shape[1], x.shape[1]
     programs = _programs(triton.cdiv(n, tiling.block_n), num_processors(x.device))
+    lines = 0 if INTERPRETED or upcoming is None else PREFETCHED_LINES
+    upcoming = upcoming or Upcoming(weight)
+    next_n, next_k = upcoming.weight.shape[0] // (2 if upcoming.gated else 1), upcoming.weight.shape[1]
+    next_tiling = _tiling(x.shape[0], upcoming.gated)
+    next_programs = _programs(triton.cdiv(next_n, next_tiling.block_n), num_processors(x.device))
     _stream_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k]),
         TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]),
         out, epilogue.squares, epilogue.bias, epilogue.squares_out, workspace.partial, workspace.arrivals,
-        x.shape[0], n, k, epilogue.eps,
+        x.shape[0], n, k, epilogue.eps, upcoming.weight, next_n, next_k, next_programs,
+        NEXT_BLOCK_N=next_tiling.block_n, NEXT_BLOCK_K=next_tiling.block_k, NEXT_GATED=upcoming.gated, LINES=lines,
         ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
         num_warps=tiling.warps, **dependent_launch(),
@@ -194,6 +222,14 @@ def _one_row_kernel(
 
 
 @triton.jit
+def _prefetch(lines):
+    """Bring one 128-byte line at each address into the L2 cache; prefetches past an allocation's end do nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _owner(unit, programs, total):
     """The program that works on a unit, where program p works on p * total // programs up to the next one's."""
     return ((unit + 1) * programs - 1) // total
@@ -202,6 +238,8 @@ def _owner(unit, programs, total):
 @triton.jit
 def _stream_kernel(
     x, weight, out_ptr, squares_ptr, bias_ptr, squares_out_ptr, partial_ptr, arrivals_ptr, M, N, K, eps,
+    next_ptr, next_n, next_k, next_programs, NEXT_BLOCK_N: tl.constexpr, NEXT_BLOCK_K: tl.constexpr,
+    NEXT_GATED: tl.constexpr, LINES: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -230,6 +268,16 @@ def _stream_kernel(
             gate = tl.dot(weight.load([n0, step * BLOCK_K]), x_tile, gate)
             if ACTIVATION is not None:
                 up = tl.dot(weight.load([N + n0, step * BLOCK_K]), x_tile, up)
+        if LINES > 0:
+            if unit >= end:
+                next_steps = tl.cdiv(next_k, NEXT_BLOCK_K)
+                next_unit = pid * (tl.cdiv(next_n, NEXT_BLOCK_N) * next_steps) // next_programs
+                next_rows = (next_unit // next_steps) * NEXT_BLOCK_N + tl.arange(0, NEXT_BLOCK_N)
+                start = next_rows[:, None].to(tl.int64) * next_k + next_unit % next_steps * NEXT_BLOCK_K
+                lines = next_ptr + start + (tl.arange(0, LINES) * 64)[None, :]
+                _prefetch(lines)
+                if NEXT_GATED:
+                    _prefetch(lines + next_n.to(tl.int64) * next_k)
         complete = True
         if last - first < steps:
             first_owner = _owner(tile * steps, programs, total)

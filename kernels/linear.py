@@ -21,6 +21,25 @@ class Linear:
         else:
             self._weight = weight.contiguous()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]; on a device that keeps it so."""
+        assert not self._blocked, "oneDNN keeps this weight in blocks"
+        weight: torch.Tensor = self._weight
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[out]."""
+        return self._bias
+
+    def to_float32(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Multiply x [T, in] and store the float32 sums, without rounding them first, to out [T, out]."""
+        if x.is_cuda:
+            torch.mm(x, self.weight.T, out_dtype=torch.float32, out=out)
+        else:
+            out.copy_(self(x))
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [T, in]; returns [T, out]."""
         if self._blocked:

@@ -6,17 +6,13 @@ result is stored.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from headrace.kernels.cache_write import write_cache
 from headrace.kernels.launch import power_of_two
 from headrace.kernels.optional_triton import tl, triton
 from headrace.kernels.rms_norm import rms_norm
-
-if TYPE_CHECKING:
-    from headrace.kernels.decode_attention import RopeTables
+from headrace.kernels.rope import RopeTables
 
 FLOAT8_MAX = 448.0
 """The largest float8_e4m3fn."""
@@ -38,10 +34,10 @@ def rope_cache(
 ) -> torch.Tensor:
     """Normalize and rotate queries and keys, write keys and values to the cache; returns queries [T, heads, head_dim].
 
-    qkv [T, (heads + 2 kv_heads) * head_dim] as projected; positions [T]; norms: weights [head_dim] of the RMS norms of
-    Q and K (Qwen 3); layer_pages [pages, 2, kv_heads, page_size, head_dim], whose float8_e4m3fn holds K and V divided
-    by `cache_scales`; slots [T] int64, of which negative pages are not written. `keep_keys` puts the rotated keys into
-    qkv, too, for attention that reads them there.
+    qkv [T, (heads + 2 kv_heads) * head_dim] as projected; positions [T] are rows of `rope`; norms: weights [head_dim]
+    of the RMS norms of Q and K (Qwen 3); layer_pages [pages, 2, kv_heads, page_size, head_dim], whose float8_e4m3fn
+    holds K and V divided by `cache_scales`; slots [T] int64, of which negative pages are not written. `keep_keys` puts
+    the rotated keys into qkv, too, for attention that reads them there.
     """
     run = _launch if qkv.is_cuda else rope_cache_reference
     return run(

@@ -23,10 +23,10 @@ if shutil.which("nvidia-smi") is None:
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.decode_attention import RopeTables
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.prefill_attention import Tiling, attend_packed, attend_paged, choose_tiling, plan_tiles
 from headrace.kernels.rms_norm import add_rms_norm
+from headrace.kernels.rope import RopeTables
 from headrace.kernels.rope_cache import rope_cache
 from headrace.loadtest.report import Figure, publish
 

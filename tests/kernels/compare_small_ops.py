@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from headrace.kernels import gated_activation, rms_norm, rope_cache
 from headrace.kernels.gated_activation import Activation
+from headrace.kernels.rope import RopeTables
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -85,7 +84,7 @@ def compare_rope_cache(
     slot_pages, slot_offsets = slots // case.page_size, slots % case.page_size
     slot_pages[2:3] = -1
     angles = torch.arange(500, device=device).unsqueeze(1) * torch.rand(case.rotary_dim // 2, device=device)
-    rope: Any = SimpleNamespace(cos=angles.cos(), sin=angles.sin())
+    rope = RopeTables(angles.cos(), angles.sin())
     norms = tuple(torch.rand(2, case.head_dim, device=device, dtype=dtype).unbind()) if case.normed else None
     scales = (0.5, 2**-7) if cache_dtype is not None else (1.0, 1.0)
     got, expected = (

@@ -7,13 +7,13 @@ import torch
 from headrace.kernels.decode_attention import (
     AttentionWorkspace,
     HeadShape,
-    RopeTables,
     fused_decode_attention,
     fused_decode_attention_reference,
     plan_decode_attention,
 )
 from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
 from headrace.kernels.decode_linear import SQUARES_SCALE, Epilogue, Workspace, decode_linear, decode_linear_reference
+from headrace.kernels.rope import RopeTables
 
 
 def compare_decode_linear(

@@ -1,0 +1,194 @@
+"""Decode steps of the fused decoder on a GPU: one CUDA graph a batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from headrace.engine.kv_cache import KVCache
+from headrace.engine.model_config import ModelConfig
+from headrace.engine.weights import DecoderWeights, LayerWeights, Progress
+from headrace.kernels.decode_attention import (
+    AttentionWorkspace,
+    HeadShape,
+    fused_decode_attention,
+    plan_decode_attention,
+)
+from headrace.kernels.decode_begin import begin_decode
+from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspace, decode_linear
+from headrace.kernels.gated_activation import gated_activation
+from headrace.kernels.linear import Linear
+from headrace.kernels.rms_norm import add_rms_norm, rms_norm
+from headrace.kernels.rope import RopeTables
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The batch sizes that are captured: close together while a row costs little, at most an eighth apart later on."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < largest:
+        sizes.append(sizes[-1] + max(8, sizes[-1] // 8 // 8 * 8))
+    return [size for size in sizes if size < largest] + [largest]
+
+
+class GraphDecoder:
+    """All rows of a running batch, one token a row and step.
+
+    `tokens`, `positions` and `block_table` are the inputs, on the device; a row without a request has position -1. The
+    caller advances them. The norms' weights must have been folded into the projections that follow them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, cache: KVCache, max_batch: int, max_model_len: int
+    ) -> None:
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        self._config = config
+        self._weights = weights
+        self._cache = cache
+        self._heads = HeadShape(
+            config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim, config.rope.rotary_dim
+        )
+        positions = torch.arange(max_model_len, device=device)
+        self._rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
+        self._linear_workspace = Workspace(device)
+        self._attention_workspace = AttentionWorkspace(self._heads, max_batch, device)
+        width = -(-max_model_len // cache.layout.page_size)
+        # one page more than the longest request has: kernels look up whole blocks of tokens
+        width += -(-self._attention_workspace.block // cache.layout.page_size)
+        self.tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self.positions = torch.full((max_batch,), -1, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(max_batch, width, dtype=torch.int32, device=device)
+        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self._squares = torch.zeros(2 * config.num_layers + 1, max_batch, dtype=torch.int64, device=device)
+        self._residual = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
+        self._qkv = torch.zeros(max_batch, qkv_size, dtype=dtype, device=device)
+        self._attended = torch.zeros(max_batch, config.num_heads * config.head_dim, dtype=dtype, device=device)
+        self._activated = torch.zeros(max_batch, config.intermediate_size, dtype=dtype, device=device)
+        self._hidden = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
+        self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
+        self._sizes = batch_sizes(max_batch)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def capture_all(self, progress: Progress) -> None:
+        """Compile the kernels and capture every batch size, the largest first, whose memory the others then share."""
+        for done, size in enumerate(reversed(self._sizes)):
+            self._graph(size)
+            progress("capturing decode steps", (done + 1) / len(self._sizes))
+
+    def step(self, rows: int) -> torch.Tensor:
+        """Start the step of the first `rows` rows; returns their logits, float32 [rows, vocabulary]."""
+        size = next(size for size in self._sizes if size >= rows)
+        if self.tokens.is_cuda:
+            self._graph(size).replay()
+        else:
+            self._forward(size)
+        return self._logits[:rows]
+
+    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._graphs:
+            self._forward(size)  # compiles what was not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self._forward(size)
+            self._graphs[size] = graph
+        return self._graphs[size]
+
+    def _forward(self, size: int) -> None:
+        plan_decode_attention(self.positions[:size], self._attention_workspace)
+        begin_decode(
+            self.tokens[:size],
+            self._weights.embedding,
+            self._config.embedding_scale,
+            self._residual[:size],
+            self._squares[:, :size],
+        )
+        if size <= MAX_ROWS:
+            self._forward_narrow(size)
+        else:
+            self._forward_wide(size)
+
+    def _forward_narrow(self, size: int) -> None:
+        """Few rows: every projection at the memory's speed, with what surrounds it."""
+        eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
+        qkv, attended, hidden = self._qkv[:size], self._attended[:size], self._hidden[:size]
+        squares = iter(self._squares[:, :size])
+        sums = next(squares)
+        for index, layer in enumerate(self._weights.layers):
+            output, gate_up, down = (
+                Upcoming(layer.output.weight),
+                Upcoming(layer.gate_up.weight, gated=True),
+                Upcoming(layer.down.weight),
+            )
+            last = index + 1 == len(self._weights.layers)
+            following = Upcoming(self._weights.head.weight if last else self._weights.layers[index + 1].qkv.weight)
+            self._linear(residual, layer.qkv.weight, qkv, Epilogue(sums, eps, layer.qkv.bias), output)
+            self._attend(index, layer, size)
+            sums = self._add(attended, layer.output, residual, squares, gate_up)
+            epilogue = Epilogue(sums, eps, activation=self._config.activation)
+            self._linear(residual, layer.gate_up.weight, activated, epilogue, down)
+            sums = self._add(activated, layer.down, residual, squares, following)
+        hidden.copy_(rms_norm(residual, self._weights.norm, eps))
+        self._linear(hidden, self._weights.head.weight, self._logits[:size], Epilogue())
+
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        epilogue: Epilogue,
+        upcoming: Upcoming | None = None,
+    ) -> None:
+        decode_linear(x, weight, out, epilogue, self._linear_workspace, upcoming)
+
+    def _add(
+        self,
+        x: torch.Tensor,
+        projection: Linear,
+        residual: torch.Tensor,
+        squares: Iterator[torch.Tensor],
+        upcoming: Upcoming,
+    ) -> torch.Tensor:
+        """Add a projection to the residual stream; returns the new sums of squares."""
+        sums = next(squares)
+        epilogue = Epilogue(bias=projection.bias, residual=True, squares_out=sums)
+        self._linear(x, projection.weight, residual, epilogue, upcoming)
+        return sums
+
+    def _attend(self, index: int, layer: LayerWeights, size: int) -> None:
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        fused_decode_attention(
+            self._qkv[:size],
+            self._cache.layer(index),
+            self.block_table[:size],
+            self.positions[:size],
+            self._rope,
+            norms,
+            self._config.norm_eps,
+            self._attended[:size],
+            self._heads,
+            self._attention_workspace,
+        )
+
+    def _forward_wide(self, size: int) -> None:
+        """Many rows: bound by arithmetic, so the projections are cuBLAS's."""
+        eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
+        hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
+        for index, layer in enumerate(weights.layers):
+            _product(hidden, layer.qkv.weight, layer.qkv.bias, self._qkv[:size])
+            self._attend(index, layer, size)
+            attended = F.linear(self._attended[:size], layer.output.weight, layer.output.bias)
+            hidden = add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
+            last = index + 1 == len(weights.layers)
+            hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
+        weights.head.to_float32(hidden, self._logits[:size])
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
