@@ -25,8 +25,17 @@ class ForwardBatch:
     plan: TorchPlan | TilePlan | DecodePlan
     """Who attends to what, the same in all layers: prompts' tokens, or one new token a request."""
 
-    def attend(self, queries: torch.Tensor, layer_pages: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of queries [T, heads, head_dim] over one layer of the cache; returns [T, heads * head_dim]."""
+    def attend(
+        self,
+        queries: torch.Tensor,
+        layer_pages: torch.Tensor,
+        scaling: float,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of queries [T, heads, head_dim] over one layer of the cache; returns [T, heads * head_dim].
+
+        `fresh` are the tokens' own keys and values: see `prefill_attention`.
+        """
         if isinstance(self.plan, DecodePlan):
             return decode_attention(queries, layer_pages, self.plan, scaling)
-        return prefill_attention(queries, layer_pages, self.plan, scaling)
+        return prefill_attention(queries, layer_pages, self.plan, scaling, fresh=fresh)

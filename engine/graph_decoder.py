@@ -12,7 +12,6 @@ from headrace.engine.weights import DecoderWeights, LayerWeights, Progress
 from headrace.kernels.decode_attention import (
     AttentionWorkspace,
     HeadShape,
-    RopeTables,
     fused_decode_attention,
     plan_decode_attention,
 )
@@ -21,6 +20,7 @@ from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspa
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.linear import Projection
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
+from headrace.kernels.rope import RopeTables
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -48,9 +48,8 @@ class GraphDecoder:
         self._heads = HeadShape(
             config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim, config.rope.rotary_dim
         )
-        positions = torch.arange(max_model_len, dtype=torch.float32, device=device)
-        angles = positions.unsqueeze(1) * config.rope.inverse_frequencies().to(device)
-        self._rope = RopeTables(angles.cos(), angles.sin())
+        positions = torch.arange(max_model_len, device=device)
+        self._rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
         self._linear_workspace = Workspace(device)
         self._attention_workspace = AttentionWorkspace(self._heads, max_batch, device)
         width = -(-max_model_len // cache.layout.page_size)

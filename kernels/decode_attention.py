@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.launch import dependent_launch, num_processors, power_of_two
+from headrace.kernels.rope import RopeTables
 
 PROGRAMS_A_PROCESSOR = 4
 MERGED_AT_ONCE = 8
@@ -32,14 +33,6 @@ class HeadShape:
     """Query heads a KV head."""
     head_dim: int
     rotary_dim: int
-
-
-@dataclass(frozen=True)
-class RopeTables:
-    """cos and sin, float32 [max_positions, rotary_dim / 2]."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class AttentionWorkspace:

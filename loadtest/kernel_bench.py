@@ -23,7 +23,11 @@ if shutil.which("nvidia-smi") is None:
 import torch
 import torch.nn.functional as F
 
+from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.prefill_attention import Tiling, attend_packed, attend_paged, choose_tiling, plan_tiles
+from headrace.kernels.rms_norm import add_rms_norm
+from headrace.kernels.rope import RopeTables
+from headrace.kernels.rope_cache import rope_cache
 from headrace.loadtest.report import Figure, publish
 
 ON_GPU = torch.cuda.is_available()
@@ -203,6 +207,75 @@ def sweep_prefill(head_dims: Sequence[int]) -> Iterator[Figure]:
         yield from attention_figures(name, prompts, attention_call(prompts, kind, tiling))
 
 
+def memory_figures(name: str, call: Callable[[int], object], num_bytes: int) -> Iterator[Figure]:
+    """Time and bandwidth of what moves `num_bytes` of one of the sets of tensors that `call` names.
+
+    Sets are taken in turn: together they are larger than the L2 cache.
+    """
+    turns = itertools.cycle(range(copies(num_bytes)))
+    duration = seconds(lambda: call(next(turns)))
+    yield Figure(name, duration * 1e6, "us")
+    yield Figure(f"{name}, of {BANDWIDTH / 1e12} TB/s", num_bytes / duration / BANDWIDTH, "")
+
+
+def copies(num_bytes: int) -> int:
+    """How many sets of tensors defeat a cache of 50 MB, up to as many as there are calls."""
+    return min(max(-(-(2**27) // max(num_bytes, 1)), 1), CALLS) if ON_GPU else 1
+
+
+def bench_norms(head_dims: Sequence[int]) -> Iterator[Figure]:
+    """The two elementwise kernels of a layer, in 8B's and 135M's sizes."""
+    for rows, hidden, inner in ((1, 576, 1536), (1, 4096, 14336), (256, 4096, 14336), (8192, 4096, 14336)):
+        if not ON_GPU and rows > 1:
+            continue
+        weight = torch.ones(hidden, device=DEVICE, dtype=DTYPE)
+        norm_bytes, gate_bytes = 4 * rows * hidden * DTYPE.itemsize, 3 * rows * inner * DTYPE.itemsize
+        sets = torch.randn(copies(norm_bytes), 2, rows, hidden, device=DEVICE, dtype=DTYPE)
+
+        def norm(turn: int, sets: torch.Tensor = sets, weight: torch.Tensor = weight) -> None:
+            add_rms_norm(sets[turn, 0], sets[turn, 1], weight, 1e-5)
+
+        yield from memory_figures(f"add_rms_norm {rows} x {hidden}", norm, norm_bytes)
+        gates = torch.randn(copies(gate_bytes), rows, 2 * inner, device=DEVICE, dtype=DTYPE)
+
+        def gate(turn: int, gates: torch.Tensor = gates) -> None:
+            gated_activation(gates[turn], "silu")
+
+        yield from memory_figures(f"silu {rows} x {inner}", gate, gate_bytes)
+
+
+def bench_rope(head_dims: Sequence[int]) -> Iterator[Figure]:
+    """Rotation and cache write of one layer, in 8B's and 135M's sizes."""
+    for tokens, heads, kv_heads, head_dim in (
+        (1, 9, 3, 64),
+        (256, 32, 8, 128),
+        (2048, 32, 8, 128),
+        (65536, 32, 8, 128),
+    ):
+        if not ON_GPU and tokens > 1:
+            continue
+        angles = torch.rand(8192, head_dim // 2, device=DEVICE)
+        rope = RopeTables(angles.cos(), angles.sin())
+        num_bytes = tokens * (2 * heads + 5 * kv_heads) * head_dim * DTYPE.itemsize
+        width = (heads + 2 * kv_heads) * head_dim
+        sets = torch.randn(copies(num_bytes), tokens, width, device=DEVICE, dtype=DTYPE)
+        pages = torch.zeros(-(-tokens // 16), 2, kv_heads, 16, head_dim, device=DEVICE, dtype=DTYPE)
+        slots = torch.arange(tokens, device=DEVICE)
+        places = (torch.randperm(len(pages), device=DEVICE)[slots // 16], slots % 16)
+
+        def call(
+            turn: int,
+            sets: torch.Tensor = sets,
+            positions: torch.Tensor = slots % 8192,
+            rope: RopeTables = rope,
+            pages: torch.Tensor = pages,
+            places: tuple[torch.Tensor, torch.Tensor] = places,
+        ) -> None:
+            rope_cache(sets[turn], positions, rope, None, 1e-5, pages, *places, keep_keys=True)
+
+        yield from memory_figures(f"rope_cache {tokens} x {heads}/{kv_heads} x {head_dim}", call, num_bytes)
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,7 +292,11 @@ def main() -> None:
     publish(f"kernels{DRY_RUN}", [figure for bench in benches for figure in bench(arguments.head_dims)], card)
 
 
-BENCHES: dict[str, Callable[[Sequence[int]], Iterator[Figure]]] = {"prefill": bench_prefill}
+BENCHES: dict[str, Callable[[Sequence[int]], Iterator[Figure]]] = {
+    "prefill": bench_prefill,
+    "norms": bench_norms,
+    "rope": bench_rope,
+}
 
 if __name__ == "__main__":
     main()
