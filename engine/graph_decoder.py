@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,6 +17,7 @@ from headrace.kernels.decode_attention import (
 )
 from headrace.kernels.decode_begin import begin_decode
 from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspace, decode_linear
+from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.linear import Projection
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
@@ -65,6 +66,9 @@ class GraphDecoder:
         self._attended = torch.zeros(max_batch, config.num_heads * config.head_dim, dtype=dtype, device=device)
         self._activated = torch.zeros(max_batch, config.intermediate_size, dtype=dtype, device=device)
         self._hidden = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
+        widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        self._rounded = torch.zeros(MAX_ROWS * widest, dtype=torch.float8_e4m3fn, device=device)
+        self._rounded_scale = torch.zeros(MAX_ROWS, dtype=torch.float32, device=device)
         self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -113,54 +117,47 @@ class GraphDecoder:
         """Few rows: every projection at the memory's speed, with what surrounds it."""
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv, attended, hidden = self._qkv[:size], self._attended[:size], self._hidden[:size]
+        head = self._weights.head.weight
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
-            output, gate_up, down = (
+            last = index + 1 == len(self._weights.layers)
+            following = head if last else self._weights.layers[index + 1].qkv.weight
+            upcoming = (
                 Upcoming(layer.output.weight),
                 Upcoming(layer.gate_up.weight, gated=True),
                 Upcoming(layer.down.weight),
+                Upcoming(following),
             )
-            last = index + 1 == len(self._weights.layers)
-            following = Upcoming(self._weights.head.weight if last else self._weights.layers[index + 1].qkv.weight)
-            epilogue = Epilogue(sums, eps, layer.qkv.weight_scale, layer.qkv.bias)
-            self._linear(residual, layer.qkv.weight, qkv, epilogue, output)
-            self._attend(index, layer, size)
-            sums = self._add(attended, layer.output, residual, squares, gate_up)
-            epilogue = Epilogue(sums, eps, layer.gate_up.weight_scale, activation=self._config.activation)
-            self._linear(residual, layer.gate_up.weight, activated, epilogue, down)
-            sums = self._add(activated, layer.down, residual, squares, following)
+            self._project(residual, layer.qkv, qkv, upcoming[0], squares=sums, eps=eps, bias=layer.qkv.bias)
+            self._attend(index, layer, qkv)
+            sums = next(squares)
+            bias = layer.output.bias
+            self._project(attended, layer.output, residual, upcoming[1], bias=bias, residual=True, squares_out=sums)
+            activation = self._config.activation
+            self._project(residual, layer.gate_up, activated, upcoming[2], squares=sums, eps=eps, activation=activation)
+            sums = next(squares)
+            self._project(activated, layer.down, residual, upcoming[3], residual=True, squares_out=sums)
         hidden.copy_(rms_norm(residual, self._weights.norm, eps))
-        self._linear(hidden, self._weights.head.weight, self._logits[:size], Epilogue())
+        decode_linear(hidden, head, self._logits[:size], Epilogue(), self._linear_workspace)
 
-    def _linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        out: torch.Tensor,
-        epilogue: Epilogue,
-        upcoming: Upcoming | None = None,
+    def _project(
+        self, x: torch.Tensor, projection: Projection, out: torch.Tensor, upcoming: Upcoming, **epilogue: Any
     ) -> None:
-        decode_linear(x, weight, out, epilogue, self._linear_workspace, upcoming)
+        """One projection with its surroundings, see `Epilogue`."""
+        x_scale = None
+        if projection.weight_scale is not None and len(x) > 1:
+            rows, size = x.shape
+            place = (self._rounded[: rows * size].view(rows, size), self._rounded_scale[:rows])
+            x, x_scale = quantize_rows(x, place)
+        surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
+        decode_linear(x, projection.weight, out, surroundings, self._linear_workspace, upcoming)
 
-    def _add(
-        self,
-        x: torch.Tensor,
-        projection: Projection,
-        residual: torch.Tensor,
-        squares: Iterator[torch.Tensor],
-        upcoming: Upcoming,
-    ) -> torch.Tensor:
-        """Add a projection to the residual stream; returns the new sums of squares."""
-        sums = next(squares)
-        epilogue = Epilogue(weight_scale=projection.weight_scale, bias=projection.bias, residual=True, squares_out=sums)
-        self._linear(x, projection.weight, residual, epilogue, upcoming)
-        return sums
-
-    def _attend(self, index: int, layer: LayerWeights, size: int) -> None:
+    def _attend(self, index: int, layer: LayerWeights, qkv: torch.Tensor) -> None:
+        size = len(qkv)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         fused_decode_attention(
-            self._qkv[:size],
+            qkv,
             self._cache.layer(index),
             self.block_table[:size],
             self.positions[:size],
@@ -177,8 +174,7 @@ class GraphDecoder:
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            self._qkv[:size] = layer.qkv(hidden)
-            self._attend(index, layer, size)
+            self._attend(index, layer, layer.qkv(hidden))
             hidden = add_rms_norm(layer.output(self._attended[:size]), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             last = index + 1 == len(weights.layers)

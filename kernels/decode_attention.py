@@ -44,6 +44,7 @@ class AttentionWorkspace:
         self.first_units = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self.partial = torch.empty(programs * 2 * cell, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_batch * shape.kv_heads, dtype=torch.int32, device=device)
+        self.padded_batch = power_of_two(max_batch)
         self.block = 64 if shape.head_dim <= 128 else 32
         self.programs = programs
 
@@ -52,7 +53,7 @@ def plan_decode_attention(positions: torch.Tensor, workspace: AttentionWorkspace
     """Count the units of each row; positions [B] int32 of the newest tokens, -1 in rows without a request."""
     batch = positions.shape[0]
     _plan_kernel[(1,)](
-        positions, workspace.first_units, batch, BLOCK=workspace.block, BATCH=power_of_two(batch), num_warps=4,
+        positions, workspace.first_units, batch, BLOCK=workspace.block, BATCH=workspace.padded_batch, num_warps=4,
         **dependent_launch(),
     )  # fmt: skip
 
@@ -82,7 +83,8 @@ def fused_decode_attention(
         batch, block_table.stride(0), shape.head_dim**-0.5, eps,
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
         PAGE=layer_pages.shape[3], GROUP_ROWS=group_rows, GROUP_STORED=power_of_two(shape.group),
-        DIM_PADDED=power_of_two(shape.head_dim), BATCH=power_of_two(batch), BLOCK=workspace.block, STAGES=2,
+        DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_batch, BLOCK=workspace.block,
+        STAGES=4 // layer_pages.element_size(),
         MERGED=MERGED_AT_ONCE, num_warps=2, **dependent_launch(),
     )  # fmt: skip
 
@@ -125,7 +127,7 @@ def _rotate(x: torch.Tensor, rope: RopeTables, position: int, rotary_dim: int) -
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _plan_kernel(positions_ptr, first_units_ptr, batch, BLOCK: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -155,7 +157,7 @@ def _rotated(start, d, cos, sin, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY:
     return x * cos + y * tl.where(d < half, -sin, sin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _attention_kernel(
     qkv_ptr, pages_ptr, table_ptr, positions_ptr, first_units_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
     out_ptr, partial_ptr, arrivals_ptr, batch, table_stride, scale, eps,

@@ -35,7 +35,7 @@ def begin_decode_reference(
     squares[0] = (residual.double().square().sum(1) * SQUARES_SCALE).long()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _begin_kernel(
     tokens_ptr, embedding_ptr, residual_ptr, squares_ptr, batch, scale, squares_stride,
     HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, NORMS: tl.constexpr, NORMS_PADDED: tl.constexpr,

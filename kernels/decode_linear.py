@@ -27,6 +27,7 @@ MAX_ROWS = 64
 """With more, a projection is bound by arithmetic, which cuBLAS does best."""
 PREFETCHED_LINES = 4
 """By each program: more would be evicted before they are used, see docs/log.md."""
+UNCUT_STEPS = 6
 SQUARES_SCALE = 2.0**20
 """Sums of squares are added up by atomics as integers of this fraction of one: in any order, the sum is the same."""
 
@@ -41,6 +42,8 @@ class Epilogue:
     eps: float = 0.0
     weight_scale: torch.Tensor | None = None
     """float32, one for each row of the weight: what a row of an 8-bit weight is multiplied by."""
+    x_scale: torch.Tensor | None = None
+    """float32 [M]: the same for an 8-bit x."""
     bias: torch.Tensor | None = None
     """[N]."""
     activation: Activation | None = None
@@ -75,7 +78,10 @@ def decode_linear(
     workspace: Workspace,
     upcoming: Upcoming | None = None,
 ) -> None:
-    """Write x [M, K] @ weight [N, K].T, changed by `epilogue`, to out [M, N]; M is at most `MAX_ROWS`, K even."""
+    """Write x [M, K] @ weight [N, K].T, changed by `epilogue`, to out [M, N]; M is at most `MAX_ROWS`, K even.
+
+    Two 8-bit operands are multiplied as they are; an 8-bit weight alone becomes what x is.
+    """
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
     else:
@@ -87,6 +93,8 @@ def decode_linear_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Te
     y = x.double() @ weight.double().T
     if epilogue.weight_scale is not None:
         y *= epilogue.weight_scale
+    if epilogue.x_scale is not None:
+        y *= epilogue.x_scale.unsqueeze(1)
     if epilogue.squares is not None:
         mean = epilogue.squares.double() / SQUARES_SCALE / x.shape[1]
         y *= torch.rsqrt(mean + epilogue.eps).unsqueeze(1)
@@ -104,7 +112,9 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue:
     n, k = out.shape[1], x.shape[1]
     block_k = min(power_of_two(k), 4096 if gated and k <= 4096 else 2048)
     block_n = 2 if gated else 8 if k > 8192 else 4
-    warps = 8 if block_n == 4 and block_k >= 2048 else 4
+    if weight.element_size() == 1:
+        block_n *= 2  # as many bytes on their way
+    warps = 8 if block_k >= 2048 and block_n * block_k < 2**14 else 4
     _one_row_kernel[(triton.cdiv(n, block_n),)](
         x, weight, out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
         n, k, epilogue.eps,
@@ -143,16 +153,19 @@ def _stream(
 ) -> None:
     tiling = _tiling(x.shape[0], epilogue.activation is not None)
     n, k = out.shape[1], x.shape[1]
-    programs = _programs(triton.cdiv(n, tiling.block_n), num_processors(x.device))
+    processors = num_processors(x.device)
+    programs = _programs(triton.cdiv(n, tiling.block_n), triton.cdiv(k, tiling.block_k), processors)
     lines = 0 if INTERPRETED or upcoming is None else PREFETCHED_LINES
     upcoming = upcoming or Upcoming(weight)
     next_n, next_k = upcoming.weight.shape[0] // (2 if upcoming.gated else 1), upcoming.weight.shape[1]
     next_tiling = _tiling(x.shape[0], upcoming.gated)
-    next_programs = _programs(triton.cdiv(next_n, next_tiling.block_n), num_processors(x.device))
+    next_programs = _programs(
+        triton.cdiv(next_n, next_tiling.block_n), triton.cdiv(next_k, next_tiling.block_k), processors
+    )
     _stream_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k]),
         TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]),
-        out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
+        out, epilogue.weight_scale, epilogue.x_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
         workspace.partial, workspace.arrivals,
         x.shape[0], n, k, epilogue.eps, upcoming.weight, next_n, next_k, next_programs,
         NEXT_BLOCK_N=next_tiling.block_n, NEXT_BLOCK_K=next_tiling.block_k, NEXT_GATED=upcoming.gated, LINES=lines,
@@ -163,8 +176,13 @@ def _stream(
     )  # fmt: skip
 
 
-def _programs(tiles: int, processors: int) -> int:
-    """One program a processor; a few less where each then gets the same whole part of a tile."""
+def _programs(tiles: int, steps: int, processors: int) -> int:
+    """One program a processor; a few less where each then gets the same whole part of a tile.
+
+    Tiles of a few steps are not cut at all: adding parts up would take longer than the steps.
+    """
+    if steps <= UNCUT_STEPS and tiles <= processors:
+        return tiles
     for split in range(1, 9):
         if processors * 0.84 <= tiles * split <= processors:
             return tiles * split
@@ -249,10 +267,10 @@ def _owner(unit, programs, total):
     return ((unit + 1) * programs - 1) // total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "next_programs"])
 def _stream_kernel(
-    x, weight, out_ptr, weight_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, partial_ptr, arrivals_ptr,
-    M, N, K, eps,
+    x, weight, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
+    partial_ptr, arrivals_ptr, M, N, K, eps,
     next_ptr, next_n, next_k, next_programs, NEXT_BLOCK_N: tl.constexpr, NEXT_BLOCK_K: tl.constexpr,
     NEXT_GATED: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
@@ -323,6 +341,10 @@ def _stream_kernel(
                 gate *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
                 if ACTIVATION is not None:
                     up *= tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
+            if x_scale_ptr is not None:
+                scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+                gate *= scale
+                up *= scale
             if squares_ptr is not None:
                 squares = tl.load(squares_ptr + m, mask=m < M, other=0).to(tl.float32) / SCALE
                 scale = tl.rsqrt(squares / K + eps)[None, :]

@@ -1,14 +1,14 @@
 """Projections with 8-bit weights: float8 e4m3 (OCP 8-bit floating point, 1.0) with a scale for each output.
 
-With many rows the input is rounded to 8 bits, too, with a scale for each row (dynamic quantization), for then the
-arithmetic is what takes the time. A decode step's few rows keep their 16 bits, see `decode_linear`.
+The input is rounded to 8 bits, too, with a scale for each row (dynamic quantization), so that tensor cores multiply
+both as they are. A decode step with a single row keeps its 16 bits, see `decode_linear`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from headrace.kernels.launch import power_of_two
+from headrace.kernels.launch import dependent_launch, power_of_two
 from headrace.kernels.optional_triton import tl, triton
 
 LARGEST = 448.0
@@ -46,15 +46,19 @@ class Fp8Linear:
         return y if self._bias is None else y.add_(self._bias)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x [R, D] as float8_e4m3fn and the float32 scales [R] that restore it."""
+def quantize_rows(
+    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x [R, D] as float8_e4m3fn and the float32 scales [R] that restore it; in `out`, where given."""
     if not x.is_cuda:
         return _reference(x)
-    quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    quantized, scale = out or (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
+    )
     _quantize_kernel[(x.shape[0],)](
         x, quantized, scale, x.shape[1], LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
-        SIZE=power_of_two(x.shape[1]), num_warps=8,
+        SIZE=power_of_two(x.shape[1]), num_warps=8, **dependent_launch(),
     )  # fmt: skip
     return quantized, scale
 
@@ -66,8 +70,18 @@ def _reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, quantized_ptr, scale_ptr, size, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, SIZE: tl.constexpr
+    x_ptr,
+    quantized_ptr,
+    scale_ptr,
+    size,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, SIZE)
     x = tl.load(x_ptr + row * size + d, mask=d < size, other=0.0).to(tl.float32)

@@ -30,6 +30,7 @@ def compare_decode_linear(
     x = torch.randn(rows, in_size, device=device, dtype=dtype)
     weight = torch.randn(out_size * (2 if activation else 1), in_size, device=device, dtype=dtype) / in_size**0.5
     weight, scale = quantize_rows(weight) if fp8 else (weight, None)
+    x, x_scale = quantize_rows(x) if fp8 and rows > 1 and device != "cpu" else (x, None)
     got = torch.randn(rows, out_size, device=device, dtype=dtype)
     expected = got.clone()
     workspace = Workspace(torch.device(device))
@@ -41,6 +42,7 @@ def compare_decode_linear(
             squares if surrounded else None,
             1e-5,
             weight_scale=scale,
+            x_scale=x_scale,
             bias=bias if surrounded else None,
             activation=activation,  # type: ignore[arg-type]
             residual=surrounded,
