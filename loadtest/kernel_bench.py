@@ -171,13 +171,16 @@ def torch_call(prompts: Prompts, backend: str) -> Callable[[], object]:
 def all_tilings(head_dim: int, kind: str) -> list[Tiling]:
     """What may be worth a try, by the shared memory it takes (227 KiB)."""
     found = []
-    sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (False, True))
-    for block_m, block_n, num_warps, num_stages, descriptors in sizes:
+    sizes = itertools.product(((64, 4), (128, 4), (128, 8)), (32, 64, 128), (2, 3, 4), (False, True))
+    for (block_m, num_warps), block_n, num_stages, descriptors in sizes:
         bytes_shared = 2 * head_dim * (block_m + 2 * block_n * num_stages)
         fits = bytes_shared <= 227 * 1024 and block_m * head_dim <= num_warps * 32 * 128
         if fits and not (descriptors and kind == "paged") and not (block_n == 32 and head_dim < 256):
             found.append(Tiling(block_m, block_n, num_warps, num_stages, descriptors))
-    return found if ON_GPU else found[:2]
+    if kind == "packed" and head_dim in (64, 128):
+        found += [Tiling(128, block_n, 4, 2, True, True) for block_n in (64, 128)]
+        found += [Tiling(128, 64, 4, stages, True, True) for stages in (3, 4)]
+    return found if ON_GPU else [*found[:1], *found[-1:]]
 
 
 def compile_tiling(work: tuple[Prompts, str, Tiling]) -> None:
@@ -206,7 +209,7 @@ def sweep_prefill(head_dims: Sequence[int]) -> Iterator[Figure]:
             list(pool.map(compile_tiling, longest_last.values()))
     for prompts, kind, tiling in work:
         name = f"{kind} M{tiling.block_m} N{tiling.block_n} w{tiling.num_warps} s{tiling.num_stages}"
-        name += " tma" if tiling.descriptors else ""
+        name += " specialized" if tiling.specialized else " tma" if tiling.descriptors else ""
         yield from attention_figures(name, prompts, attention_call(prompts, kind, tiling))
 
 
