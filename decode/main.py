@@ -11,7 +11,7 @@ from headrace.settings import Settings
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
-    async with loaded_model(settings) as model, join_mesh(settings, "decode", model.identity) as node:
+    async with loaded_model(settings, decodes=True) as model, join_mesh(settings, "decode", model.identity) as node:
         worker = DecodeWorker(
             node,
             model.engine,

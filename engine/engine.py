@@ -49,6 +49,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     cpu_threads: int | None = None
+    quantization: str = "none"
+    kv_cache_dtype: str = "auto"
     random_weights: bool = False
 
 
@@ -111,8 +113,9 @@ class Engine:
         max_model_len = min(config.max_model_len or limit, limit)
         with torch.inference_mode():
             model = _load_model(config, model_config, device, dtype, max_model_len, progress)
+        cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
         layout = CacheLayout(
-            str(dtype).removeprefix("torch."),
+            str(cache_dtype).removeprefix("torch."),
             model_config.num_layers,
             model_config.num_kv_heads,
             model_config.head_dim,
@@ -212,6 +215,10 @@ def _load_model(
     max_model_len: int,
     progress: Progress,
 ) -> Model:
+    fused_on_gpu = device.type == "cuda" and dtype.itemsize == 2 and not model_config.unsupported
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value == "fp8" and (config.model_impl == "transformers" or not fused_on_gpu):
+            raise EngineError(f"{flag} fp8 needs a GPU, 16 bits and a model of the fused path; leave the flag away")
     if config.model_impl == "fused" and model_config.unsupported:
         raise EngineError(f"--model-impl fused can't run this model ({model_config.unsupported}); leave the flag away")
     if config.model_impl == "transformers" or model_config.unsupported:
@@ -219,17 +226,17 @@ def _load_model(
 
         progress("loading through transformers", 0.0)
         return GeneralModel(config.model_folder, device, dtype, max_model_len)
-    fold_norms = device.type == "cuda" and dtype.itemsize == 2  # for the graph decoder, whose kernels are for 16 bits
     weights = load_decoder(
         config.model_folder,
         model_config,
         device,
         dtype,
         progress,
-        fold_norms=fold_norms,
+        fold_norms=fused_on_gpu,  # for the graph decoder, whose kernels are for 16 bits
+        fp8=config.quantization == "fp8",
         random=config.random_weights,
     )
-    return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fold_norms)
+    return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fused_on_gpu)
 
 
 def _num_pages(config: EngineConfig, layout: CacheLayout, device: torch.device, max_model_len: int) -> int:

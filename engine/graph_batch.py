@@ -29,7 +29,8 @@ class _Running(Generic[K]):
     keys: list[K]
     tokens: torch.Tensor
     logprobs: dict[int, TokenLogprobs]
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None
+    """None on a CPU, where tests run this: there a step has ended when it was started."""
 
 
 class GraphBatch(Generic[K]):
@@ -125,7 +126,8 @@ class GraphBatch(Generic[K]):
     def collect(self) -> list[tuple[K, SampledToken]]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
-        step.done.synchronize()
+        if step.done is not None:
+            step.done.synchronize()
         return [
             (key, SampledToken(token, step.logprobs.get(row)))
             for row, (key, token) in enumerate(zip(step.keys, step.tokens.tolist(), strict=True))
@@ -151,8 +153,10 @@ class GraphBatch(Generic[K]):
         staging.sampled[:rows].copy_(sampled, non_blocking=True)
         self._positions[:rows] += 1
         self._generated[:rows] += 1
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        done = None
+        if sampled.is_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
         self._running.append(_Running(list(self._keys), staging.sampled[:rows], logprobs, done))
 
     def _send_changes(self, staging: _Staging) -> None:
@@ -184,15 +188,16 @@ class _Staging:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._device = device
+        self._pinned = device.type == "cuda"
         self._buffers: dict[str, torch.Tensor] = {}
-        self.sampled = torch.zeros(capacity, dtype=torch.int64, pin_memory=True)
+        self.sampled = torch.zeros(capacity, dtype=torch.int64, pin_memory=self._pinned)
 
     def send(self, name: str, values: np.ndarray) -> torch.Tensor:
         """A copy on the device; valid for work that is started before this object's next turn."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < len(values):
             size = 1 << (len(values) - 1).bit_length()
-            buffer = torch.empty(size, dtype=torch.from_numpy(values[:1]).dtype, pin_memory=True)
+            buffer = torch.empty(size, dtype=torch.from_numpy(values[:1]).dtype, pin_memory=self._pinned)
             self._buffers[name] = buffer
         buffer[: len(values)].numpy()[:] = values
-        return buffer[: len(values)].to(self._device, non_blocking=True)
+        return buffer[: len(values)].to(self._device, non_blocking=True, copy=True)

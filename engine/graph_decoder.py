@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
@@ -19,7 +18,7 @@ from headrace.kernels.decode_attention import (
 from headrace.kernels.decode_begin import begin_decode
 from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspace, decode_linear
 from headrace.kernels.gated_activation import gated_activation
-from headrace.kernels.linear import Linear
+from headrace.kernels.linear import Projection
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
 from headrace.kernels.rope import RopeTables
 
@@ -124,10 +123,11 @@ class GraphDecoder:
             )
             last = index + 1 == len(self._weights.layers)
             following = Upcoming(self._weights.head.weight if last else self._weights.layers[index + 1].qkv.weight)
-            self._linear(residual, layer.qkv.weight, qkv, Epilogue(sums, eps, layer.qkv.bias), output)
+            epilogue = Epilogue(sums, eps, layer.qkv.weight_scale, layer.qkv.bias)
+            self._linear(residual, layer.qkv.weight, qkv, epilogue, output)
             self._attend(index, layer, size)
             sums = self._add(attended, layer.output, residual, squares, gate_up)
-            epilogue = Epilogue(sums, eps, activation=self._config.activation)
+            epilogue = Epilogue(sums, eps, layer.gate_up.weight_scale, activation=self._config.activation)
             self._linear(residual, layer.gate_up.weight, activated, epilogue, down)
             sums = self._add(activated, layer.down, residual, squares, following)
         hidden.copy_(rms_norm(residual, self._weights.norm, eps))
@@ -146,14 +146,14 @@ class GraphDecoder:
     def _add(
         self,
         x: torch.Tensor,
-        projection: Linear,
+        projection: Projection,
         residual: torch.Tensor,
         squares: Iterator[torch.Tensor],
         upcoming: Upcoming,
     ) -> torch.Tensor:
         """Add a projection to the residual stream; returns the new sums of squares."""
         sums = next(squares)
-        epilogue = Epilogue(bias=projection.bias, residual=True, squares_out=sums)
+        epilogue = Epilogue(weight_scale=projection.weight_scale, bias=projection.bias, residual=True, squares_out=sums)
         self._linear(x, projection.weight, residual, epilogue, upcoming)
         return sums
 
@@ -177,18 +177,10 @@ class GraphDecoder:
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            _product(hidden, layer.qkv.weight, layer.qkv.bias, self._qkv[:size])
+            self._qkv[:size] = layer.qkv(hidden)
             self._attend(index, layer, size)
-            attended = F.linear(self._attended[:size], layer.output.weight, layer.output.bias)
-            hidden = add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            hidden = add_rms_norm(layer.output(self._attended[:size]), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             last = index + 1 == len(weights.layers)
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
         weights.head.to_float32(hidden, self._logits[:size])
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.T, out=out)
-    else:
-        torch.addmm(bias, x, weight.T, out=out)

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from headrace.engine.errors import EngineError
 from headrace.engine.model_config import ModelConfig
-from headrace.kernels.linear import Linear
+from headrace.kernels.fp8_linear import Fp8Linear
+from headrace.kernels.linear import Linear, Projection
 
 Progress = Callable[[str, float], None]
 
@@ -22,13 +23,13 @@ class LayerWeights:
     """One decoder layer. `qkv` gives Q, K and V in one, `gate_up` gate and up."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: Projection
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output: Linear
+    output: Projection
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,20 @@ def load_decoder(
     progress: Progress,
     *,
     fold_norms: bool = False,
+    fp8: bool = False,
     random: bool = False,
 ) -> DecoderWeights:
     """Read all weights onto `device`, or make random ones.
 
-    `fold_norms`: the norms' weights go into the projections that follow them and become ones. Raises `EngineError`
-    where a weight is missing.
+    `fold_norms`: the norms' weights go into the projections that follow them and become ones. `fp8`: the layers'
+    projections keep 8 bits of each weight. Raises `EngineError` where a weight is missing.
     """
+    projection = Fp8Linear if fp8 else Linear
     checkpoint = RandomCheckpoint(config, device, dtype) if random else Checkpoint(folder, device, dtype)
     try:
         layers = []
         for index in range(config.num_layers):
-            layers.append(_load_layer(checkpoint, f"model.layers.{index}.", config, fold_norms))
+            layers.append(_load_layer(checkpoint, f"model.layers.{index}.", config, fold_norms, projection))
             progress("loading weights", (index + 1) / config.num_layers)
         embedding = checkpoint.get("model.embed_tokens.weight")
         tied = config.tied_head or "lm_head.weight" not in checkpoint
@@ -142,7 +145,11 @@ def load_decoder(
 
 
 def _load_layer(
-    checkpoint: Checkpoint | RandomCheckpoint, prefix: str, config: ModelConfig, fold_norms: bool
+    checkpoint: Checkpoint | RandomCheckpoint,
+    prefix: str,
+    config: ModelConfig,
+    fold_norms: bool,
+    projection: type[Linear] | type[Fp8Linear],
 ) -> LayerWeights:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
 
@@ -165,13 +172,13 @@ def _load_layer(
         input_norm, mlp_norm = torch.ones_like(input_norm), torch.ones_like(mlp_norm)
     return LayerWeights(
         input_norm=input_norm,
-        qkv=Linear(qkv_weight, checkpoint.stacked(*[name + ".bias" for name in qkv]) if biased else None),
+        qkv=projection(qkv_weight, checkpoint.stacked(*[name + ".bias" for name in qkv]) if biased else None),
         q_norm=optional(attention + "q_norm.weight"),
         k_norm=optional(attention + "k_norm.weight"),
-        output=Linear(checkpoint.get(attention + "o_proj.weight"), optional(attention + "o_proj.bias")),
+        output=projection(checkpoint.get(attention + "o_proj.weight"), optional(attention + "o_proj.bias")),
         mlp_norm=mlp_norm,
-        gate_up=Linear(gate_up),
-        down=Linear(checkpoint.get(mlp + "down_proj.weight")),
+        gate_up=projection(gate_up),
+        down=projection(checkpoint.get(mlp + "down_proj.weight")),
     )
 
 

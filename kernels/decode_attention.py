@@ -71,9 +71,9 @@ def fused_decode_attention(
 ) -> None:
     """Rotate, write to the cache and attend, for one new token a row.
 
-    qkv [B, (heads + 2 kv_heads) * head_dim] as projected; layer_pages [pages, 2, kv_heads, page_size, head_dim];
-    block_table int32 [B, width], positions int32 [B] (-1: the row is left alone); norms: weights [head_dim] of the RMS
-    norms of Q and K (Qwen 3); out [B, heads * head_dim].
+    qkv [B, (heads + 2 kv_heads) * head_dim] as projected; layer_pages [pages, 2, kv_heads, page_size, head_dim], of
+    qkv's type or float8_e4m3fn; block_table int32 [B, width], positions int32 [B] (-1: the row is left alone); norms:
+    weights [head_dim] of the RMS norms of Q and K (Qwen 3); out [B, heads * head_dim].
     """
     batch, group_rows = positions.shape[0], max(16, power_of_two(shape.group))  # tensor cores take 16 rows
     _attention_kernel[(workspace.programs,)](
@@ -111,7 +111,8 @@ def fused_decode_attention_reference(
             )
         queries, key = (_rotate(x, rope, position, shape.rotary_dim) for x in (queries, key))
         page, offset = int(block_table[row, position // page_size]), position % page_size
-        layer_pages[page, 0, :, offset], layer_pages[page, 1, :, offset] = key, value
+        layer_pages[page, 0, :, offset] = key.to(layer_pages.dtype)
+        layer_pages[page, 1, :, offset] = value.to(layer_pages.dtype)
         pages = layer_pages[block_table[row, : position // page_size + 1].long()].double()
         keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : position + 1]
         scores = queries.view(kv_heads, shape.group, -1) @ keys.transpose(1, 2) * shape.head_dim**-0.5
@@ -202,8 +203,8 @@ def _attention_kernel(
             at = block * BLOCK + token
             page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
             cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
-            k = tl.load(cached, mask=d < DIM, other=0.0)
-            v = tl.load(cached + values_at, mask=d < DIM, other=0.0)
+            k = tl.load(cached, mask=d < DIM, other=0.0).to(q.dtype)
+            v = tl.load(cached + values_at, mask=d < DIM, other=0.0).to(q.dtype)
             scores = tl.where((at < position)[None, :], tl.dot(q, k.T), float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, 1))
             p = tl.exp2(scores - higher[:, None])
@@ -214,8 +215,9 @@ def _attention_kernel(
         if last == blocks:
             # all rows of the tile hold the same key and value
             k_at = qkv + (GROUP * KV_HEADS + head) * DIM + g[:, None] * 0
-            k = _rotated(k_at, d, cos, sin, k_norm_ptr, eps, d < DIM, DIM, ROTARY).to(qkv_ptr.dtype.element_ty)
-            v = tl.load(k_at + KV_HEADS * DIM + d, mask=d < DIM, other=0.0)
+            k = _rotated(k_at, d, cos, sin, k_norm_ptr, eps, d < DIM, DIM, ROTARY)
+            k = k.to(pages_ptr.dtype.element_ty)
+            v = tl.load(k_at + KV_HEADS * DIM + d, mask=d < DIM, other=0.0).to(pages_ptr.dtype.element_ty)
             page = tl.load(table_ptr + row * table_stride + position // PAGE).to(tl.int64)
             cached = pages_ptr + page * page_stride + head * (PAGE * DIM) + position % PAGE * DIM + d + g[:, None] * 0
             tl.store(cached, k, mask=(d < DIM) & (g == 0)[:, None])

@@ -39,6 +39,8 @@ class Epilogue:
     """[M] int64: x is a residual stream with these sums of squares (times `SQUARES_SCALE`); its RMS norm, without a
     weight, is what is multiplied."""
     eps: float = 0.0
+    weight_scale: torch.Tensor | None = None
+    """float32, one for each row of the weight: what a row of an 8-bit weight is multiplied by."""
     bias: torch.Tensor | None = None
     """[N]."""
     activation: Activation | None = None
@@ -83,6 +85,8 @@ def decode_linear(
 def decode_linear_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
     """The same in plain torch."""
     y = x.double() @ weight.double().T
+    if epilogue.weight_scale is not None:
+        y *= epilogue.weight_scale
     if epilogue.squares is not None:
         mean = epilogue.squares.double() / SQUARES_SCALE / x.shape[1]
         y *= torch.rsqrt(mean + epilogue.eps).unsqueeze(1)
@@ -102,7 +106,8 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue:
     block_n = 2 if gated else 8 if k > 8192 else 4
     warps = 8 if block_n == 4 and block_k >= 2048 else 4
     _one_row_kernel[(triton.cdiv(n, block_n),)](
-        x, weight, out, epilogue.squares, epilogue.bias, epilogue.squares_out, n, k, epilogue.eps,
+        x, weight, out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
+        n, k, epilogue.eps,
         ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE,
         BLOCK_N=block_n, BLOCK_K=block_k, STEPS=triton.cdiv(k, block_k), num_warps=warps,
         **dependent_launch(),
@@ -147,9 +152,11 @@ def _stream(
     _stream_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k]),
         TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]),
-        out, epilogue.squares, epilogue.bias, epilogue.squares_out, workspace.partial, workspace.arrivals,
+        out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
+        workspace.partial, workspace.arrivals,
         x.shape[0], n, k, epilogue.eps, upcoming.weight, next_n, next_k, next_programs,
         NEXT_BLOCK_N=next_tiling.block_n, NEXT_BLOCK_K=next_tiling.block_k, NEXT_GATED=upcoming.gated, LINES=lines,
+        LINE=128 // upcoming.weight.element_size(),
         ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
         num_warps=tiling.warps, **dependent_launch(),
@@ -175,7 +182,7 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _one_row_kernel(
-    x_ptr, weight_ptr, out_ptr, squares_ptr, bias_ptr, squares_out_ptr, N, K, eps,
+    x_ptr, weight_ptr, out_ptr, weight_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, N, K, eps,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -204,14 +211,21 @@ def _one_row_kernel(
             more = tl.load(rows_up + step * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first")
             up += more.to(tl.float32) * x
     y = tl.sum(gate, 1)
-    scale = 1.0
+    z = y
+    if ACTIVATION is not None:
+        z = tl.sum(up, 1)
+    if weight_scale_ptr is not None:
+        y *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
+        if ACTIVATION is not None:
+            z *= tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)
     if squares_ptr is not None:
         scale = tl.rsqrt(tl.load(squares_ptr).to(tl.float32) / SCALE / K + eps)
         y *= scale
+        z *= scale
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
-        y = _activated(y, tl.sum(up, 1) * scale, ACTIVATION)
+        y = _activated(y, z, ACTIVATION)
     if RESIDUAL:
         y += tl.load(out_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     stored = y.to(out_ptr.dtype.element_ty)
@@ -237,9 +251,10 @@ def _owner(unit, programs, total):
 
 @triton.jit
 def _stream_kernel(
-    x, weight, out_ptr, squares_ptr, bias_ptr, squares_out_ptr, partial_ptr, arrivals_ptr, M, N, K, eps,
+    x, weight, out_ptr, weight_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, partial_ptr, arrivals_ptr,
+    M, N, K, eps,
     next_ptr, next_n, next_k, next_programs, NEXT_BLOCK_N: tl.constexpr, NEXT_BLOCK_K: tl.constexpr,
-    NEXT_GATED: tl.constexpr, LINES: tl.constexpr,
+    NEXT_GATED: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -265,16 +280,16 @@ def _stream_kernel(
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for step in tl.range(first, last, num_stages=STAGES):
             x_tile = x.load([0, step * BLOCK_K]).T
-            gate = tl.dot(weight.load([n0, step * BLOCK_K]), x_tile, gate)
+            gate = tl.dot(weight.load([n0, step * BLOCK_K]).to(x_tile.dtype), x_tile, gate)
             if ACTIVATION is not None:
-                up = tl.dot(weight.load([N + n0, step * BLOCK_K]), x_tile, up)
+                up = tl.dot(weight.load([N + n0, step * BLOCK_K]).to(x_tile.dtype), x_tile, up)
         if LINES > 0:
             if unit >= end:
                 next_steps = tl.cdiv(next_k, NEXT_BLOCK_K)
                 next_unit = pid * (tl.cdiv(next_n, NEXT_BLOCK_N) * next_steps) // next_programs
                 next_rows = (next_unit // next_steps) * NEXT_BLOCK_N + tl.arange(0, NEXT_BLOCK_N)
                 start = next_rows[:, None].to(tl.int64) * next_k + next_unit % next_steps * NEXT_BLOCK_K
-                lines = next_ptr + start + (tl.arange(0, LINES) * 64)[None, :]
+                lines = next_ptr + start + (tl.arange(0, LINES) * LINE)[None, :]
                 _prefetch(lines)
                 if NEXT_GATED:
                     _prefetch(lines + next_n.to(tl.int64) * next_k)
@@ -304,6 +319,10 @@ def _stream_kernel(
                         up += tl.load(theirs + size, cache_modifier=".cg")
         if complete:
             n = n0 + columns
+            if weight_scale_ptr is not None:
+                gate *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
+                if ACTIVATION is not None:
+                    up *= tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
             if squares_ptr is not None:
                 squares = tl.load(squares_ptr + m, mask=m < M, other=0).to(tl.float32) / SCALE
                 scale = tl.rsqrt(squares / K + eps)[None, :]

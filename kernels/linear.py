@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 
 BLOCKING_ROWS = 512
 """oneDNN picks its weight layout for a number of rows. The one for many is the best for few, too: for 1 to 64 rows it
 took 50 to 80 % of F.linear's time here, and 1.0 at 512."""
+
+
+class Projection(Protocol):
+    """x @ weight.T + bias for a weight [out, in]."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]."""
+
+    @property
+    def weight_scale(self) -> torch.Tensor | None:
+        """float32 [out]: what each row of `weight` is to be multiplied by."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[out]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [T, in]; returns [T, out]."""
 
 
 class Linear:
@@ -29,6 +50,11 @@ class Linear:
         return weight
 
     @property
+    def weight_scale(self) -> None:
+        """See `Projection`."""
+        return None
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """[out]."""
         return self._bias
@@ -41,7 +67,7 @@ class Linear:
             out.copy_(self(x))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x [T, in]; returns [T, out]."""
+        """See `Projection`."""
         if self._blocked:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return y

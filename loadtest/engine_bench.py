@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Shape:
     """Milliseconds a step, or for the model that the chip bounds, its ratio to the bound."""
     prefill: tuple[tuple[int, str], ...] = ()
     decode_is_ratio: bool = False
+    options: dict[str, str] = field(default_factory=dict)
+    """Of `EngineConfig`."""
 
 
 SHAPES = [
@@ -53,7 +55,11 @@ SHAPES = [
         decode_is_ratio=True,
     ),
     Shape("135M", SMOLLM2_135M, ((1, "<= 0.6"), (32, "<= 0.8"), (256, "<= 2.5"))),
+    Shape("8B fp8", LLAMA_8B, ((1, ""), (64, "")), ((2048, ""),), options={"quantization": "fp8"}),
+    Shape("8B fp8 KV", LLAMA_8B, ((256, ""),), options={"kv_cache_dtype": "fp8"}),
 ]
+GAINS = [("8B fp8", 1, ">= 1.6"), ("8B fp8", 64, ">= 1.35"), ("8B fp8 KV", 256, ">= 1.25")]
+"""Decode steps of 8B over those of the same with fewer bits."""
 MANY_PROMPTS = (32, 2048, ">= 43500")
 
 
@@ -80,6 +86,7 @@ def load(shape: Shape, largest_batch: int, device: str) -> tuple[Engine, float]:
             max_model_len=min(longest, shape.config["max_position_embeddings"]),
             max_num_seqs=largest_batch,
             random_weights=True,
+            **shape.options,  # type: ignore[arg-type]
         )
         engine = Engine.load(config)
     engine.warm_up()
@@ -135,8 +142,8 @@ def measure(shape: Shape, device: str, quick: bool) -> list[Figure]:
     """All figures of one shape."""
     figures = []
     largest = max(batch for batch, _ in shape.decode)
-    engine, start_seconds = load(shape, largest, device)
-    figures.append(Figure(f"{shape.name} start", start_seconds, "s"))
+    engine, seconds = load(shape, largest, device)
+    figures.append(Figure(f"{shape.name} start", seconds, "s"))
     for batch, target in shape.decode:
         seconds = decode_step_seconds(engine, batch, 8 if quick else OUTPUT)
         bound = bound_seconds(shape.config, batch, INPUT + OUTPUT / 2)
@@ -167,6 +174,22 @@ def measure(shape: Shape, device: str, quick: bool) -> list[Figure]:
     return figures
 
 
+def start_seconds(shape: Shape) -> float:
+    """How long an engine takes to be ready."""
+    return load(shape, max(batch for batch, _ in shape.decode), "cuda")[1]
+
+
+def gains(figures: list[Figure]) -> list[Figure]:
+    """How much faster steps are with fewer bits, where both were measured."""
+    steps = {figure.name: figure.value for figure in figures if figure.unit == "ms a step"}
+    found = []
+    for name, batch, target in GAINS:
+        plain, fewer = steps.get(f"8B decode, batch {batch}"), steps.get(f"{name} decode, batch {batch}")
+        if plain is not None and fewer is not None:
+            found.append(Figure(f"{name} over 8B, batch {batch}", plain / fewer, "times as fast", target))
+    return found
+
+
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -183,6 +206,13 @@ def main() -> None:
             # a process of its own: an engine takes the whole device
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 figures += process.submit(measure, shape, device, options.quick).result()
+                print(*[f"{figure.name}: {figure.value:.3f} {figure.unit}" for figure in figures], sep="\n", flush=True)
+    figures += gains(figures)
+    if device == "cuda" and options.only is None:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            figures.append(
+                Figure("8B start, warm caches", process.submit(start_seconds, SHAPES[0]).result(), "s", "<= 12")
+            )
     publish(
         "engine-quick" if options.quick else "engine",
         figures,

@@ -25,6 +25,12 @@ def test_the_work_is_shared_whatever_the_batch(positions: list[int]) -> None:
     compare_decode_attention("cpu", torch.float32, positions, HeadShape(2, 2, 32, 16), 16, normed=True)
 
 
+def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
+    """What is written is what attention of later steps sees."""
+    shape = HeadShape(2, 2, 32, 32)
+    compare_decode_attention("cpu", torch.float32, [0, 40], shape, 16, cache_dtype=torch.float8_e4m3fn)
+
+
 def test_a_step_begins_with_embeddings() -> None:
     """A hidden size that is no power of two."""
     compare_begin_decode("cpu", torch.float32, 3, 72)

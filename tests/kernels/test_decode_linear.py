@@ -16,3 +16,10 @@ def test_a_projection_equals_its_reference(
 ) -> None:
     """One row and more, whole tiles and parts of them, more programs than work and less."""
     compare_decode_linear("cpu", torch.float32, shape, activation, surrounded)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_weights_of_8_bits_are_scaled_by_output(rows: int, activation: str | None) -> None:
+    """Gate and up have scales of their own."""
+    compare_decode_linear("cpu", torch.float32, (rows, 64, 192), activation, True, fp8=True)
