@@ -40,6 +40,8 @@ class Tiling:
     """How many loads are in flight."""
     descriptors: bool = False
     """Load packed keys and values by tensor descriptors (TMA) instead of pointers."""
+    specialized: bool = False
+    """One warp loads, and groups of four compute: packed only, and a tile is then tokens of one query head."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def plan_tiles(
 ) -> TilePlan:
     """Cut the queries into tiles, longest context first. Nothing waits for the device."""
     lengths, contexts = np.asarray(query_lengths, np.int32), np.asarray(context_lengths, np.int32)
-    tokens = tiling.block_m // group
+    tokens = tiling.block_m if tiling.specialized else tiling.block_m // group
     counts = -(-lengths // tokens)
     requests = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
     ordinals = np.arange(counts.sum(), dtype=np.int32) - np.repeat(counts.cumsum() - counts, counts)
@@ -183,9 +185,10 @@ def attend_packed(
     be any stride apart. Returns [T, heads * head_dim].
     """
     head_dim = queries.shape[2]
+    if plan.tiling.specialized:
+        return _launch_specialized(queries, keys, values, plan, scaling)
     descriptors = plan.tiling.descriptors and head_dim == power_of_two(head_dim)
-    key_rows = _descriptor(keys, plan.tiling) if descriptors else None
-    value_rows = _descriptor(values, plan.tiling) if descriptors else None
+    key_rows, value_rows = (_descriptor(x, plan.tiling.block_n) if descriptors else None for x in (keys, values))
     return _launch(
         queries, keys, values, key_rows, value_rows, plan, scaling, 1.0,
         token_strides=(keys.stride(0), values.stride(0)), kv_heads=keys.shape[1], page_size=0,
@@ -216,9 +219,27 @@ def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _descriptor(x: torch.Tensor, tiling: Tiling) -> Any:
+def _descriptor(x: torch.Tensor, block: int) -> Any:
     tokens, heads, head_dim = x.shape
-    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [tiling.block_n, head_dim])
+    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [block, head_dim])
+
+
+def _launch_specialized(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: TilePlan, scaling: float
+) -> torch.Tensor:
+    tokens, heads, head_dim = queries.shape
+    out = queries.new_empty(tokens, heads * head_dim)
+    tiles, tiling = plan.tiles.shape[0], plan.tiling
+    if tiles == 0:
+        return out
+    _specialized_kernel[(tiles * heads,)](
+        _descriptor(queries, tiling.block_m), _descriptor(keys, tiling.block_n), _descriptor(values, tiling.block_n),
+        out, plan.tiles, plan.query_starts, scaling * LOG2_E, HEADS=heads, GROUP=heads // keys.shape[1],
+        DIM=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    return out
 
 
 def _launch(
@@ -336,6 +357,40 @@ def _attention_kernel(
         )
     out = acc * (value_scale / weight)[:, None]
     tl.store(out_ptr + place * (KV_HEADS * GROUP * DIM) + column, out.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _specialized_kernel(
+    q_rows, k_rows, v_rows, out_ptr, tiles_ptr, starts_ptr, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of packed prompts: BLOCK_M tokens of one query head.
+
+    Everything comes by descriptors in one loop, which is all that the compiler can specialize warps for. Rows past a
+    request's end are the next one's: their weights are 0.
+    """
+    tile = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    request = tl.load(tiles_ptr + 2 * tile)
+    first = tl.load(tiles_ptr + 2 * tile + 1)
+    start = tl.load(starts_ptr + request)
+    count = tl.load(starts_ptr + request + 1) - start
+    token = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    # all loads below are of what the kernels ahead have made
+    q = q_rows.load([start + first, head * DIM])
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    end = tl.minimum(first + BLOCK_M, count)
+    for block in tl.range(0, end, BLOCK_N, warp_specialize=True):
+        k = k_rows.load([start + block, head // GROUP * DIM])
+        v = v_rows.load([start + block, head // GROUP * DIM])
+        acc, weight, highest = _attend_block(q, k, v, acc, weight, highest, scale, token, block + n, True, PRECISION)
+    d = tl.arange(0, DIM)
+    place = (start + token).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
+    tl.store(out_ptr + place, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=(token < count)[:, None])
 
 
 def _mask(block: int, width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

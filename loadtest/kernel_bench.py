@@ -23,12 +23,15 @@ if shutil.which("nvidia-smi") is None:
 import torch
 import torch.nn.functional as F
 
+from headrace.engine.device_sampler import DeviceSampler
+from headrace.engine.sampler import SamplingRow
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.prefill_attention import Tiling, attend_packed, attend_paged, choose_tiling, plan_tiles
 from headrace.kernels.rms_norm import add_rms_norm
 from headrace.kernels.rope import RopeTables
 from headrace.kernels.rope_cache import rope_cache
 from headrace.loadtest.report import Figure, publish
+from headrace.messages.request import SamplingParams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -168,13 +171,16 @@ def torch_call(prompts: Prompts, backend: str) -> Callable[[], object]:
 def all_tilings(head_dim: int, kind: str) -> list[Tiling]:
     """What may be worth a try, by the shared memory it takes (227 KiB)."""
     found = []
-    sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (False, True))
-    for block_m, block_n, num_warps, num_stages, descriptors in sizes:
+    sizes = itertools.product(((64, 4), (128, 4), (128, 8)), (32, 64, 128), (2, 3, 4), (False, True))
+    for (block_m, num_warps), block_n, num_stages, descriptors in sizes:
         bytes_shared = 2 * head_dim * (block_m + 2 * block_n * num_stages)
         fits = bytes_shared <= 227 * 1024 and block_m * head_dim <= num_warps * 32 * 128
         if fits and not (descriptors and kind == "paged") and not (block_n == 32 and head_dim < 256):
             found.append(Tiling(block_m, block_n, num_warps, num_stages, descriptors))
-    return found if ON_GPU else found[:2]
+    if kind == "packed" and head_dim in (64, 128):
+        found += [Tiling(128, block_n, 4, 2, True, True) for block_n in (64, 128)]
+        found += [Tiling(128, 64, 4, stages, True, True) for stages in (3, 4)]
+    return found if ON_GPU else [*found[:1], *found[-1:]]
 
 
 def compile_tiling(work: tuple[Prompts, str, Tiling]) -> None:
@@ -203,7 +209,7 @@ def sweep_prefill(head_dims: Sequence[int]) -> Iterator[Figure]:
             list(pool.map(compile_tiling, longest_last.values()))
     for prompts, kind, tiling in work:
         name = f"{kind} M{tiling.block_m} N{tiling.block_n} w{tiling.num_warps} s{tiling.num_stages}"
-        name += " tma" if tiling.descriptors else ""
+        name += " specialized" if tiling.specialized else " tma" if tiling.descriptors else ""
         yield from attention_figures(name, prompts, attention_call(prompts, kind, tiling))
 
 
@@ -276,6 +282,36 @@ def bench_rope(head_dims: Sequence[int]) -> Iterator[Figure]:
         yield from memory_figures(f"rope_cache {tokens} x {heads}/{kv_heads} x {head_dim}", call, num_bytes)
 
 
+def bench_sampler(head_dims: Sequence[int]) -> Iterator[Figure]:
+    """All rows greedy, drawn, or filtered; peaked logits as a trained model's, and flat ones, the worst case."""
+    rows_by_kind: dict[str, tuple[float, dict[str, float]]] = {
+        "greedy": (4.0, {"temperature": 0.0}),
+        "drawn": (4.0, {}),
+        "top-p 0.95": (4.0, {"top_p": 0.95}),
+        "top-k 50, top-p 0.9": (4.0, {"top_k": 50, "top_p": 0.9}),
+        "penalized, min-p 0.05": (4.0, {"min_p": 0.05, "repetition_penalty": 1.1}),
+        "top-p 0.95 of flat logits": (0.5, {"top_p": 0.95}),
+    }
+    device = torch.device(DEVICE)
+    for count, vocab_size in ((1, 49152), (1, 128256), (64, 128256), (256, 128256)) if ON_GPU else ((2, 300),):
+        for kind, (scale, fields) in rows_by_kind.items():
+            params = [SamplingParams(max_tokens=1, seed=row, **fields) for row in range(count)]  # type: ignore[arg-type]
+            states = [SamplingRow.make(p, [1, 2, 3], 1, vocab_size, device) for p in params]
+            sampler = DeviceSampler(states, vocab_size, device)
+            logits = torch.randn(count, vocab_size, device=device) * scale
+            positions = torch.arange(count, device=device)
+
+            def call(
+                turn: int,
+                sampler: DeviceSampler = sampler,
+                logits: torch.Tensor = logits,
+                positions: torch.Tensor = positions,
+            ) -> None:
+                sampler.sample(logits, positions)
+
+            yield from memory_figures(f"sample {kind}, {count} x {vocab_size}", call, logits.nbytes)
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -296,6 +332,7 @@ BENCHES: dict[str, Callable[[Sequence[int]], Iterator[Figure]]] = {
     "prefill": bench_prefill,
     "norms": bench_norms,
     "rope": bench_rope,
+    "sampler": bench_sampler,
 }
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.prefill_attention import choose_tiling
+from headrace.kernels.prefill_attention import Tiling, choose_tiling
 from tests.kernels.compare_prefill import CASES, Case, compare_packed, compare_paged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -36,6 +36,13 @@ def test_paged_attention_equals_attention_written_out(case: Case, dtype: torch.d
 def test_packed_attention_equals_attention_written_out(case: Case, dtype: torch.dtype) -> None:
     """The same lengths without prefixes."""
     compare_packed(case, choose_tiling(case.head_dim, dtype, has_prefix=False), dtype, "cuda")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES + LONG if case.head_dim in (64, 128)], ids=str)
+def test_the_specialized_kernel_equals_attention_written_out(case: Case) -> None:
+    """Head sizes that are powers of two."""
+    for block_n in (64, 128):
+        compare_packed(case, Tiling(128, block_n, 4, 2, True, True), torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
