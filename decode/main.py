@@ -13,7 +13,7 @@ from headrace.settings import Settings
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
     async with (
-        loaded_model(settings) as model,
+        loaded_model(settings, decodes=True) as model,
         data_listener(settings.bind, settings.mesh_key) as listener,
         join_mesh(settings, "decode", model.identity, listener.address) as node,
     ):

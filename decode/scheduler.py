@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from headrace.decode.sequence import Key, Sequence
@@ -25,6 +26,9 @@ class DecodeScheduler:
 
     A request gets a page when it needs one. When none is left the youngest request is given up, so the oldest always
     goes on and every request ends.
+
+    A step may be scheduled while the one before it still runs. The pages of a request that leaves meanwhile come free
+    when the steps that may write to them have ended.
     """
 
     def __init__(self, pool: PagePool, max_num_seqs: int) -> None:
@@ -33,6 +37,10 @@ class DecodeScheduler:
         self._ready: OrderedDict[Key, Sequence] = OrderedDict()
         self._running: OrderedDict[Key, Sequence] = OrderedDict()
         self._leaving: list[Key] = []
+        self._started = 0
+        self._collected = 0
+        self._retired: deque[tuple[int, list[int]]] = deque()
+        """(steps started when they were given up, pages)."""
 
     @property
     def num_ready(self) -> int:
@@ -46,39 +54,73 @@ class DecodeScheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether `schedule` would have something to do."""
-        return bool(self._ready or self._running or self._leaving)
+        """Whether there is something to schedule or to collect."""
+        return bool(self._ready or self._running or self._leaving or self._retired or self._in_flight)
+
+    @property
+    def _in_flight(self) -> int:
+        return self._started - self._collected
 
     def add(self, sequence: Sequence) -> None:
         """A request whose prompt is complete here. Its pages are the scheduler's from now on."""
         self._ready[sequence.key] = sequence
 
-    def running(self, key: Key) -> Sequence:
-        """A request of the batch."""
-        return self._running[key]
+    def running(self, key: Key) -> Sequence | None:
+        """A request of the batch, if it still is one."""
+        return self._running.get(key)
 
     def sequences(self) -> list[Sequence]:
         """All requests held."""
         return [*self._running.values(), *self._ready.values()]
 
     def remove(self, key: Key) -> None:
-        """Free a request that ended. Never to be called while a step runs: the step may still write to its pages."""
+        """Let go of a request that ended."""
         sequence = self._ready.pop(key, None)
-        if sequence is None and (sequence := self._running.pop(key, None)) is not None:
-            self._leaving.append(key)
         if sequence is not None:
             self._pool.release(sequence.pages)
+        elif (sequence := self._running.pop(key, None)) is not None:
+            self._leaving.append(key)
+            if self._in_flight:
+                self._retired.append((self._started, sequence.pages))
+            else:
+                self._pool.release(sequence.pages)
 
-    def schedule(self) -> Plan:
-        """Change the batch for the next step and say how."""
+    def started(self) -> None:
+        """The step that was scheduled runs, with all running requests."""
+        self._started += 1
+        for sequence in self._running.values():
+            sequence.in_flight += 1
+
+    def collected(self) -> None:
+        """The oldest step that ran has ended."""
+        self._collected += 1
+        while self._retired and self._retired[0][0] <= self._collected:
+            self._pool.release(self._retired.popleft()[1])
+
+    def abandon_steps(self) -> None:
+        """No step runs any more, and none will be collected."""
+        while self._in_flight:
+            self.collected()
+
+    def schedule(self) -> Plan | None:
+        """Change the batch for the next step and say how.
+
+        None where pages have run out while a step is in flight: collect it first, then schedule.
+        """
+        places = self._max_num_seqs - len(self._running)
+        joining = list(itertools.islice(self._ready.values(), max(places, 0)))
+        page_size = self._pool.page_size
+        missing = sum(sequence.pages_missing(page_size) for sequence in [*self._running.values(), *joining])
+        if missing > self._pool.num_free and self._in_flight:
+            return None
         plan = Plan()
-        while self._ready and len(self._running) < self._max_num_seqs:
-            key, sequence = self._ready.popitem(last=False)
-            self._running[key] = sequence
+        for sequence in joining:
+            self._running[sequence.key] = self._ready.pop(sequence.key)
             plan.joins.append(sequence)
-        for sequence in list(self._running.values()):
-            if sequence.key in self._running:
-                self._grow(sequence, plan)
+        if missing:
+            for sequence in list(self._running.values()):
+                if sequence.key in self._running:
+                    self._grow(sequence, plan)
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
         plan.leaves = [key for key in self._leaving if key not in joined]

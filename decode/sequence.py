@@ -21,6 +21,8 @@ class Sequence:
     pages: list[int]
     generated: int
     """Output tokens so far, those of earlier attempts among them."""
+    in_flight: int = 0
+    """Steps that make a token of this request and whose tokens are not known yet."""
 
     @property
     def key(self) -> Key:
@@ -28,11 +30,11 @@ class Sequence:
         return self.offer.request_id, self.offer.attempt
 
     def pages_missing(self, page_size: int) -> int:
-        """Pages that must be added before the next step can write the last token's KV."""
-        return max(-(-len(self.token_ids) // page_size) - len(self.pages), 0)
+        """Pages that must be added before the next step can write the KV of the token before it."""
+        return max(-(-(len(self.token_ids) + self.in_flight) // page_size) - len(self.pages), 0)
 
     def append(self, token_id: int) -> None:
-        """Take the token that a step made."""
+        """Take a token."""
         self.token_ids.append(token_id)
         self.generated += 1
 

@@ -12,7 +12,7 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
-from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
@@ -46,7 +46,7 @@ class DecodeWorker:
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
-        self._batch: DecodeBatch[Key] | None = None
+        self._batch: RunningBatch[Key] | None = None
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._receiver = Receiver(
@@ -61,8 +61,6 @@ class DecodeWorker:
             refuse=node.mesh.refuse_from,
         )
         self._listener = listener
-        self._cancelled: set[Key] = set()
-        """Requests to be freed at the next step boundary: a running step may still write to their pages."""
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -99,10 +97,12 @@ class DecodeWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            self._free_cancelled()
             plan = self._scheduler.schedule()
-            for sequence in plan.preempted:
-                self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
+            if plan is not None:
+                for sequence in plan.preempted:
+                    self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
+                if self._scheduler.num_running:
+                    self._scheduler.started()
             try:
                 tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
             except Exception:
@@ -116,30 +116,41 @@ class DecodeWorker:
         for sequence in self._scheduler.sequences():
             self._fail(sequence, "worker_error", "a decode step failed")
             self._scheduler.remove(sequence.key)
+        self._scheduler.abandon_steps()
         self._scheduler.schedule()
         self._batch = None
 
-    def _run_step(self, plan: Plan) -> list[tuple[Key, SampledToken]]:
-        """On the device's own thread.
+    def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
+        """On the device's own thread: start the planned step, then collect the oldest one, if it is due.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
         after, let those that wait sleep at once, and a step would take half as long again.
         """
         if self._batch is None:
-            self._batch = DecodeBatch(self._engine)
+            self._batch = new_batch(self._engine)
+        batch = self._batch
+        if plan is None:
+            return batch.collect()
         for key in plan.leaves:
-            self._batch.leave(key)
+            batch.leave(key)
         for key, pages in plan.new_pages.items():
-            self._batch.add_pages(key, pages)
+            batch.add_pages(key, pages)
         for sequence in plan.joins:
-            self._batch.join(
-                sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling
-            )
-        return self._batch.step() if len(self._batch) else []
+            batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
+        if len(batch):
+            batch.start()
+        due = batch.in_flight > (batch.lookahead if len(batch) else 0)
+        return batch.collect() if due else None
 
-    def _apply(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
+        if tokens is None:
+            return
+        self._scheduler.collected()
         for key, token in tokens:
-            self._add_token(self._scheduler.running(key), token.token_id, token.logprobs)
+            sequence = self._scheduler.running(key)
+            if sequence is not None:  # or it ended while this step ran
+                sequence.in_flight -= 1
+                self._add_token(sequence, token.token_id, token.logprobs)
 
     def _add_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take one more token of a request and queue it for its gateway. Returns whether the request goes on."""
@@ -191,15 +202,10 @@ class DecodeWorker:
         failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=True)
         self._post(sequence.offer.gateway, failed)
 
-    def _free_cancelled(self) -> None:
-        for key in self._cancelled:
-            self._scheduler.remove(key)
-        self._cancelled.clear()
-
     def _cancel(self, keys: list[Key]) -> None:
-        if keys:
-            self._cancelled.update(keys)
-            self._work.set()
+        for key in keys:
+            self._scheduler.remove(key)
+        self._work.set()
 
     async def _mailbox_loop(self) -> None:
         while True:

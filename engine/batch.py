@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.paged_attention import DecodePlan, PrefillPlan, decode_attention, prefill_attention
+from headrace.kernels.paged_attention import DecodePlan, decode_attention
+from headrace.kernels.prefill_attention import TilePlan, TorchPlan, prefill_attention
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,20 @@ class ForwardBatch:
     """[T] int64: the page that each token's K and V go to."""
     slot_offsets: torch.Tensor
     """[T] int64: and where in that page."""
-    plan: PrefillPlan | DecodePlan
+    plan: TorchPlan | TilePlan | DecodePlan
     """Who attends to what, the same in all layers: prompts' tokens, or one new token a request."""
 
-    def attend(self, queries: torch.Tensor, layer_pages: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of queries [T, heads, head_dim] over one layer of the cache; returns [T, heads * head_dim]."""
-        if isinstance(self.plan, PrefillPlan):
-            return prefill_attention(queries, layer_pages, self.plan, scaling)
-        return decode_attention(queries, layer_pages, self.plan, scaling)
+    def attend(
+        self,
+        queries: torch.Tensor,
+        layer_pages: torch.Tensor,
+        scaling: float,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of queries [T, heads, head_dim] over one layer of the cache; returns [T, heads * head_dim].
+
+        `fresh` are the tokens' own keys and values: see `prefill_attention`.
+        """
+        if isinstance(self.plan, DecodePlan):
+            return decode_attention(queries, layer_pages, self.plan, scaling)
+        return prefill_attention(queries, layer_pages, self.plan, scaling, fresh=fresh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -16,12 +16,56 @@ from headrace.messages.request import SamplingParams
 K = TypeVar("K", bound=Hashable)
 
 
+class RunningBatch(Protocol[K]):
+    """What a decode worker needs of its batch."""
+
+    lookahead: int
+    """Steps that may be in flight after a new one was started."""
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that were started and not collected."""
+
+    def __len__(self) -> int: ...
+
+    def join(
+        self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
+    ) -> None:
+        """Add a request.
+
+        The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output.
+        """
+
+    def leave(self, key: K) -> None:
+        """Remove a request."""
+
+    def add_pages(self, key: K, pages: Sequence[int]) -> None:
+        """Append pages to a request's block table."""
+
+    def start(self) -> None:
+        """Start a step of all requests, each of which must have a page for its newest token."""
+
+    def collect(self) -> list[tuple[K, SampledToken]]:
+        """The tokens of the oldest step that was started."""
+
+
+def new_batch(engine: Engine) -> RunningBatch[Any]:
+    """An empty batch of the kind that suits the engine's device."""
+    if engine.graph_decoder is None:
+        return DecodeBatch(engine)
+    from headrace.engine.graph_batch import GraphBatch
+
+    return GraphBatch(engine, engine.graph_decoder)
+
+
 class DecodeBatch(Generic[K]):
     """Rows stay dense: the last one moves into the place of one that leaves.
 
     Tokens, positions and block tables live on the device and are advanced there. All methods belong on the thread that
     runs the engine.
     """
+
+    lookahead = 0
 
     def __init__(self, engine: Engine) -> None:
         capacity, width = engine.config.max_num_seqs, engine.pool.pages_for(engine.max_model_len)
@@ -33,6 +77,8 @@ class DecodeBatch(Generic[K]):
         self._lengths: list[int] = []
         """Tokens of each request so far; the last one's K and V are written by the next step."""
         self._sampler: BatchSampler | None = None
+        self._computed: list[tuple[K, SampledToken]] = []
+        self.in_flight = 0
         self._tokens = torch.zeros(capacity, dtype=torch.int64, device=engine.device)
         self._positions = torch.zeros_like(self._tokens)
         self._generated = torch.zeros_like(self._tokens)
@@ -44,10 +90,7 @@ class DecodeBatch(Generic[K]):
     def join(
         self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
     ) -> None:
-        """Add a request.
-
-        The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output.
-        """
+        """See `RunningBatch`."""
         row = len(self._keys)
         assert row < len(self._tokens), "the batch is full"
         self._keys.append(key)
@@ -81,9 +124,19 @@ class DecodeBatch(Generic[K]):
         self._block_table[row, first : first + len(pages)] = torch.tensor(pages, device=self._engine.device)
         self._num_pages[row] = first + len(pages)
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[K, SampledToken]]:
-        """One more token for every request. Each must have a page for its newest token."""
+        """One more token for every request."""
+        self.start()
+        return self.collect()
+
+    def collect(self) -> list[tuple[K, SampledToken]]:
+        """See `RunningBatch`."""
+        self.in_flight = 0
+        return self._computed
+
+    @torch.inference_mode()
+    def start(self) -> None:
+        """Compute a step at once: on a CPU there is nothing to run ahead of."""
         rows, engine = len(self._keys), self._engine
         page_size = engine.layout.page_size
         engine.cpu_share.adjust()
@@ -103,4 +156,5 @@ class DecodeBatch(Generic[K]):
         self._positions[:rows] += 1
         self._lengths = [length + 1 for length in self._lengths]
         self._generated[:rows] += 1
-        return list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))
+        self._computed = list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))
+        self.in_flight = 1

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +22,12 @@ from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
 from headrace.engine.weights import Progress, load_decoder
-from headrace.kernels.paged_attention import plan_prefill
+from headrace.kernels.prefill_attention import plan_prefill
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
+
+if TYPE_CHECKING:
+    from headrace.engine.graph_decoder import GraphDecoder
 
 CPU_CACHE_BYTES = 2**30
 CPU_CACHE_SHARE = 0.25
@@ -45,6 +49,9 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     cpu_threads: int | None = None
+    quantization: str = "none"
+    kv_cache_dtype: str = "auto"
+    random_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Engine:
         self.max_model_len = max_model_len
         self.device = cache.pages.device
         self.cpu_share = CpuShare(config.cpu_threads)
+        self.graph_decoder: GraphDecoder | None = None
+        """Set by `prepare_decode` where the model and the device have one."""
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -104,8 +113,9 @@ class Engine:
         max_model_len = min(config.max_model_len or limit, limit)
         with torch.inference_mode():
             model = _load_model(config, model_config, device, dtype, max_model_len, progress)
+        cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
         layout = CacheLayout(
-            str(dtype).removeprefix("torch."),
+            str(cache_dtype).removeprefix("torch."),
             model_config.num_layers,
             model_config.num_kv_heads,
             model_config.head_dim,
@@ -121,6 +131,17 @@ class Engine:
         self.prefill([PrefillChunk([0], 0, 1, pages, SamplingParams(max_tokens=1, temperature=0))])
         self.pool.release(pages)
         self.cpu_share.rest()
+
+    @torch.inference_mode()
+    def prepare_decode(self, progress: Progress) -> None:
+        """Compile and capture what decode steps need, so that no request waits for it."""
+        if isinstance(self.model, FusedDecoder) and self.model.norms_are_folded:
+            from headrace.engine.graph_decoder import GraphDecoder
+
+            self.graph_decoder = GraphDecoder(
+                self.model_config, self.model.weights, self.cache, self.config.max_num_seqs, self.max_model_len
+            )
+            self.graph_decoder.capture_all(progress)
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer | None = None) -> list[PrefillOutput]:
@@ -159,7 +180,7 @@ class Engine:
             positions=positions,
             slot_pages=table[rows.to(self.device), positions // page_size],
             slot_offsets=positions % page_size,
-            plan=plan_prefill(self.cache.layer(0), table, lengths, contexts),
+            plan=plan_prefill(self.cache.layer(0), table, lengths, contexts, self.model_config.num_heads),
         )
 
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> list[SampledToken]:
@@ -194,6 +215,10 @@ def _load_model(
     max_model_len: int,
     progress: Progress,
 ) -> Model:
+    fused_on_gpu = device.type == "cuda" and dtype.itemsize == 2 and not model_config.unsupported
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value == "fp8" and (config.model_impl == "transformers" or not fused_on_gpu):
+            raise EngineError(f"{flag} fp8 needs a GPU, 16 bits and a model of the fused path; leave the flag away")
     if config.model_impl == "fused" and model_config.unsupported:
         raise EngineError(f"--model-impl fused can't run this model ({model_config.unsupported}); leave the flag away")
     if config.model_impl == "transformers" or model_config.unsupported:
@@ -201,8 +226,17 @@ def _load_model(
 
         progress("loading through transformers", 0.0)
         return GeneralModel(config.model_folder, device, dtype, max_model_len)
-    weights = load_decoder(config.model_folder, model_config, device, dtype, progress)
-    return FusedDecoder(model_config, weights, ParallelGroup())
+    weights = load_decoder(
+        config.model_folder,
+        model_config,
+        device,
+        dtype,
+        progress,
+        fold_norms=fused_on_gpu,  # for the graph decoder, whose kernels are for 16 bits
+        fp8=config.quantization == "fp8",
+        random=config.random_weights,
+    )
+    return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fused_on_gpu)
 
 
 def _num_pages(config: EngineConfig, layout: CacheLayout, device: torch.device, max_model_len: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn.functional import embedding
 
@@ -13,34 +16,43 @@ from headrace.engine.parallel import ParallelGroup
 from headrace.engine.weights import DecoderWeights, LayerWeights
 from headrace.kernels.cache_write import write_cache
 from headrace.kernels.gated_activation import gated_activation
+from headrace.kernels.prefill_attention import TilePlan
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
-from headrace.kernels.rope import apply_rope, rope_tables
+from headrace.kernels.rope import RopeTables, apply_rope, rope_tables
+from headrace.kernels.rope_cache import rope_cache
+
+Fresh = tuple[torch.Tensor, torch.Tensor]
+Writer = Callable[[LayerWeights, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Fresh | None]]
+"""Of a layer, its packed projection and its pages; returns queries and, where they may be read, new keys and values."""
 
 
 class FusedDecoder:
     """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup, *, norms_are_folded: bool = False
+    ) -> None:
+        self.weights = weights
+        self.norms_are_folded = norms_are_folded
         self._config = config
-        self._weights = weights
         self._group = group
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
         self._scale = config.head_dim**-0.5
 
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         """See `Model.forward`."""
-        config, weights = self._config, self._weights
+        config, weights = self._config, self.weights
         residual = embedding(batch.token_ids, weights.embedding)
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
-        cos, sin = rope_tables(batch.positions, self._inverse_frequencies, residual.dtype)
+        write = self._writer(batch, residual.dtype)
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
         for index, layer in enumerate(weights.layers):
-            queries, keys, values = self._project(layer, hidden, cos, sin)
-            write_cache(keys, values, cache.layer(index), batch.slot_pages, batch.slot_offsets)
+            pages = cache.layer(index)
+            queries, fresh = write(layer, layer.qkv(hidden), pages)
             if on_layer is not None:
                 on_layer(index)
-            attended = layer.output(batch.attend(queries, cache.layer(index), self._scale))
+            attended = layer.output(batch.attend(queries, pages, self._scale, fresh))
             hidden = add_rms_norm(self._group.all_reduce(attended), residual, layer.mlp_norm, config.norm_eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
             last = index + 1 == len(weights.layers)
@@ -48,14 +60,29 @@ class FusedDecoder:
             hidden = add_rms_norm(self._group.all_reduce(hidden), residual, next_norm, config.norm_eps)
         return hidden
 
-    def _project(
-        self, layer: LayerWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim]."""
+    def _writer(self, batch: ForwardBatch, dtype: torch.dtype) -> Writer:
+        """What all layers of a forward do between the packed projection and attention."""
+        if isinstance(batch.plan, TilePlan):
+            rope = RopeTables.at(batch.positions, self._inverse_frequencies)
+            rows = torch.arange(len(batch.positions), device=batch.positions.device)
+            return partial(self._write_fused, batch, rope, rows, not batch.plan.has_prefix)
+        cos, sin = rope_tables(batch.positions, self._inverse_frequencies, dtype)
+        return partial(self._write, batch, cos, sin)
+
+    def _write(
+        self,
+        batch: ForwardBatch,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: LayerWeights,
+        qkv: torch.Tensor,
+        pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Rotate, one operation at a time, and write to the cache; returns queries [T, heads, head_dim]."""
         config = self._config
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, config.head_dim)
-        queries_keys, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        by_head = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
+        queries_keys, values = by_head[:, : heads + kv_heads], by_head[:, heads + kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
             normed = (
                 rms_norm(queries_keys[:, :heads], layer.q_norm, config.norm_eps),
@@ -63,8 +90,28 @@ class FusedDecoder:
             )
             queries_keys = torch.cat(normed, 1)
         queries_keys = apply_rope(queries_keys, cos, sin)
-        return queries_keys[:, :heads].contiguous(), queries_keys[:, heads:], values
+        write_cache(queries_keys[:, heads:], values, pages, batch.slot_pages, batch.slot_offsets)
+        return queries_keys[:, :heads].contiguous(), None
+
+    def _write_fused(
+        self,
+        batch: ForwardBatch,
+        rope: RopeTables,
+        rows: torch.Tensor,
+        keep_keys: bool,
+        layer: LayerWeights,
+        qkv: torch.Tensor,
+        pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, Fresh]:
+        """The same in one kernel, and the rotated keys and values [T, kv_heads, head_dim] as they lie in `qkv`."""
+        config = self._config
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        slots = (batch.slot_pages, batch.slot_offsets)
+        queries = rope_cache(qkv, rows, rope, norms, config.norm_eps, pages, *slots, keep_keys=keep_keys)
+        by_head = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
+        return queries, (by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model.logits`."""
-        return self._weights.head(hidden).float()
+        return self.weights.head(hidden).float()

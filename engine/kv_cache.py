@@ -23,7 +23,7 @@ class CacheLayout:
     """The shape of the cache, but for its length."""
 
     dtype: str
-    """`float32`, `bfloat16` or `float16`."""
+    """`float32`, `bfloat16`, `float16` or `float8_e4m3fn`."""
     num_layers: int
     num_kv_heads: int
     head_dim: int

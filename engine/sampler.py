@@ -1,7 +1,8 @@
 """Chooses the next token of each request in a batch.
 
 A draw is keyed by (seed, output position) alone, so a request gives the same tokens in whatever row, batch, attempt
-or worker it runs. Filters follow vLLM's order: temperature, min-p, top-k, top-p.
+or worker it runs. Filters follow vLLM's order: temperature, min-p, top-k, top-p. What is here in torch runs on a CPU
+and is the reference of `kernels.sample`, which runs on a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.engine.device_sampler import DeviceSampler
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
@@ -57,6 +59,9 @@ class BatchSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._logprobs = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
+        self._on_device = DeviceSampler(rows, vocab_size, device) if device.type == "cuda" else None
+        if self._on_device is not None:
+            return
         self._penalized = [i for i, row in enumerate(rows) if row.counts is not None]
         self._biased = [i for i, p in enumerate(params) if p.logit_bias]
         self._held_open = [i for i, p in enumerate(params) if p.min_tokens and p.stop_token_ids]
@@ -98,6 +103,8 @@ class BatchSampler:
 
     def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Next tokens [R] int64 from `logits` [R, V] float32; `positions` [R] are their indices in each output."""
+        if self._on_device is not None:
+            return self._on_device.sample(logits, positions)
         logits = self._adjusted(logits, positions)
         tokens = logits.argmax(-1)
         if self._unfiltered or self._filtered:
@@ -133,33 +140,43 @@ class BatchSampler:
         return _pick(cumulative, cumulative[:, -1:], uniform)
 
     def _draw_filtered(self, rows: torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """The filters keep a prefix of the tokens in order of likelihood; most often it is short."""
+        """The filters keep a prefix of the tokens in order of likelihood; most often it is short.
+
+        Like all draws, this one goes through what is kept in vocabulary order.
+        """
         for candidates in (FEW_CANDIDATES, self._vocab_size):
-            values, order = logits.topk(min(candidates, self._vocab_size), -1)
+            values, order = _likeliest(logits, min(candidates, self._vocab_size))
             whole = logits.logsumexp(-1, keepdim=True)
             likelihood = (values - whole).exp().double()
             kept = torch.arange(values.shape[1], device=self._device) < self._top_k[rows]
             kept &= likelihood >= self._min_p[rows] * likelihood[:, :1]
             cut = (self._top_k[rows] < self._vocab_size) | (self._min_p[rows] > 0)
             mass = torch.where(cut, (likelihood * kept).sum(-1, keepdim=True), 1.0)
-            partial = cut & kept[:, -1:]  # what top-p is a share of goes on beyond the candidates
+            is_last = values == values[:, -1:]  # equal ones may go on beyond the candidates
+            partial = cut & (kept & is_last).any(-1, keepdim=True)  # so what top-p is a share of does
             before = likelihood.cumsum(-1) - likelihood
             kept &= before < self._top_p[rows] * mass
             kept[:, 0] = True
-            if values.shape[1] == self._vocab_size or not (partial | kept[:, -1:]).any():
+            if values.shape[1] == self._vocab_size or not (partial | (kept & is_last)).any():
                 break
-        cumulative = (likelihood * kept).cumsum(-1)
-        choice = _pick(cumulative, cumulative[:, -1:], uniform).clamp(max=kept.sum(-1) - 1)
-        return order.gather(1, choice.unsqueeze(1)).squeeze(1)
+        tokens, by_token = order.sort(-1)
+        weights = (likelihood * kept).gather(1, by_token)
+        cumulative = weights.cumsum(-1)
+        last = torch.where(weights > 0, torch.arange(weights.shape[1], device=self._device), 0).amax(-1)
+        choice = torch.minimum(_pick(cumulative, cumulative[:, -1:], uniform), last)
+        return tokens.gather(1, choice.unsqueeze(1)).squeeze(1)
 
     def with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> list[SampledToken]:
         """The chosen tokens on the host, with log probabilities of the raw `logits` where asked for."""
-        found: dict[int, TokenLogprobs] = {}
-        if self._logprobs:
-            rows = list(self._logprobs)
-            counts = list(self._logprobs.values())
-            found = dict(zip(rows, describe_logprobs(logits[rows], tokens[rows], counts), strict=True))
+        found = self.logprobs(tokens, logits)
         return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
+
+    def logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> dict[int, TokenLogprobs]:
+        """Log probabilities under the raw `logits`, by row, of the rows that asked for them."""
+        if not self._logprobs:
+            return {}
+        rows, counts = list(self._logprobs), list(self._logprobs.values())
+        return dict(zip(rows, describe_logprobs(logits[rows], tokens[rows], counts), strict=True))
 
 
 def describe_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
@@ -191,6 +208,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` highest values and their tokens, in order; equals by token, but which have the lowest is open."""
+    values, tokens = logits.topk(count, -1)
+    tokens, by_token = tokens.sort(-1)
+    values, order = values.gather(1, by_token).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(1, order)
 
 
 def _pick(cumulative: torch.Tensor, total: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

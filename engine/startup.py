@@ -29,13 +29,16 @@ class LoadedModel:
 
 
 @asynccontextmanager
-async def loaded_model(settings: Settings) -> AsyncIterator[LoadedModel]:
-    """Load what `settings` name. Raises `ModelError` or `EngineError`, which say what to do."""
+async def loaded_model(settings: Settings, *, decodes: bool) -> AsyncIterator[LoadedModel]:
+    """Load what `settings` name. Raises `ModelError` or `EngineError`, which say what to do.
+
+    `decodes`: prepare decode steps, too, so that the first one finds its kernels compiled.
+    """
     keep_freed_memory()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
-        engine = await loop.run_in_executor(device_thread, _load, settings, folder)
+        engine = await loop.run_in_executor(device_thread, _load, settings, folder, decodes)
         identity = ModelIdentity(folder.name, folder.fingerprint, engine.max_model_len)
         populating = Populating(engine.cache.pages)
         try:
@@ -44,12 +47,14 @@ async def loaded_model(settings: Settings) -> AsyncIterator[LoadedModel]:
             populating.stop()
 
 
-def _load(settings: Settings, folder: ModelFolder) -> Engine:
+def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
     config = EngineConfig(
         model_folder=folder.path,
         device=settings.device,
         dtype=settings.dtype,
         model_impl=settings.model_impl,
+        quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
         page_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_memory_bytes,
         gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -60,6 +65,8 @@ def _load(settings: Settings, folder: ModelFolder) -> Engine:
     engine = Engine.load(config, _LoggedProgress())
     log.info("warming up")
     engine.warm_up()
+    if decodes:
+        engine.prepare_decode(_LoggedProgress())
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Causal attention over a paged KV cache: prefill (many queries a request) and decode (one query a request).
+"""Decode attention over a paged KV cache, one query a request, in torch.
 
 A *plan* holds what all layers of a forward share, so that a layer only gathers pages and multiplies. Query heads that
 share a KV head become rows of one matrix, so that grouped-query attention reads each key once.
@@ -10,31 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-QUERY_BLOCK = 256
-"""Prefill computes so many queries at once: bounds the mask and skips keys that are in the future for all of them."""
 GATHER_BYTES = 4 * 2**20
 """Decode gathers the pages of so many requests at once as fit: the copy is still in the cache when it is multiplied."""
-
-
-@dataclass(frozen=True)
-class PrefillRequest:
-    """One request's part of a prefill: its queries are the last tokens of its context."""
-
-    first_row: int
-    query_length: int
-    context_length: int
-    gather: torch.Tensor
-    """Rows of the cache seen as [pages * 2 * kv_heads, page_size * head_dim], keys before values, head by head."""
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """`mask` is additive, [QUERY_BLOCK, width], its last columns and rows belong to the newest tokens."""
-
-    requests: list[PrefillRequest]
-    mask: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -59,24 +37,6 @@ class DecodePlan:
     buffer: torch.Tensor
 
 
-def plan_prefill(
-    layer_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    query_lengths: Sequence[int],
-    context_lengths: Sequence[int],
-    window: int | None = None,
-) -> PrefillPlan:
-    """Plan for requests whose queries lie one after the other; block_table int64 [B, max_pages]."""
-    requests, row = [], 0
-    for index, (queries, context) in enumerate(zip(query_lengths, context_lengths, strict=True)):
-        gather = _gather_rows(block_table[index : index + 1], layer_pages, context)
-        requests.append(PrefillRequest(row, queries, context, gather))
-        row += queries
-    block = min(QUERY_BLOCK, max(query_lengths))
-    mask = _prefill_mask(block, max(context_lengths), window, layer_pages)
-    return PrefillPlan(requests, mask)
-
-
 def plan_decode(
     layer_pages: torch.Tensor, block_table: torch.Tensor, context_lengths: Sequence[int], window: int | None = None
 ) -> DecodePlan:
@@ -89,7 +49,7 @@ def plan_decode(
         lengths = [context_lengths[row] for row in rows]
         longest = lengths[-1]
         at = torch.tensor(rows, device=block_table.device)
-        gather = _gather_rows(block_table.index_select(0, at), layer_pages, longest)
+        gather = gather_rows(block_table.index_select(0, at), layer_pages, longest)
         mask = _decode_mask(lengths, window, layer_pages)
         first = groups[-1].first_row + groups[-1].count if groups else 0
         groups.append(DecodeGroup(first, len(rows), longest, gather, mask))
@@ -100,16 +60,6 @@ def plan_decode(
         return DecodePlan(groups, None, None, buffer)
     order_tensor = torch.tensor(order, device=block_table.device)
     return DecodePlan(groups, order_tensor, order_tensor.argsort(), buffer)
-
-
-def prefill_attention(
-    queries: torch.Tensor, layer_pages: torch.Tensor, plan: PrefillPlan, scaling: float, softcap: float | None = None
-) -> torch.Tensor:
-    """Attend from queries [T, heads, head_dim] over each request's pages, which hold its new tokens already.
-
-    layer_pages: [pages, 2, kv_heads, page_size, head_dim]. Returns [T, heads * head_dim].
-    """
-    return _prefill_reference(queries, layer_pages, plan, scaling, softcap)
 
 
 def decode_attention(
@@ -124,7 +74,7 @@ def _token_bytes(layer_pages: torch.Tensor) -> int:
     return 2 * kv_heads * head_dim * layer_pages.element_size()
 
 
-def _gather_rows(block_table: torch.Tensor, layer_pages: torch.Tensor, context_length: int) -> torch.Tensor:
+def gather_rows(block_table: torch.Tensor, layer_pages: torch.Tensor, context_length: int) -> torch.Tensor:
     """Indices that bring [B, n] pages into the order [2, B, kv_heads, n]."""
     _, _, kv_heads, page_size, _ = layer_pages.shape
     pages = block_table[:, : -(-context_length // page_size)]
@@ -143,16 +93,6 @@ def _group_rows(order: list[int], lengths: Sequence[int], token_bytes: int) -> l
     return groups
 
 
-def _prefill_mask(block: int, width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    width = max(width, block)
-    query = torch.arange(width - block, width, device=like.device).unsqueeze(1)
-    key = torch.arange(width, device=like.device)
-    visible = key <= query
-    if window is not None:
-        visible &= key > query - window
-    return torch.zeros(block, width, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
-
-
 def _decode_mask(lengths: list[int], window: int | None, like: torch.Tensor) -> torch.Tensor | None:
     kv_heads, longest = like.shape[2], lengths[-1]
     if lengths[0] == longest and (window is None or window >= longest):
@@ -166,44 +106,8 @@ def _decode_mask(lengths: list[int], window: int | None, like: torch.Tensor) -> 
     return mask.masked_fill_(~visible, float("-inf")).repeat_interleave(kv_heads, dim=0).unsqueeze(1)
 
 
-def _prefill_reference(
-    queries: torch.Tensor, layer_pages: torch.Tensor, plan: PrefillPlan, scaling: float, softcap: float | None
-) -> torch.Tensor:
-    _, _, kv_heads, page_size, head_dim = layer_pages.shape
-    rows = layer_pages.view(-1, page_size * head_dim)
-    group = queries.shape[1] // kv_heads
-    out = torch.empty_like(queries)
-    by_head = queries.view(-1, kv_heads, group, head_dim)
-    out_by_head = out.view(-1, kv_heads, group, head_dim)
-    for request in plan.requests:
-        keys, values = rows.index_select(0, request.gather).view(2, kv_heads, -1, head_dim).unbind()
-        for start in range(0, request.query_length, QUERY_BLOCK):
-            count = min(QUERY_BLOCK, request.query_length - start)
-            context = request.context_length - request.query_length + start + count
-            at = slice(request.first_row + start, request.first_row + start + count)
-            mask = plan.mask[-count:, -context:].repeat_interleave(group, dim=0)
-            folded = by_head[at].transpose(0, 1).reshape(kv_heads, count * group, head_dim)
-            attended = _attend(folded, keys[:, :context], values[:, :context], mask, scaling, softcap)
-            out_by_head[at] = attended.view(kv_heads, count, group, head_dim).transpose(0, 1)
-    return out.flatten(1)
-
-
-def _attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    if softcap is None:
-        batched = (queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
-        return F.scaled_dot_product_attention(*batched, attn_mask=mask, scale=scaling).squeeze(0)
-    scores = _softcap(torch.bmm(queries, keys.transpose(1, 2)) * scaling, softcap) + mask
-    return torch.bmm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype), values)
-
-
-def _softcap(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+def soften(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Bound scores to (-softcap, softcap) smoothly (Gemma 2)."""
     return torch.tanh(scores / softcap) * softcap
 
 
@@ -224,7 +128,7 @@ def _decode_reference(
         else:
             scores = torch.baddbmm(group.mask, folded[at], keys.transpose(1, 2))
         if softcap is not None:
-            scores = _softcap(scores, softcap) if group.mask is None else _softcap(scores, softcap) + group.mask
+            scores = soften(scores, softcap) if group.mask is None else soften(scores, softcap) + group.mask
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
         torch.bmm(weights, values, out=out[at])
     by_request = out.view(queries.shape[0], -1)

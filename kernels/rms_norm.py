@@ -4,21 +4,61 @@ from __future__ import annotations
 
 import torch
 
+from headrace.kernels.launch import power_of_two
+from headrace.kernels.optional_triton import tl, triton
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise the last dimension; x [..., D], weight [D] (or any shape that broadcasts).
+    """Normalise the last dimension; x [..., D], weight [D] (or on a CPU any shape that broadcasts).
 
     A float32 weight beside a narrower x makes the product in float32, as Gemma does.
     """
-    return _reference(x, weight, eps)
+    return _launch(x, None, weight, eps) if x.is_cuda else _reference(x, weight, eps)
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add x [T, D] to the residual stream in place and return the normalised sum."""
-    return _reference(residual.add_(x), weight, eps)
+    return _launch(x, residual, weight, eps) if x.is_cuda else _reference(residual.add_(x), weight, eps)
 
 
 def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * scale).to(weight.dtype).mul_(weight).to(x.dtype)
+
+
+def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    padded = power_of_two(size)
+    _rms_norm_kernel[(rows.shape[0],)](
+        rows, residual, weight, out, rows.stride(0), size if residual is None else residual.stride(-2), eps,
+        SIZE=size, SIZE_PADDED=padded, num_warps=min(max(padded // 512, 1), 16),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, eps,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One row; every product is rounded where the reference rounds it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE_PADDED)
+    there = column < SIZE
+    weight = tl.load(weight_ptr + column, mask=there, other=0.0)
+    # all loads below are of what the kernel ahead has made
+    x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0)
+    if residual_ptr is not None:
+        at = residual_ptr + row * residual_stride + column
+        total = x.to(tl.float32) + tl.load(at, mask=there, other=0.0).to(tl.float32)
+        x = total.to(residual_ptr.dtype.element_ty)
+        tl.store(at, x, mask=there)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    tl.store(out_ptr + row * SIZE + column, normed.to(weight.dtype).to(out_ptr.dtype.element_ty), mask=there)

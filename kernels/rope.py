@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """cos and sin, float32 [positions, rotary_dim / 2], for the kernels that rotate among other things."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def at(cls, positions: torch.Tensor, inverse_frequencies: torch.Tensor) -> RopeTables:
+        """Tables whose rows are for `positions`."""
+        angles = positions.float().unsqueeze(1) * inverse_frequencies
+        return cls(angles.cos(), angles.sin())
 
 
 def rope_tables(

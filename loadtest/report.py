@@ -37,8 +37,8 @@ class Figure:
             self.met = bool(COMPARISONS[sign](self.value, float(limit)))
 
 
-def publish(name: str, figures: list[Figure]) -> Path:
-    """Print the table and write `loadtest/results/NAME.json`."""
+def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
+    """Print the table and write `loadtest/results/NAME.json`; `card` names the GPU that was measured."""
     table = Table(title=name)
     for column in ("figure", "value", "unit", "target", "met"):
         table.add_column(column, justify="right" if column == "value" else "left")
@@ -53,7 +53,7 @@ def publish(name: str, figures: list[Figure]) -> Path:
         "name": name,
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores of {_processor()}",
-        "card": None,
+        "card": card,
         "command": " ".join(["python", "-m", _main_module(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "figures": [{key: value for key, value in asdict(figure).items() if value != ""} for figure in figures],

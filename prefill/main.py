@@ -16,7 +16,7 @@ TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
     async with (
-        loaded_model(settings) as model,
+        loaded_model(settings, decodes=False) as model,
         join_mesh(settings, "prefill", model.identity) as node,
         DataLines(node.registry, settings.mesh_key) as lines,
     ):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything imports Triton
 
 from headrace.redis_client import Keys
 from headrace.redis_server import private_redis

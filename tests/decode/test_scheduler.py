@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.decode.scheduler import DecodeScheduler, Plan
+from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Sequence
 from headrace.engine.page_pool import PagePool
 from headrace.messages.request import SamplingParams
@@ -122,14 +124,48 @@ def test_a_sequence_knows_its_end(
     assert Sequence(offer, tokens, [0], generated).finish_reason(max_model_len=16) == expected
 
 
+def test_a_page_comes_free_when_no_step_can_write_to_it() -> None:
+    """Not when its request ends, but when the step that was started with it has ended."""
+    pool = PagePool(2, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 1)
+    scheduler.add(arrived(pool, "a", 1))
+    scheduler.schedule()
+    scheduler.started()
+    scheduler.remove(("a", 0))
+    assert pool.num_in_use == 1
+    assert scheduler.has_work
+    scheduler.collected()
+    assert pool.num_in_use == 0
+
+
+def test_nobody_is_given_up_while_a_step_may_free_pages() -> None:
+    """The step in flight is collected first; only then does the youngest give way."""
+    pool = PagePool(2, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 2)
+    sequences = [arrived(pool, name, PAGE_SIZE - 1) for name in "ab"]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    assert scheduler.schedule() is not None
+    scheduler.started()
+    assert scheduler.schedule() is None
+    scheduler.collected()
+    for sequence in sequences:
+        sequence.in_flight -= 1
+        sequence.append(5)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert names(plan.preempted) == ["b"]
+
+
 class Batch(RuleBasedStateMachine):
-    """A scheduler and an engine that believes its plans."""
+    """A scheduler and an engine that believes its plans and starts steps before it collects those before them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(6, PAGE_SIZE)
         self.scheduler = DecodeScheduler(self.pool, 3)
         self.engine: dict[tuple[str, int], list[int]] = {}
+        self.in_flight: deque[dict[tuple[str, int], list[int]]] = deque()
         self.count = 0
 
     @rule(tokens=st.integers(1, 3 * PAGE_SIZE))
@@ -142,15 +178,19 @@ class Batch(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.sequences())
     @rule(index=st.integers(0, 20))
     def end(self, index: int) -> None:
-        """Any request ends or is cancelled."""
+        """Any request ends or is cancelled, whether a step runs or not."""
         sequences = self.scheduler.sequences()
         self.scheduler.remove(sequences[index % len(sequences)].key)
 
+    @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
-    def step(self) -> None:
-        """A decode step: the engine's pages are the scheduler's, and there is one for each token to be written."""
+    def start(self) -> None:
+        """A step begins: the engine's pages are the scheduler's, and there is one for each token to be written."""
         oldest = self.scheduler.sequences()[:1]
-        plan: Plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            assert self.in_flight, "nothing to wait for"
+            return
         for key in plan.leaves:
             del self.engine[key]
         for key, pages in plan.new_pages.items():
@@ -161,19 +201,60 @@ class Batch(RuleBasedStateMachine):
         assert len(self.engine) == self.scheduler.num_running <= 3
         for key, pages in self.engine.items():
             sequence = self.scheduler.running(key)
+            assert sequence is not None
             assert pages == sequence.pages
             assert sequence.pages_missing(PAGE_SIZE) == 0
-            sequence.append(5)
         if oldest and oldest[0] in plan.preempted:
             assert self.scheduler.num_running == 0
+        if self.engine:
+            self.scheduler.started()
+            self.in_flight.append({key: list(pages) for key, pages in self.engine.items()})
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def collect(self) -> None:
+        """The oldest step ends; the requests that still run get a token each."""
+        step = self.in_flight.popleft()
+        self.scheduler.collected()
+        for key in step:
+            sequence = self.scheduler.running(key)
+            if sequence is not None:
+                sequence.in_flight -= 1
+                sequence.append(5)
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def fail(self) -> None:
+        """The device gives up: every request ends, and no step will be collected."""
+        for sequence in self.scheduler.sequences():
+            self.scheduler.remove(sequence.key)
+        self.scheduler.abandon_steps()
+        self.scheduler.schedule()
+        self.engine.clear()
+        self.in_flight.clear()
+        assert not self.scheduler.has_work
+        assert self.pool.num_in_use == 0
 
     @invariant()
     def pages_are_conserved(self) -> None:
-        """What is in use belongs to exactly one request."""
+        """What is in use belongs to exactly one request, or to one that ended while a step may write to it."""
         self.pool.check_integrity()
-        held = [page for sequence in self.scheduler.sequences() for page in sequence.pages]
-        assert len(held) == len(set(held)) == self.pool.num_in_use
+        owner = {page: s.key for s in self.scheduler.sequences() for page in s.pages}
+        assert len(owner) == sum(len(s.pages) for s in self.scheduler.sequences())
+        retired = {page for step in self.in_flight for key, pages in step.items() for page in pages} - set(owner)
+        assert self.pool.num_in_use <= len(owner) + len(retired)
+        for step in self.in_flight:
+            for key, pages in step.items():
+                assert all(owner.get(page, key) == key for page in pages), "a page went to another while it is written"
+
+    def teardown(self) -> None:
+        """At the end no page is left."""
+        for sequence in self.scheduler.sequences():
+            self.scheduler.remove(sequence.key)
+        while self.in_flight:
+            self.collect()
+        assert self.pool.num_in_use == 0
 
 
 TestBatch = Batch.TestCase
-TestBatch.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBatch.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

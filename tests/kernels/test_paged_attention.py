@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels import paged_attention
-from headrace.kernels.paged_attention import decode_attention, plan_decode, plan_prefill, prefill_attention
+from headrace.kernels import paged_attention, prefill_attention
+from headrace.kernels.paged_attention import decode_attention, plan_decode
+from headrace.kernels.prefill_attention import plan_prefill
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 6, 2, 8, 4
 SCALE = 0.3
@@ -69,8 +70,8 @@ def test_prefill_equals_naive_attention(
     block: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole prompt, a chunk after a prefix, a single token, and blocks smaller and larger than the prompts."""
-    monkeypatch.setattr(paged_attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(prefill_attention, "QUERY_BLOCK", block)
     requests = Requests([7, 13, 5, 8], [7, 4, 1, 8])
-    plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, window)
-    got = prefill_attention(requests.queries, requests.pages, plan, SCALE, softcap)
+    plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, HEADS, window)
+    got = prefill_attention.prefill_attention(requests.queries, requests.pages, plan, SCALE, softcap)
     torch.testing.assert_close(got, requests.naive(window, softcap), atol=1e-5, rtol=1e-5)

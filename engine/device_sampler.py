@@ -1,0 +1,91 @@
+"""A batch's sampling parameters as tensors for the kernel that samples on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from headrace.kernels.sample import PART, LogitChanges, Penalties, SampleRows, SampleWorkspace, sample
+
+if TYPE_CHECKING:
+    from headrace.engine.sampler import SamplingRow
+
+FOREVER = 2**62
+
+
+class DeviceSampler:
+    """Made anew whenever the rows change; one copy, which nothing waits for, brings the parameters to the device."""
+
+    def __init__(self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device, *, part: int = PART) -> None:
+        params = [row.params for row in rows]
+        penalized = [row for row in rows if row.counts is not None]
+        changes = [_changes(row, vocab_size) for row in rows]
+        places = np.cumsum([row.counts is not None for row in rows])
+        arrays = {
+            "temperature": np.array([p.temperature for p in params], np.float64),
+            "top_k": np.array([p.top_k for p in params], np.int64),
+            "top_p": np.array([p.top_p for p in params], np.float64),
+            "min_p": np.array([p.min_p for p in params], np.float64),
+            "seed": np.array([p.seed for p in params], np.int64),
+            "place": np.array([-1 if row.counts is None else n - 1 for row, n in zip(rows, places, strict=True)]),
+            "presence": np.array([row.params.presence_penalty for row in penalized], np.float64),
+            "frequency": np.array([row.params.frequency_penalty for row in penalized], np.float64),
+            "repetition": np.array([row.params.repetition_penalty for row in penalized], np.float64),
+            "starts": np.cumsum([0, *map(len, changes)]),
+            "tokens": np.array([token for own in changes for token, _, _ in own], np.int64),
+            "values": np.array([value for own in changes for _, value, _ in own], np.float64),
+            "until": np.array([until for own in changes for _, _, until in own], np.int64),
+        }
+        columns = _to_device(arrays, device)
+        drawn = [p for p in params if p.temperature > 0]
+        filtered = [p for p in drawn if p.top_k or p.top_p < 1 or p.min_p > 0]
+        self._rows = SampleRows(
+            **{name: columns[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
+            any_drawn=bool(drawn),
+            any_filtered=bool(filtered),
+            penalties=_penalties(penalized, columns) if penalized else None,
+            changes=LogitChanges(*(columns[name] for name in ("starts", "tokens", "values", "until")))
+            if any(changes)
+            else None,
+        )
+        self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=bool(filtered), part=part)
+
+    def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """See `BatchSampler.sample`."""
+        return sample(logits, positions, self._rows, self._workspace)
+
+
+def _changes(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, int]]:
+    """(token, what is added to its logit, until which output position)."""
+    params = row.params
+    changes = [(token, bias, FOREVER) for token, bias in params.logit_bias.items() if token < vocab_size]
+    if params.min_tokens:
+        stops = sorted({token for token in params.stop_token_ids if token < vocab_size})
+        changes += [(token, float("-inf"), params.min_tokens) for token in stops]
+    return changes
+
+
+def _penalties(rows: list[SamplingRow], columns: dict[str, torch.Tensor]) -> Penalties:
+    counts = torch.stack([row.counts for row in rows if row.counts is not None])
+    in_prompt = torch.stack([row.in_prompt for row in rows if row.in_prompt is not None])
+    for index, row in enumerate(rows):  # counted in place from now on
+        row.counts = counts[index]
+    place, presence, frequency, repetition = (
+        columns[name] for name in ("place", "presence", "frequency", "repetition")
+    )
+    return Penalties(place, presence, frequency, repetition, counts, in_prompt)
+
+
+def _to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Arrays of 8-byte numbers by way of one pinned buffer."""
+    joined = torch.from_numpy(np.concatenate([array.view(np.int64) for array in arrays.values()]))
+    there = joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
+    columns, first = {}, 0
+    for name, array in arrays.items():
+        column = there[first : first + len(array)]
+        columns[name] = column.view(torch.float64) if array.dtype == np.float64 else column
+        first += len(array)
+    return columns

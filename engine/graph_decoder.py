@@ -1,0 +1,182 @@
+"""Decode steps of the fused decoder on a GPU: one CUDA graph a batch size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headrace.engine.kv_cache import KVCache
+from headrace.engine.model_config import ModelConfig
+from headrace.engine.weights import DecoderWeights, LayerWeights, Progress
+from headrace.kernels.decode_attention import (
+    AttentionWorkspace,
+    HeadShape,
+    fused_decode_attention,
+    plan_decode_attention,
+)
+from headrace.kernels.decode_begin import begin_decode
+from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspace, decode_linear
+from headrace.kernels.fp8_linear import quantize_rows
+from headrace.kernels.gated_activation import gated_activation
+from headrace.kernels.linear import Projection
+from headrace.kernels.rms_norm import add_rms_norm, rms_norm
+from headrace.kernels.rope import RopeTables
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The batch sizes that are captured: close together while a row costs little, at most an eighth apart later on."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < largest:
+        sizes.append(sizes[-1] + max(8, sizes[-1] // 8 // 8 * 8))
+    return [size for size in sizes if size < largest] + [largest]
+
+
+class GraphDecoder:
+    """All rows of a running batch, one token a row and step.
+
+    `tokens`, `positions` and `block_table` are the inputs, on the device; a row without a request has position -1. The
+    caller advances them. The norms' weights must have been folded into the projections that follow them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, cache: KVCache, max_batch: int, max_model_len: int
+    ) -> None:
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        self._config = config
+        self._weights = weights
+        self._cache = cache
+        self._heads = HeadShape(
+            config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim, config.rope.rotary_dim
+        )
+        positions = torch.arange(max_model_len, device=device)
+        self._rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
+        self._linear_workspace = Workspace(device)
+        self._attention_workspace = AttentionWorkspace(self._heads, max_batch, device)
+        width = -(-max_model_len // cache.layout.page_size)
+        # one page more than the longest request has: kernels look up whole blocks of tokens
+        width += -(-self._attention_workspace.block // cache.layout.page_size)
+        self.tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self.positions = torch.full((max_batch,), -1, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(max_batch, width, dtype=torch.int32, device=device)
+        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self._squares = torch.zeros(2 * config.num_layers + 1, max_batch, dtype=torch.int64, device=device)
+        self._residual = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
+        self._qkv = torch.zeros(max_batch, qkv_size, dtype=dtype, device=device)
+        self._attended = torch.zeros(max_batch, config.num_heads * config.head_dim, dtype=dtype, device=device)
+        self._activated = torch.zeros(max_batch, config.intermediate_size, dtype=dtype, device=device)
+        self._hidden = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
+        widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        self._rounded = torch.zeros(MAX_ROWS * widest, dtype=torch.float8_e4m3fn, device=device)
+        self._rounded_scale = torch.zeros(MAX_ROWS, dtype=torch.float32, device=device)
+        self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
+        self._sizes = batch_sizes(max_batch)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def capture_all(self, progress: Progress) -> None:
+        """Compile the kernels and capture every batch size, the largest first, whose memory the others then share."""
+        for done, size in enumerate(reversed(self._sizes)):
+            self._graph(size)
+            progress("capturing decode steps", (done + 1) / len(self._sizes))
+
+    def step(self, rows: int) -> torch.Tensor:
+        """Start the step of the first `rows` rows; returns their logits, float32 [rows, vocabulary]."""
+        size = next(size for size in self._sizes if size >= rows)
+        if self.tokens.is_cuda:
+            self._graph(size).replay()
+        else:
+            self._forward(size)
+        return self._logits[:rows]
+
+    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._graphs:
+            self._forward(size)  # compiles what was not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self._forward(size)
+            self._graphs[size] = graph
+        return self._graphs[size]
+
+    def _forward(self, size: int) -> None:
+        plan_decode_attention(self.positions[:size], self._attention_workspace)
+        begin_decode(
+            self.tokens[:size],
+            self._weights.embedding,
+            self._config.embedding_scale,
+            self._residual[:size],
+            self._squares[:, :size],
+        )
+        if size <= MAX_ROWS:
+            self._forward_narrow(size)
+        else:
+            self._forward_wide(size)
+
+    def _forward_narrow(self, size: int) -> None:
+        """Few rows: every projection at the memory's speed, with what surrounds it."""
+        eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
+        qkv, attended, hidden = self._qkv[:size], self._attended[:size], self._hidden[:size]
+        head = self._weights.head.weight
+        squares = iter(self._squares[:, :size])
+        sums = next(squares)
+        for index, layer in enumerate(self._weights.layers):
+            last = index + 1 == len(self._weights.layers)
+            following = head if last else self._weights.layers[index + 1].qkv.weight
+            upcoming = (
+                Upcoming(layer.output.weight),
+                Upcoming(layer.gate_up.weight, gated=True),
+                Upcoming(layer.down.weight),
+                Upcoming(following),
+            )
+            self._project(residual, layer.qkv, qkv, upcoming[0], squares=sums, eps=eps, bias=layer.qkv.bias)
+            self._attend(index, layer, qkv)
+            sums = next(squares)
+            bias = layer.output.bias
+            self._project(attended, layer.output, residual, upcoming[1], bias=bias, residual=True, squares_out=sums)
+            activation = self._config.activation
+            self._project(residual, layer.gate_up, activated, upcoming[2], squares=sums, eps=eps, activation=activation)
+            sums = next(squares)
+            self._project(activated, layer.down, residual, upcoming[3], residual=True, squares_out=sums)
+        hidden.copy_(rms_norm(residual, self._weights.norm, eps))
+        decode_linear(hidden, head, self._logits[:size], Epilogue(), self._linear_workspace)
+
+    def _project(
+        self, x: torch.Tensor, projection: Projection, out: torch.Tensor, upcoming: Upcoming, **epilogue: Any
+    ) -> None:
+        """One projection with its surroundings, see `Epilogue`."""
+        x_scale = None
+        if projection.weight_scale is not None and len(x) > 1:
+            rows, size = x.shape
+            place = (self._rounded[: rows * size].view(rows, size), self._rounded_scale[:rows])
+            x, x_scale = quantize_rows(x, place)
+        surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
+        decode_linear(x, projection.weight, out, surroundings, self._linear_workspace, upcoming)
+
+    def _attend(self, index: int, layer: LayerWeights, qkv: torch.Tensor) -> None:
+        size = len(qkv)
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        fused_decode_attention(
+            qkv,
+            self._cache.layer(index),
+            self.block_table[:size],
+            self.positions[:size],
+            self._rope,
+            norms,
+            self._config.norm_eps,
+            self._attended[:size],
+            self._heads,
+            self._attention_workspace,
+        )
+
+    def _forward_wide(self, size: int) -> None:
+        """Many rows: bound by arithmetic, so the projections are cuBLAS's."""
+        eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
+        hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
+        for index, layer in enumerate(weights.layers):
+            self._attend(index, layer, layer.qkv(hidden))
+            hidden = add_rms_norm(layer.output(self._attended[:size]), residual, layer.mlp_norm, eps)
+            hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
+            last = index + 1 == len(weights.layers)
+            hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
+        weights.head.to_float32(hidden, self._logits[:size])

@@ -1,0 +1,40 @@
+"""What Triton kernels of a decode step share: launching before the kernel ahead has ended."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs kernels on the CPU, for tests; it knows no inline assembly and no dependent launches."""
+
+
+def dependent_launch() -> dict[str, Any]:
+    """Arguments for a kernel with a `PDL` flag: programmatic dependent launch, where the device has it.
+
+    Such a kernel starts while the one ahead of it ends, may read weights and whatever is older than that kernel, and
+    waits (`gdc_wait`) before it reads or writes anything else. It lets its own successor start after that wait only, so
+    that what is older than the kernel ahead is always complete.
+    """
+    return {"PDL": True, "launch_pdl": True} if _has_dependent_launch() else {"PDL": False}
+
+
+@cache
+def _has_dependent_launch() -> bool:
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few where kernels are interpreted."""
+    if device.type != "cuda":
+        return 5
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below `n`."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,440 @@
+"""Causal attention of prompts, many requests in one launch: flash attention (arXiv:2205.14135, 2307.08691).
+
+A request's queries are the last tokens of its context. Keys and values come from the paged cache (chunks after a
+prefix) or, where no request has a prefix, straight from the projections that made them (packed rows). A *plan* holds
+what all layers of a forward share.
+
+On a GPU a program computes one tile: some tokens' queries of all heads that share a KV head, so that each key is read
+once for all of them. Tiles with the longest contexts go first, and short ones fill the gaps at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from headrace.kernels.launch import power_of_two
+from headrace.kernels.optional_triton import TensorDescriptor, tl, triton
+from headrace.kernels.paged_attention import gather_rows, soften
+
+QUERY_BLOCK = 256
+"""The torch path computes so many queries at once: bounds the mask, skips keys in the future of all of them."""
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut; `loadtest/kernel_bench.py` finds the fastest."""
+
+    block_m: int
+    """Rows of a tile: tokens times query heads a KV head."""
+    block_n: int
+    """Keys at once."""
+    num_warps: int
+    num_stages: int
+    """How many loads are in flight."""
+    descriptors: bool = False
+    """Load packed keys and values by tensor descriptors (TMA) instead of pointers."""
+    specialized: bool = False
+    """One warp loads, and groups of four compute: packed only, and a tile is then tokens of one query head."""
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """A plan for the Triton kernel; int32 tensors on the device."""
+
+    tiles: torch.Tensor
+    """[tiles, 2]: a request, and the first of the tile's queries among that request's."""
+    query_starts: torch.Tensor
+    """[B + 1]: where each request's queries start in the packed rows."""
+    context_lengths: torch.Tensor
+    """[B]."""
+    block_table: torch.Tensor
+    """[B, max_pages]."""
+    tiling: Tiling
+    has_prefix: bool
+    """Whether a request has more context than queries."""
+
+
+@dataclass(frozen=True)
+class PrefillRequest:
+    """One request's part of a plan: its queries are the last tokens of its context."""
+
+    first_row: int
+    query_length: int
+    context_length: int
+    gather: torch.Tensor
+    """Rows of the cache seen as [pages * 2 * kv_heads, page_size * head_dim], keys before values, head by head."""
+
+
+@dataclass(frozen=True)
+class TorchPlan:
+    """A plan for torch: `mask` is additive, [QUERY_BLOCK, width]; its last rows and columns are the newest tokens."""
+
+    requests: list[PrefillRequest]
+    mask: torch.Tensor
+
+
+PACKED_TILINGS = {
+    64: Tiling(128, 128, 8, 3, descriptors=True),
+    128: Tiling(128, 128, 8, 2, descriptors=True),
+    256: Tiling(128, 64, 8, 2, descriptors=True),
+}
+PAGED_TILINGS = {64: Tiling(128, 64, 8, 3), 128: Tiling(128, 64, 8, 3), 256: Tiling(128, 32, 8, 2)}
+FLOAT32_TILING = Tiling(32, 32, 4, 1)
+
+
+def choose_tiling(head_dim: int, dtype: torch.dtype, has_prefix: bool) -> Tiling:
+    """The table's tiling for a head size, which is padded to a power of two."""
+    if dtype == torch.float32:
+        return FLOAT32_TILING
+    table = PAGED_TILINGS if has_prefix else PACKED_TILINGS
+    return table[max(64, power_of_two(head_dim))]
+
+
+def plan_prefill(
+    layer_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    query_lengths: Sequence[int],
+    context_lengths: Sequence[int],
+    num_heads: int,
+    window: int | None = None,
+) -> TorchPlan | TilePlan:
+    """Plan for requests whose queries lie one after the other; block_table int64 [B, max_pages].
+
+    `window` bounds how far back a query sees, itself included; the Triton kernel knows none.
+    """
+    if layer_pages.is_cuda and window is None:
+        kv_heads, head_dim = layer_pages.shape[2], layer_pages.shape[4]
+        has_prefix = list(query_lengths) != list(context_lengths)
+        tiling = choose_tiling(head_dim, layer_pages.dtype, has_prefix)
+        return plan_tiles(block_table, query_lengths, context_lengths, num_heads // kv_heads, tiling)
+    requests, row = [], 0
+    for index, (queries, context) in enumerate(zip(query_lengths, context_lengths, strict=True)):
+        gather = gather_rows(block_table[index : index + 1], layer_pages, context)
+        requests.append(PrefillRequest(row, queries, context, gather))
+        row += queries
+    block = min(QUERY_BLOCK, max(query_lengths, default=0))
+    mask = _mask(block, max(context_lengths, default=0), window, layer_pages)
+    return TorchPlan(requests, mask)
+
+
+def plan_tiles(
+    block_table: torch.Tensor,
+    query_lengths: Sequence[int],
+    context_lengths: Sequence[int],
+    group: int,
+    tiling: Tiling,
+) -> TilePlan:
+    """Cut the queries into tiles, longest context first. Nothing waits for the device."""
+    lengths, contexts = np.asarray(query_lengths, np.int32), np.asarray(context_lengths, np.int32)
+    tokens = tiling.block_m if tiling.specialized else tiling.block_m // group
+    counts = -(-lengths // tokens)
+    requests = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
+    ordinals = np.arange(counts.sum(), dtype=np.int32) - np.repeat(counts.cumsum() - counts, counts)
+    first = (ordinals * tokens).astype(np.int32)
+    order = np.argsort(-(first + (contexts - lengths)[requests]), kind="stable")
+    starts = np.concatenate((np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)))
+    tiles = np.stack((requests, first), axis=1)[order]
+    packed = _to_device(np.concatenate((starts, contexts, tiles.reshape(-1))), block_table.device)
+    batch = len(lengths)
+    return TilePlan(
+        tiles=packed[2 * batch + 1 :].view(-1, 2),
+        query_starts=packed[: batch + 1],
+        context_lengths=packed[batch + 1 : 2 * batch + 1],
+        block_table=block_table.to(torch.int32),
+        tiling=tiling,
+        has_prefix=bool((contexts != lengths).any()),
+    )
+
+
+def prefill_attention(
+    queries: torch.Tensor,
+    layer_pages: torch.Tensor,
+    plan: TorchPlan | TilePlan,
+    scaling: float,
+    softcap: float | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Attend from queries [T, heads, head_dim] over each request's pages, which hold its new tokens already.
+
+    layer_pages: [pages, 2, kv_heads, page_size, head_dim]. Returns [T, heads * head_dim]. `fresh`: the same tokens'
+    keys and values [T, kv_heads, head_dim], which are read instead of pages where no request has a prefix. Raises
+    `ValueError` where the plan is for the Triton kernel and scores are capped.
+    """
+    if isinstance(plan, TorchPlan):
+        return _reference(queries, layer_pages, plan, scaling, softcap)
+    if softcap is not None:
+        raise ValueError("the Triton kernel caps no scores: plan with a window, which plans for torch")
+    if fresh is not None and not plan.has_prefix:
+        return attend_packed(queries, *fresh, plan, scaling)
+    return attend_paged(queries, layer_pages, plan, scaling)
+
+
+def attend_packed(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: TilePlan, scaling: float
+) -> torch.Tensor:
+    """Attend among the tokens of each request, none of which has a prefix.
+
+    queries [T, heads, head_dim]; keys, values [T, kv_heads, head_dim]; heads of one token lie side by side, tokens may
+    be any stride apart. Returns [T, heads * head_dim].
+    """
+    head_dim = queries.shape[2]
+    if plan.tiling.specialized:
+        return _launch_specialized(queries, keys, values, plan, scaling)
+    descriptors = plan.tiling.descriptors and head_dim == power_of_two(head_dim)
+    key_rows, value_rows = (_descriptor(x, plan.tiling.block_n) if descriptors else None for x in (keys, values))
+    return _launch(
+        queries, keys, values, key_rows, value_rows, plan, scaling, 1.0,
+        token_strides=(keys.stride(0), values.stride(0)), kv_heads=keys.shape[1], page_size=0,
+    )  # fmt: skip
+
+
+def attend_paged(
+    queries: torch.Tensor,
+    layer_pages: torch.Tensor,
+    plan: TilePlan,
+    scaling: float,
+    cache_scales: tuple[float, float] = (1.0, 1.0),
+) -> torch.Tensor:
+    """Attend from queries [T, heads, head_dim] over pages [pages, 2, kv_heads, page_size, head_dim].
+
+    `cache_scales` multiply what is in the cache, K and V, where it is float8. Returns [T, heads * head_dim].
+    """
+    keys, values = layer_pages.unbind(1)
+    strides = (layer_pages.stride(0), layer_pages.stride(0))
+    return _launch(
+        queries, keys, values, None, None, plan, scaling * cache_scales[0], cache_scales[1],
+        token_strides=strides, kv_heads=layer_pages.shape[2], page_size=layer_pages.shape[3],
+    )  # fmt: skip
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _descriptor(x: torch.Tensor, block: int) -> Any:
+    tokens, heads, head_dim = x.shape
+    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [block, head_dim])
+
+
+def _launch_specialized(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: TilePlan, scaling: float
+) -> torch.Tensor:
+    tokens, heads, head_dim = queries.shape
+    out = queries.new_empty(tokens, heads * head_dim)
+    tiles, tiling = plan.tiles.shape[0], plan.tiling
+    if tiles == 0:
+        return out
+    _specialized_kernel[(tiles * heads,)](
+        _descriptor(queries, tiling.block_m), _descriptor(keys, tiling.block_n), _descriptor(values, tiling.block_n),
+        out, plan.tiles, plan.query_starts, scaling * LOG2_E, HEADS=heads, GROUP=heads // keys.shape[1],
+        DIM=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _launch(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_rows: Any,
+    value_rows: Any,
+    plan: TilePlan,
+    scaling: float,
+    value_scale: float,
+    token_strides: tuple[int, int],
+    kv_heads: int,
+    page_size: int,
+) -> torch.Tensor:
+    tokens, heads, head_dim = queries.shape
+    out = queries.new_empty(tokens, heads * head_dim)
+    tiles, tiling = plan.tiles.shape[0], plan.tiling
+    if tiles == 0:
+        return out
+    _attention_kernel[(tiles * kv_heads,)](
+        queries, keys, values, key_rows, value_rows, out,
+        plan.tiles, plan.query_starts, plan.context_lengths, plan.block_table,
+        queries.stride(0), *token_strides, plan.block_table.stride(0), scaling * LOG2_E, value_scale,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=head_dim, DIM_PADDED=max(16, power_of_two(head_dim)),
+        PAGE=page_size, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, DESCRIPTORS=key_rows is not None,
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _addresses(base, at, end, start, table_ptr, stride, head, DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Where the rows of keys (or values) `at` of a request start."""
+    if PAGE == 0:
+        return base + (start + at).to(tl.int64) * stride + head * DIM
+    page = tl.load(table_ptr + at // PAGE, mask=at < end, other=0).to(tl.int64)
+    return base + page * stride + head * (PAGE * DIM) + at % PAGE * DIM
+
+
+@triton.jit
+def _attend_block(q, k, v, acc, weight, highest, scale, last, at, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of keys into the running softmax; rows see the keys up to `last`."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(at[None, :] <= last[:, None], scores, float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    weight = weight * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, weight, higher
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_rows, v_rows, out_ptr, tiles_ptr, starts_ptr, contexts_ptr, table_ptr,
+    q_stride, k_stride, v_stride, table_stride, scale, value_scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile: BLOCK_M // GROUP tokens with GROUP query heads each, over their context up to each token."""
+    tokens: tl.constexpr = BLOCK_M // GROUP
+    tile = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS
+    request = tl.load(tiles_ptr + 2 * tile)
+    first = tl.load(tiles_ptr + 2 * tile + 1)
+    start = tl.load(starts_ptr + request)
+    count = tl.load(starts_ptr + request + 1) - start
+    context = tl.load(contexts_ptr + request)
+    table_ptr += request.to(tl.int64) * table_stride
+    row = tl.arange(0, BLOCK_M)
+    token = first + row // GROUP
+    last = context - count + token
+    d = tl.arange(0, DIM_PADDED)
+    n = tl.arange(0, BLOCK_N)
+    is_row = ((row < tokens * GROUP) & (token < count))[:, None] & (d < DIM)[None, :]
+    column = ((head * GROUP + row % GROUP) * DIM)[:, None] + d[None, :]
+    place = (start + token).to(tl.int64)[:, None]
+    # all loads below are of what the kernels ahead have made
+    q = tl.load(q_ptr + place * q_stride + column, mask=is_row, other=0.0)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
+    # all rows see all of these keys
+    seen_by_all = (context - count + first + 1) // BLOCK_N * BLOCK_N
+    for block in tl.range(0, seen_by_all, BLOCK_N):
+        if DESCRIPTORS:
+            k = k_rows.load([start + block, head * DIM])
+            v = v_rows.load([start + block, head * DIM])
+        else:
+            at = block + n
+            k_at = _addresses(k_ptr, at, context, start, table_ptr, k_stride, head, DIM, PAGE)
+            v_at = _addresses(v_ptr, at, context, start, table_ptr, v_stride, head, DIM, PAGE)
+            if DIM == DIM_PADDED:
+                k = tl.load(k_at[:, None] + d[None, :])
+                v = tl.load(v_at[:, None] + d[None, :])
+            else:
+                k = tl.load(k_at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+                v = tl.load(v_at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+        acc, weight, highest = _attend_block(
+            q, k.to(q.dtype), v.to(q.dtype), acc, weight, highest, scale, last, block + n, False, PRECISION
+        )
+    end = tl.minimum(context - count + first + tokens, context)
+    for block in tl.range(seen_by_all, end, BLOCK_N):
+        at = block + n
+        there = (at < end)[:, None] & (d < DIM)[None, :]
+        k_at = _addresses(k_ptr, at, end, start, table_ptr, k_stride, head, DIM, PAGE)
+        v_at = _addresses(v_ptr, at, end, start, table_ptr, v_stride, head, DIM, PAGE)
+        k = tl.load(k_at[:, None] + d[None, :], mask=there, other=0.0)
+        v = tl.load(v_at[:, None] + d[None, :], mask=there, other=0.0)
+        acc, weight, highest = _attend_block(
+            q, k.to(q.dtype), v.to(q.dtype), acc, weight, highest, scale, last, at, True, PRECISION
+        )
+    out = acc * (value_scale / weight)[:, None]
+    tl.store(out_ptr + place * (KV_HEADS * GROUP * DIM) + column, out.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _specialized_kernel(
+    q_rows, k_rows, v_rows, out_ptr, tiles_ptr, starts_ptr, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of packed prompts: BLOCK_M tokens of one query head.
+
+    Everything comes by descriptors in one loop, which is all that the compiler can specialize warps for. Rows past a
+    request's end are the next one's: their weights are 0.
+    """
+    tile = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    request = tl.load(tiles_ptr + 2 * tile)
+    first = tl.load(tiles_ptr + 2 * tile + 1)
+    start = tl.load(starts_ptr + request)
+    count = tl.load(starts_ptr + request + 1) - start
+    token = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    # all loads below are of what the kernels ahead have made
+    q = q_rows.load([start + first, head * DIM])
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    end = tl.minimum(first + BLOCK_M, count)
+    for block in tl.range(0, end, BLOCK_N, warp_specialize=True):
+        k = k_rows.load([start + block, head // GROUP * DIM])
+        v = v_rows.load([start + block, head // GROUP * DIM])
+        acc, weight, highest = _attend_block(q, k, v, acc, weight, highest, scale, token, block + n, True, PRECISION)
+    d = tl.arange(0, DIM)
+    place = (start + token).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
+    tl.store(out_ptr + place, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=(token < count)[:, None])
+
+
+def _mask(block: int, width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    width = max(width, block)
+    query = torch.arange(width - block, width, device=like.device).unsqueeze(1)
+    key = torch.arange(width, device=like.device)
+    visible = key <= query
+    if window is not None:
+        visible &= key > query - window
+    return torch.zeros(block, width, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
+
+
+def _reference(
+    queries: torch.Tensor, layer_pages: torch.Tensor, plan: TorchPlan, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    _, _, kv_heads, page_size, head_dim = layer_pages.shape
+    rows = layer_pages.view(-1, page_size * head_dim)
+    group = queries.shape[1] // kv_heads
+    out = torch.empty_like(queries)
+    by_head = queries.view(-1, kv_heads, group, head_dim)
+    out_by_head = out.view(-1, kv_heads, group, head_dim)
+    for request in plan.requests:
+        keys, values = rows.index_select(0, request.gather).view(2, kv_heads, -1, head_dim).unbind()
+        for start in range(0, request.query_length, QUERY_BLOCK):
+            count = min(QUERY_BLOCK, request.query_length - start)
+            context = request.context_length - request.query_length + start + count
+            at = slice(request.first_row + start, request.first_row + start + count)
+            mask = plan.mask[-count:, -context:].repeat_interleave(group, dim=0)
+            folded = by_head[at].transpose(0, 1).reshape(kv_heads, count * group, head_dim)
+            attended = _attend(folded, keys[:, :context], values[:, :context], mask, scaling, softcap)
+            out_by_head[at] = attended.view(kv_heads, count, group, head_dim).transpose(0, 1)
+    return out.flatten(1)
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if softcap is None:
+        batched = (queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+        return F.scaled_dot_product_attention(*batched, attn_mask=mask, scale=scaling).squeeze(0)
+    scores = soften(torch.bmm(queries, keys.transpose(1, 2)) * scaling, softcap) + mask
+    return torch.bmm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype), values)

@@ -1,0 +1,71 @@
+"""The decode kernels on a real GPU against their torch references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.kernels.decode_attention import HeadShape
+from headrace.kernels.fp8_linear import Fp8Linear
+from tests.kernels.comparisons import (
+    compare_begin_decode,
+    compare_decode_attention,
+    compare_decode_linear,
+    compare_quantize_rows,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("surrounded", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("shape", [(4096, 4096), (960, 576), (1000, 14336)])
+def test_a_projection_equals_its_reference(
+    rows: int, shape: tuple[int, int], activation: str | None, surrounded: bool
+) -> None:
+    """All tilings, whole and partial tiles."""
+    compare_decode_linear("cuda", torch.bfloat16, (rows, *shape), activation, surrounded)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+def test_weights_of_8_bits_are_scaled_by_output(rows: int, activation: str | None) -> None:
+    """Gate and up have scales of their own."""
+    compare_decode_linear("cuda", torch.bfloat16, (rows, 1024, 4096), activation, True, fp8=True)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(3, 576), (100, 14336)])
+def test_rows_become_8_bits(rows: int, size: int) -> None:
+    """As on the CPU."""
+    compare_quantize_rows("cuda", torch.bfloat16, rows, size)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_a_projection_of_8_bits_is_near_the_exact_one(rows: int) -> None:
+    """Both operands rounded to 8 bits: a few percent of the result's deviation."""
+    x, weight = torch.randn(rows, 4096, device="cuda").bfloat16(), torch.randn(1024, 4096, device="cuda").bfloat16()
+    got, exact = Fp8Linear(weight)(x).double(), x.double() @ weight.double().T
+    assert (got - exact).square().mean().sqrt() < 0.06 * exact.std()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("normed", [False, True])
+def test_attention_equals_its_reference(dim: int, group: int, page_size: int, normed: bool) -> None:
+    """Long, short, first-token and empty rows in one launch; one request alone; many that are alike."""
+    shape = HeadShape(8, group, dim, dim)
+    for positions in ([0, 5, 33, -1, 640, 17, 4000, 63, 64, 65], [700], [100] * 130):
+        compare_decode_attention("cuda", torch.bfloat16, positions, shape, page_size, normed)
+
+
+def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
+    """What is written is what attention of later steps sees."""
+    shape = HeadShape(8, 4, 128, 128)
+    compare_decode_attention("cuda", torch.bfloat16, [0, 400], shape, 16, cache_dtype=torch.float8_e4m3fn)
+
+
+def test_a_step_begins_with_embeddings() -> None:
+    """A hidden size that is no power of two."""
+    compare_begin_decode("cuda", torch.bfloat16, 33, 576)

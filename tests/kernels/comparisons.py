@@ -1,0 +1,119 @@
+"""Each decode kernel against its torch reference; shared by the interpreter's tests and those on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from headrace.kernels.decode_attention import (
+    AttentionWorkspace,
+    HeadShape,
+    fused_decode_attention,
+    fused_decode_attention_reference,
+    plan_decode_attention,
+)
+from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
+from headrace.kernels.decode_linear import SQUARES_SCALE, Epilogue, Workspace, decode_linear, decode_linear_reference
+from headrace.kernels.fp8_linear import quantize_rows
+from headrace.kernels.rope import RopeTables
+
+
+def compare_decode_linear(
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    activation: str | None,
+    surrounded: bool,
+    fp8: bool = False,
+) -> None:
+    """Shape is (rows, out, in). `surrounded`: with norm and bias before, residual sum and squares after it."""
+    rows, out_size, in_size = shape
+    x = torch.randn(rows, in_size, device=device, dtype=dtype)
+    weight = torch.randn(out_size * (2 if activation else 1), in_size, device=device, dtype=dtype) / in_size**0.5
+    weight, scale = quantize_rows(weight) if fp8 else (weight, None)
+    x, x_scale = quantize_rows(x) if fp8 and rows > 1 and device != "cpu" else (x, None)
+    got = torch.randn(rows, out_size, device=device, dtype=dtype)
+    expected = got.clone()
+    workspace = Workspace(torch.device(device))
+    squares = (x.double().square().sum(1) * SQUARES_SCALE).long()
+    sums = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2)]
+    bias = None if activation else torch.randn(out_size, device=device, dtype=dtype)
+    epilogues = [
+        Epilogue(
+            squares if surrounded else None,
+            1e-5,
+            weight_scale=scale,
+            x_scale=x_scale,
+            bias=bias if surrounded else None,
+            activation=activation,  # type: ignore[arg-type]
+            residual=surrounded,
+            squares_out=total if surrounded else None,
+        )
+        for total in sums
+    ]
+    for _ in range(2):  # the second run finds what the first left in the workspace
+        decode_linear(x, weight, got, epilogues[0], workspace)
+        decode_linear_reference(x, weight, expected, epilogues[1])
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(sums[0].double(), sums[1].double(), rtol=1e-2, atol=rows * SQUARES_SCALE)
+        expected.copy_(got)
+    assert not workspace.arrivals.any()
+
+
+def compare_quantize_rows(device: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    """8 bits and scales, one row all zeros."""
+    x = torch.randn(rows, size, device=device, dtype=dtype)
+    x[0] = 0
+    got, scale = quantize_rows(x)
+    expected, expected_scale = quantize_rows(x.cpu())
+    torch.testing.assert_close(scale.cpu(), expected_scale)
+    difference = (got.cpu().float() - expected.float()).abs()
+    assert (difference <= expected.float().abs() / 8).all()  # a division rounded the other way: the next number
+
+
+def compare_decode_attention(
+    device: str,
+    dtype: torch.dtype,
+    positions: list[int],
+    shape: HeadShape,
+    page_size: int,
+    normed: bool = False,
+    cache_dtype: torch.dtype | None = None,
+) -> None:
+    """One new token at each of `positions` (-1: none) against the reference, outputs and cache."""
+    batch, width = len(positions), (max(positions) + 64) // page_size + 5
+    pages = torch.randn(batch * width + 1, 2, shape.kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
+    pages = pages.to(cache_dtype or dtype)
+    table = (torch.randperm(batch * width, device=device) + 1).view(batch, width).int()
+    size = (shape.group + 2) * shape.kv_heads * shape.head_dim
+    qkv = torch.randn(batch, size, device=device, dtype=dtype)
+    angles = torch.arange(max(positions) + 1, device=device).unsqueeze(1) * 0.9 ** torch.arange(
+        shape.rotary_dim // 2, device=device
+    )
+    rope = RopeTables(angles.cos(), angles.sin())
+    norms = (torch.rand(2, shape.head_dim, device=device, dtype=dtype) + 0.5).unbind() if normed else None
+    got = torch.zeros(batch, shape.kv_heads * shape.group * shape.head_dim, device=device, dtype=dtype)
+    expected, expected_pages = got.clone(), pages.clone()
+    at = torch.tensor(positions, dtype=torch.int32, device=device)
+    workspace = AttentionWorkspace(shape, batch, torch.device(device))
+    for _ in range(2):  # the second run finds what the first left in the workspace
+        plan_decode_attention(at, workspace)
+        fused_decode_attention(qkv, pages, table, at, rope, norms, 1e-6, got, shape, workspace)
+    fused_decode_attention_reference(qkv, expected_pages, table, at, rope, norms, 1e-6, expected, shape)
+    tolerance = 0.13 if cache_dtype is not None else 1e-5 if dtype == torch.float32 else 2e-2  # 0.13: 3 bits' last one
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    if cache_dtype is None or device != "cpu":  # Triton's interpreter rounds to float8 carelessly
+        torch.testing.assert_close(pages.float(), expected_pages.float(), rtol=tolerance, atol=tolerance)
+    assert not workspace.arrivals.any()
+
+
+def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
+    """Embeddings, their squares, and zeros for the norms to come."""
+    tokens = torch.randint(50, (batch,), device=device)
+    embedding = torch.randn(50, hidden, device=device, dtype=dtype)
+    got, expected = (torch.zeros(batch, hidden, device=device, dtype=dtype) for _ in range(2))
+    squares = [torch.ones(5, batch, dtype=torch.int64, device=device) for _ in range(2)]
+    begin_decode(tokens, embedding, 2.0, got, squares[0])
+    begin_decode_reference(tokens, embedding, 2.0, expected, squares[1])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(squares[0].double(), squares[1].double(), rtol=1e-5, atol=0)

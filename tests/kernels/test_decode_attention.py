@@ -1,0 +1,36 @@
+"""Decode attention and the start of a step in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.kernels.decode_attention import HeadShape
+from tests.kernels.comparisons import compare_begin_decode, compare_decode_attention
+
+SHAPES = [
+    (HeadShape(2, group, dim, dim), page) for group, dim, page in ((1, 64, 16), (3, 80, 32), (4, 96, 64), (16, 128, 16))
+]
+
+
+@pytest.mark.parametrize(("shape", "page_size"), [*SHAPES, (HeadShape(1, 2, 256, 128), 16)])
+def test_attention_equals_its_reference(shape: HeadShape, page_size: int) -> None:
+    """Head sizes, group sizes and page sizes; long, short, first-token and empty rows in one launch."""
+    compare_decode_attention("cpu", torch.float32, [0, 5, 150, -1, 64, 17], shape, page_size)
+
+
+@pytest.mark.parametrize("positions", [[300], [63] * 7, [1]])
+def test_the_work_is_shared_whatever_the_batch(positions: list[int]) -> None:
+    """One request over all programs, and several requests a program; with norms of Q and K."""
+    compare_decode_attention("cpu", torch.float32, positions, HeadShape(2, 2, 32, 16), 16, normed=True)
+
+
+def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
+    """What is written is what attention of later steps sees."""
+    shape = HeadShape(2, 2, 32, 32)
+    compare_decode_attention("cpu", torch.float32, [0, 40], shape, 16, cache_dtype=torch.float8_e4m3fn)
+
+
+def test_a_step_begins_with_embeddings() -> None:
+    """A hidden size that is no power of two."""
+    compare_begin_decode("cpu", torch.float32, 3, 72)
