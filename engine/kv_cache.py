@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from headrace.engine.cuda_memory import device_uuid, open_shared, share
+from headrace.kernels.copy_pages import copy_blocks
+
 log = logging.getLogger(__name__)
 
 F_SEAL_FUTURE_WRITE = 0x10
@@ -61,6 +64,7 @@ class KVCache:
             self._memory = memory.data
         else:
             self.pages = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+            self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._bytes = self.pages.view(layout.num_layers, num_pages, -1).view(torch.uint8)
 
     def layer(self, index: int) -> torch.Tensor:
@@ -91,8 +95,12 @@ class KVCache:
         if self._array is not None:
             copy: memoryview = self._array[layer].take(page_ids, axis=0).reshape(-1).data
             return copy
-        index = torch.tensor(page_ids, device=self.pages.device)
-        return self._bytes[layer].index_select(0, index).cpu().numpy().reshape(-1).data
+        with torch.cuda.stream(self._copying):
+            gathered = self._bytes[layer].index_select(0, self._index(page_ids))
+            host = torch.empty(gathered.shape, dtype=torch.uint8, pin_memory=True)
+            host.copy_(gathered, non_blocking=True)
+            self._copying.synchronize()
+        return host.numpy().reshape(-1).data
 
     def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
         """Overwrite these pages. Raises `ValueError` where `data` is not `len(page_ids) * page_bytes` long."""
@@ -101,9 +109,58 @@ class KVCache:
         source = np.frombuffer(data, dtype=np.uint8).reshape(len(page_ids), self.page_bytes)
         if self._array is not None:
             self._array[layer][page_ids] = source
-        else:
-            index = torch.tensor(page_ids, device=self.pages.device)
-            self._bytes[layer].index_copy_(0, index, torch.from_numpy(source.copy()).to(self.pages.device))
+            return
+        with torch.cuda.stream(self._copying):
+            arrived = torch.from_numpy(source.copy()).to(self.pages.device)
+            self._bytes[layer].index_copy_(0, self._index(page_ids), arrived)
+            self._copying.synchronize()
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, pin_memory=True).to(self.pages.device, non_blocking=True)
+
+    def share(self) -> tuple[str, bytes, int] | None:
+        """For other processes: the UUID of the GPU that the pages lie on, a handle, and where in its memory they begin.
+
+        None on a CPU, and where the driver gives none.
+        """
+        if not self.pages.is_cuda:
+            return None
+        try:
+            return device_uuid(self.pages.device), *share(self.pages)
+        except OSError as error:
+            log.info("the KV cache can't be shared with other processes: %s", error)
+            return None
+
+    def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> OpenedCache | None:
+        """Another process's cache of the same page size; None where it is not on this one's GPU.
+
+        Raises `OSError` where it can't be opened and `ValueError` where it is smaller than that.
+        """
+        if not self.pages.is_cuda or device != device_uuid(self.pages.device):
+            return None
+        shared = open_shared(handle, offset, num_blocks * self.page_bytes, self.pages.device)
+        return OpenedCache(shared.view(num_blocks, self.page_bytes), self)
+
+    @torch.no_grad()
+    def copy_from(self, source: torch.Tensor, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
+        """Copy rows `blocks` of source [blocks, page_bytes] into these pages and wait until they are there."""
+        with torch.cuda.stream(self._copying):
+            copy_blocks(source, self._index(blocks), self._bytes[layer], self._index(page_ids))
+            self._copying.synchronize()
+
+
+class OpenedCache:
+    """Another process's cache on this one's GPU."""
+
+    def __init__(self, memory: torch.Tensor, cache: KVCache) -> None:
+        self._memory = memory
+        self._cache = cache
+
+    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
+        """Copy its blocks into this worker's pages. Raises `ValueError` where there is no such block."""
+        if max(blocks) >= len(self._memory):
+            raise ValueError(f"page {max(blocks)} of {len(self._memory)} is not in the sender's memory")
+        self._cache.copy_from(self._memory, blocks, layer, page_ids)
 
 
 def _shareable_zeros(size: int) -> tuple[np.ndarray, int | None]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import xxhash
 
 from headrace.kvtransfer import fp8
-from headrace.kvtransfer.base import PageId, PageStore
+from headrace.kvtransfer.base import PageId, PageStore, Source
 from headrace.kvtransfer.landing import Landing, Problem
 from headrace.kvtransfer.messages import OnDataLine, Pages, PagesInPlace, TransportName, WireDtype
 from headrace.wire import Decoder, WireError
@@ -31,13 +31,6 @@ class Payload(Protocol):
 
     def read_into(self, views: Sequence[memoryview]) -> None:
         """Fill these views, whose lengths add up to `size`."""
-
-
-class Source(Protocol):
-    """A sender's memory that this process can read."""
-
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
-        """Copy pages from there into this worker's cache. Raises `ValueError` where there is no such block."""
 
 
 class Arriving:

@@ -24,6 +24,19 @@ class PageStore(Protocol):
     def write_pages(self, layer: int, page_ids: Sequence[PageId], data: memoryview) -> None:
         """Overwrite these pages. `data` holds `len(page_ids) * page_bytes` bytes."""
 
+    def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> Source | None:
+        """Another process's pages on the same GPU; None where they are not there.
+
+        Raises `OSError` where they can't be had and `ValueError` where there are fewer than that.
+        """
+
+
+class Source(Protocol):
+    """A sender's memory that this process can read."""
+
+    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
+        """Copy pages from there into this worker's cache. Raises `ValueError` where there is no such block."""
+
 
 class PageAllocator(Protocol):
     """Who owns which page. Pages are reference-counted and may be found again by the hash of what they hold."""

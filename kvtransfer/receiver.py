@@ -32,8 +32,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from headrace.kvtransfer.arrivals import Arrivals, Arriving, Source
-from headrace.kvtransfer.base import PageAllocator, PageId, PageStore
+from headrace.kvtransfer.arrivals import Arrivals, Arriving
+from headrace.kvtransfer.base import PageAllocator, PageId, PageStore, Source
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import (
     Abort,

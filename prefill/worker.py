@@ -10,6 +10,7 @@ from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_lines import DataLines
+from headrace.engine.base import Ready
 from headrace.engine.engine import Engine, PrefillOutput
 from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.departures import LineDepartures
@@ -216,6 +217,7 @@ class PrefillWorker:
                 sampling=entry.sampling,
                 deadline=entry.deadline,
                 host=self._exports.host,
+                cuda_ipc=self._exports.cuda_ipc,
                 shm=self._exports.shm,
                 wire_dtype=self._wire_dtype,
             )
@@ -261,8 +263,8 @@ class PrefillWorker:
                 continue
             step = [(self._jobs[chunk.key], chunk) for chunk in chunks]
 
-            def on_layer(layer: int, step: list[tuple[Job, Chunk]] = step) -> None:
-                loop.call_soon_threadsafe(self._layer_computed, layer, step)
+            def on_layer(layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]] = step) -> None:
+                loop.call_soon_threadsafe(self._layer_computed, layer, ready, step)
 
             inputs = [job.chunk(chunk) for job, chunk in step]
             try:
@@ -273,9 +275,9 @@ class PrefillWorker:
             else:
                 self._apply(step, outputs)
 
-    def _layer_computed(self, layer: int, step: list[tuple[Job, Chunk]]) -> None:
+    def _layer_computed(self, layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]]) -> None:
         for job, chunk in step:
-            job.layer_computed(layer, chunk.start, chunk.start + chunk.length, self._layout.page_size)
+            job.layer_computed(layer, chunk.start, chunk.start + chunk.length, self._layout.page_size, ready)
 
     def _apply(self, step: list[tuple[Job, Chunk]], outputs: list[PrefillOutput]) -> None:
         for (job, chunk), output in zip(step, outputs, strict=True):
