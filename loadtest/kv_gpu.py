@@ -1,7 +1,7 @@
 """Handing pages over between two processes that share one GPU, in the shape of Llama 3.1 8B.
 
 The copy alone: 256 MiB out of the other process's cache, beside a copy within one process. And what a handoff adds to
-the time to first token: a 2,048-token prompt whose layers are copied by the other process while later ones are computed.
+the time to first token: a 2,048-token prompt whose layers the other process copies while later ones are computed.
 Layers are announced over a pipe here, where workers use a data line.
 
 `python -m headrace.loadtest.kv_gpu` writes loadtest/results/kv_gpu.json.
