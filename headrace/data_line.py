@@ -15,6 +15,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -31,6 +32,7 @@ MAGIC = b"HRD1"
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_PAYLOAD_BYTES = 2**30
 MAX_CONNECTIONS = 1024
+ACCEPT_AGAIN_SECONDS = 0.1
 TIMEOUT_SECONDS = 5.0
 """How long a peer may take nothing, or say nothing at first, before the connection is given up."""
 
@@ -214,8 +216,12 @@ class TcpListener:
         while True:
             try:
                 connection, _ = self._listening.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed:
+                    return
+                log.warning("a data line could not be accepted: %s", error)
+                time.sleep(ACCEPT_AGAIN_SECONDS)  # what is used up, file descriptors say, may be given back
+                continue
             with self._lock:
                 if self._closed or len(self._connections) >= MAX_CONNECTIONS:
                     connection.close()

@@ -72,6 +72,7 @@ class Mesh:
         self._registry: Registry | None = None
         self._refused: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._looking_up = asyncio.Lock()
         self._strangers: OrderedDict[bytes, float] = OrderedDict()
         """Routing ids that were looked up in vain within the last `STRANGER_SECONDS`, the oldest first, and when."""
         self._bind_mailbox(bind)
@@ -166,17 +167,23 @@ class Mesh:
     async def identify(self, routing_id: bytes) -> Member | None:
         """The member behind an `id@epoch`; None for a stranger, who is counted."""
         member = self._member(routing_id)
-        if member is None and self._may_look_up(routing_id):  # it may have registered since the last look
-            assert self._registry is not None
+        if member is None:
+            async with self._looking_up:  # several lines of a newcomer ask at once
+                member = self._member(routing_id) or await self._look_up(routing_id)
+        if member is None:
+            self._refuse("not in the registry", routing_id)
+        return member
+
+    async def _look_up(self, routing_id: bytes) -> Member | None:
+        """It may have registered since the last look."""
+        assert self._registry is not None
+        if self._may_look_up(routing_id):
             try:
                 async with asyncio.timeout(LOOK_UP_SECONDS):
                     await self._registry.refresh()
             except (RedisError, TimeoutError):
                 pass
-            member = self._member(routing_id)
-        if member is None:
-            self._refuse("not in the registry", routing_id)
-        return member
+        return self._member(routing_id)
 
     def _member(self, routing_id: bytes) -> Member | None:
         assert self._registry is not None

@@ -57,7 +57,7 @@ class Arrivals:
         self._arriving: dict[Key, Arriving] = {}
         self._lock = threading.Lock()
         self.dropped = 0
-        """Messages that came late, or twice."""
+        """Messages that came late, or twice, or name no pages that were granted."""
 
     def expect(self, key: Key, arriving: Arriving) -> None:
         """Pages of this handoff may come."""
@@ -91,6 +91,8 @@ class Arrivals:
             else:
                 problem = _copy(arriving, message, page_ids)
         finally:
+            if problem is not None:
+                self._refuse(sender, problem[1])
             arriving.landing.written(message, problem)
 
     def _read(self, arriving: Arriving, message: Pages, page_ids: list[PageId], payload: Payload) -> Problem | None:

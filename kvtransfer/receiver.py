@@ -152,7 +152,7 @@ class Receiver:
         self.refusals: Counter[RefuseCause] = Counter()
         """Offers not taken."""
         self.late = 0
-        """Other messages about handoffs that were over: they cross an Abort on its way, and change nothing."""
+        """Other messages that came again, or cross an Abort on its way: they change nothing."""
         self.transports: Counter[str] = Counter()
         """Grants by transport."""
         self.arrivals = Arrivals(store, layout.dtype, refuse)
@@ -287,7 +287,6 @@ class Receiver:
         if self._incoming.get(incoming.key) is not incoming:
             return
         if landing.problem is not None:
-            self._refuse(incoming.sender, landing.problem[1])
             self._abort(incoming, *landing.problem)
             return
         incoming.lease_ends = self._clock() + LEASE_SECONDS
@@ -306,6 +305,8 @@ class Receiver:
             problem = f"committed token {commit.token_id}, which must be below {self._layout.vocab_size}"
             self._refuse(sender, problem)
             self._abort(incoming, "sequence", problem)
+        elif incoming.commit == commit:
+            self.late += 1
         else:
             incoming.commit = commit
             self._complete(incoming)
@@ -325,7 +326,8 @@ class Receiver:
             return
         problem = landing.problem or landing.problem_with_end(commit.sequence)
         if problem is not None:
-            self._refuse(incoming.sender, problem[1])
+            if landing.problem is None:  # or it has been counted
+                self._refuse(incoming.sender, problem[1])
             self._abort(incoming, *problem)
         elif landing.is_complete(commit.sequence):
             landing.close()

@@ -15,6 +15,7 @@ from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, To
 from headrace.node import Node
 from headrace.queue import DELIVERIES_PER_ATTEMPT
 from headrace.registry import Member
+from headrace.tasks import run_beside
 from headrace.wire import Decoder
 
 SAMPLING = SamplingParams(max_tokens=2)
@@ -55,10 +56,7 @@ class BareGateway:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._mailbox_loop())
-            group.create_task(self._ask_again_loop())
-            group.create_task(self._silence_loop())
+        await run_beside(self._mailbox_loop(), [self._ask_again_loop(), self._silence_loop()])
 
     async def ask(self, request_id: str, token_ids: list[int]) -> list[int]:
         """The output tokens of a prompt. Raises `TimeoutError`, and `CancelledError` where `cancel` came first."""

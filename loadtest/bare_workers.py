@@ -34,6 +34,7 @@ from headrace.prefill.intake import Intake
 from headrace.prefill.placement import Placement
 from headrace.queue import Delivery
 from headrace.registry import Member
+from headrace.tasks import end_task, run_beside
 from headrace.wire import Decoder, Message
 
 REAP_SECONDS = 0.5
@@ -74,9 +75,7 @@ class BareDecode:
         mesh = self._node.mesh
         self._listener.start(self.receiver.arrivals.on_frame, identify_by(mesh), mesh.refuse_from)
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._mailbox_loop())
-                group.create_task(self._reap_loop())
+            await run_beside(self._mailbox_loop(), [self._reap_loop()])
         finally:
             self.cache.close()
 
@@ -180,6 +179,8 @@ class BarePrefill:
         self._placement = Placement(node.registry, self._sender)
         self._room = asyncio.Semaphore(MAX_JOBS)
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        """What a task raised that it should not."""
         self._freed = asyncio.Event()
         self._decode: Decoder[ToSender | Cancel] = Decoder(ToSender | Cancel)
         node.registry.on_leave.append(self._member_left)
@@ -187,13 +188,19 @@ class BarePrefill:
     async def run(self) -> None:
         """Serve until cancelled."""
         try:
-            async with asyncio.TaskGroup() as group:
-                for loop in (self._take_loop(group), self._mailbox_loop(), self._renew_loop(), self._keep_alive_loop()):
-                    group.create_task(loop)
+            await run_beside(
+                self._mailbox_loop(),
+                [self._take_loop(), self._renew_loop(), self._keep_alive_loop(), self._until_broken()],
+            )
         finally:
+            for task in list(self._tasks.values()):
+                await end_task(task)
             self._cache.close()
 
-    async def _take_loop(self, group: asyncio.TaskGroup) -> None:
+    async def _until_broken(self) -> None:
+        raise await self._broken
+
+    async def _take_loop(self) -> None:
         while True:
             await self._room.acquire()
             delivery = await self._intake.next()
@@ -201,10 +208,13 @@ class BarePrefill:
                 self._room.release()
                 continue
             key = delivery.entry.request_id, delivery.attempt
-            self._tasks[key] = task = group.create_task(self._serve(delivery))
+            self._tasks[key] = task = asyncio.create_task(self._serve(delivery))
             task.add_done_callback(functools.partial(self._served, key, delivery))
 
-    def _served(self, key: Key, delivery: Delivery, _: asyncio.Task[None]) -> None:
+    def _served(self, key: Key, delivery: Delivery, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._broken.done():
+            self._broken.set_result(error)
         self._intake.let_go(delivery)
         del self._tasks[key]
         self._room.release()

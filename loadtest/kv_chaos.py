@@ -37,7 +37,7 @@ from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
 from headrace.redis_server import private_redis
 from headrace.registry import Tier
 from headrace.settings import Settings
-from headrace.tasks import end_task
+from headrace.tasks import end_task, run_beside
 from headrace.wire import Message
 
 MODEL = ModelIdentity("keyed", "keyed", 4096)
@@ -180,6 +180,7 @@ class Workers:
     def __init__(self, url: str, seed: int) -> None:
         self.kills: Counter[str] = Counter()
         """By tier."""
+        self.are_spared = False
         self.broken: list[str] = []
         """Workers that ended by themselves, or held pages at their end."""
         self._url = url
@@ -266,18 +267,9 @@ async def chaos(requests: int, mean_life_seconds: float, seed: int, folder: Path
         node = await stack.enter_async_context(join_mesh(settings(url, "gateway"), "gateway", MODEL))
         processes = await stack.enter_async_context(workers(url, seed))
         gateway = BareGateway(node)
-        started = time.monotonic()
-        async with asyncio.TaskGroup() as group:
-            serving = group.create_task(gateway.run())
-            killing = [group.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.names]
-            await _ask_all(gateway, requests, seed, findings)
-            findings.seconds = time.monotonic() - started
-            for killer in killing:
-                killer.cancel()
-            await asyncio.wait(killing)
-            findings.leaked = await _until_no_page_is_used(node)
-            findings.queued = await node.queue.depth()
-            await end_task(serving)
+        await run_beside(
+            _ask_and_settle(gateway, processes, requests, mean_life_seconds, seed, findings), [gateway.run()]
+        )
         findings.wrong += gateway.wrong
         findings.retries = gateway.retries
         await processes.stop()
@@ -285,17 +277,29 @@ async def chaos(requests: int, mean_life_seconds: float, seed: int, folder: Path
     return findings
 
 
+async def _ask_and_settle(
+    gateway: BareGateway, processes: Workers, requests: int, mean_life_seconds: float, seed: int, findings: Findings
+) -> None:
+    started = time.monotonic()
+    killing = [asyncio.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.names]
+    try:
+        await _ask_all(gateway, requests, seed, findings)
+        findings.seconds = time.monotonic() - started
+        processes.are_spared = True
+        await asyncio.gather(*killing)
+    finally:
+        for killer in killing:
+            await end_task(killer)
+    findings.leaked = await _until_no_page_is_used(gateway.node)
+    findings.queued = await gateway.node.queue.depth()
+
+
 async def _keep_killing(processes: Workers, name: str, mean_life_seconds: float) -> None:
-    """Let one worker live and die again and again. A kill that has begun is ended: afterwards the worker is there."""
+    """Let one worker live and die again and again."""
     chance = random.Random(name)
-    while True:
+    while not processes.are_spared:
         await asyncio.sleep(2 * mean_life_seconds * chance.random())
-        killing = asyncio.ensure_future(processes.kill(name))
-        try:
-            await asyncio.shield(killing)
-        except asyncio.CancelledError:
-            await killing
-            raise
+        await processes.kill(name)
 
 
 async def _ask_all(gateway: BareGateway, requests: int, seed: int, findings: Findings) -> None:

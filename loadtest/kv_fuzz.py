@@ -1,9 +1,9 @@
 """`make fuzz-kv`: bad messages by the million for a receiver that serves real handoffs meanwhile.
 
-Everything is real but the model: a Redis, the registry, ZeroMQ mailboxes, the decoder, the receiver and its pages. The
-bad messages come from a registered prefill worker (which also opens handoffs, to spoil them), from one whose messages
-are repeated, from a registered gateway, and from strangers. Each must be counted as refused; every prompt that is
-handed over between them must arrive byte for byte.
+Everything is real but the model: a Redis, the registry, ZeroMQ mailboxes, data lines, the decoders, the receiver and
+its pages. The bad messages come from a registered prefill worker (which also opens handoffs, to spoil them), from one
+whose messages are repeated, from a registered gateway, and from strangers. Each must be counted as refused; every
+prompt that is handed over between them must arrive byte for byte.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 
-from headrace import __version__
-from headrace.kvtransfer.messages import Commit, Grant, Offer, Pages, ToSender
+from headrace.data_line import PREAMBLE, Listener, Make
+from headrace.data_lines import DataLines, data_listener
+from headrace.kvtransfer.messages import Commit, Offer, OnDataLine
 from headrace.loadtest.bare_gateway import BareGateway
 from headrace.loadtest.bare_workers import BareDecode, BarePrefill
-from headrace.loadtest.keyed_kv import PAGE_SIZE, undisturbed
-from headrace.loadtest.kv_mutations import Frames, Mutations
+from headrace.loadtest.intruder import Intruder, RawDataLine, Socket, intruder
+from headrace.loadtest.keyed_kv import PAGE_BYTES, PAGE_SIZE, undisturbed
+from headrace.loadtest.kv_mutations import Frame, Mutations
 from headrace.loadtest.report import Figure, publish
 from headrace.node import ModelIdentity, Node, join_mesh
-from headrace.redis_client import Keys, connect
+from headrace.redis_client import Keys
 from headrace.redis_server import private_redis
-from headrace.registry import Member as Registered
-from headrace.registry import Registry, Tier
+from headrace.registry import Tier
 from headrace.settings import Settings
-from headrace.tasks import end_task
-from headrace.wire import Decoder, Message, WireError, encode
+from headrace.tasks import end_task, run_beside
+from headrace.wire import Decoder, Message, encode
 
 MODEL = ModelIdentity("keyed", "keyed", 65536)
 NAMESPACE = "fuzz"
+TIERS: tuple[Tier, ...] = ("gateway", "prefill", "decode")
 LEASE_SECONDS = 10.0
 PREFILL_PAGES = 128
 DECODE_PAGES = 256
@@ -57,89 +59,25 @@ ZMTP_SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 MAY_CANCEL = {"changed field", "others' handoffs"}
 """Kinds of messages with good `Cancel`s among them, which a gateway may send."""
 
-Socket = zmq.Socket[bytes]
-
-
-class Member:
-    """One more member of the mesh, made of plain sockets: it can send what a `Mesh` would not."""
-
-    def __init__(self, me: Registered, mailbox: Socket, context: zmq.Context[Socket]) -> None:
-        self.name = f"{me.id}@{me.epoch}"
-        self.answers: Counter[str] = Counter()
-        """By type of message."""
-        self.granted: deque[tuple[str, int, int]] = deque()
-        """(request, attempt, pages) of own handoffs that can be spoiled."""
-        self.waiting: dict[str, int] = {}
-        """Pages of own handoffs that are offered, by request."""
-        self._mailbox = mailbox
-        self._context = context
-        self._decode: Decoder[ToSender] = Decoder(ToSender)
-
-    def line(self, address: str, routing_id: str) -> Socket:
-        """A connection to a mailbox under any name."""
-        line = self._context.socket(zmq.DEALER)
-        line.setsockopt(zmq.LINGER, 0)
-        line.setsockopt(zmq.ROUTING_ID, routing_id.encode())
-        line.connect(address)
-        return line
-
-    def read(self) -> None:
-        """Take what came back."""
-        while self._mailbox.poll(0):
-            frames = self._mailbox.recv_multipart()
-            try:
-                message = self._decode(frames[1])
-            except WireError:
-                continue  # a greeting
-            self.answers[type(message).__name__] += 1
-            if isinstance(message, Grant) and message.request_id in self.waiting:
-                self.granted.append((message.request_id, message.attempt, self.waiting.pop(message.request_id)))
-
-
-@asynccontextmanager
-async def member(url: str, name: str, tier: Tier) -> AsyncIterator[Member]:
-    """A registered one inside the block."""
-    client = connect(url)
-    try:
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as mailbox:
-            mailbox.setsockopt(zmq.LINGER, 0)
-            port = mailbox.bind_to_random_port("tcp://127.0.0.1")
-            me = Registered(
-                id=name,
-                epoch=time.time_ns(),
-                tier=tier,
-                address=f"tcp://127.0.0.1:{port}",
-                version=__version__,
-                model=MODEL.name,
-                model_fingerprint=MODEL.fingerprint,
-                max_model_len=MODEL.max_model_len,
-            )
-            registry = Registry(client, Keys(NAMESPACE), me, LEASE_SECONDS)
-            await registry.join()
-            heartbeat = asyncio.create_task(registry.run())
-            try:
-                yield Member(me, mailbox, context)
-            finally:
-                await end_task(heartbeat)
-                context.destroy(linger=0)
-    finally:
-        await client.aclose()
-
 
 class Rig:
     """The mesh under fuzz, and the honest requests that it serves."""
 
-    def __init__(self, gateway: Node, prefill: Node, decode: Node, seed: int) -> None:
-        self.gateway = BareGateway(gateway)
-        self.prefill = BarePrefill(prefill, PREFILL_PAGES, LEASE_SECONDS, renew_seconds=3600.0)
-        self.decode = BareDecode(decode, DECODE_PAGES)
+    def __init__(self, nodes: dict[Tier, Node], listener: Listener, lines: DataLines, seed: int) -> None:
+        self._prefill_node, self._decode_node = nodes["prefill"], nodes["decode"]
+        self._lines = lines
+        self.gateway = BareGateway(nodes["gateway"])
+        self.prefill = BarePrefill(
+            self._prefill_node, self, PREFILL_PAGES, LEASE_SECONDS, renew_seconds=3600.0, shares_memory=False
+        )
+        self.decode = BareDecode(self._decode_node, listener, DECODE_PAGES)
         self.mutations = Mutations(seed)
         self.answered = 0
         self.stopping = False
-        self._decode_node = decode
-        self._prefill_node = prefill
+        self.data_address = listener.address
         self._random = random.Random(seed)
         self._offers: dict[str, Offer] = {}
+        self._decode: Decoder[Commit | Offer | OnDataLine] = Decoder(Commit | Offer | OnDataLine)
         self.prefill.send = self._send_and_remember
 
     @property
@@ -152,14 +90,25 @@ class Rig:
         """Messages that the receiving side has counted as refused. Two causes are counted in two places."""
         receiver, mesh = self.decode.receiver, self._decode_node.mesh
         by_offer = receiver.refusals.total() - receiver.refusals["invalid"] - receiver.refusals["duplicate"]
-        return mesh.refused + receiver.late + by_offer
+        return mesh.refused + receiver.late + receiver.arrivals.dropped + by_offer
 
-    async def _send_and_remember(self, peer: str, message: Message, payload: tuple[memoryview, ...] = ()) -> None:
-        await self._prefill_node.mesh.send(peer, message, payload)
+    async def _send_and_remember(self, peer: str, message: Message) -> None:
+        await self._prefill_node.mesh.send(peer, message)
         if isinstance(message, Offer):
             self._offers[message.request_id] = message
-        elif isinstance(message, Pages | Commit):
-            self.mutations.saw(message, [bytes(frame) for frame in payload])
+            self.mutations.offered(message)
+        elif isinstance(message, Commit):
+            self.mutations.saw(encode(message))
+
+    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None]) -> None:
+        """See `Lines`: what the honest worker sends is remembered."""
+
+        def remember() -> tuple[bytes, Sequence[memoryview]]:
+            header, payload = make()
+            self.mutations.saw(header, b"".join(payload))
+            return header, payload
+
+        self._lines.submit(peer_id, remember, failed)
 
     async def keep_asking(self, number: int) -> None:
         """One honest request after another. Some share a prefix, so that held pages are used."""
@@ -173,30 +122,45 @@ class Rig:
             number += HONEST_AT_ONCE
 
     async def repeat(self) -> bool:
-        """The honest prefill worker's line delivers something twice. Returns whether there was anything."""
-        item = self.mutations.replay()
-        if item is not None:
-            await self._prefill_node.mesh.send(self._decode_node.id, item[0], item[1])
-        return item is not None
+        """The honest prefill worker's lines deliver something twice. Returns whether there was anything."""
+        frame = self.mutations.replay()
+        if frame is None:
+            return False
+        header, payload = frame
+        message = self._decode(header)
+        if isinstance(message, Commit | Offer):
+            await self._prefill_node.mesh.send(self._decode_node.id, message)
+        else:
+            self._lines.submit(self._decode_node.id, lambda: (header, [memoryview(payload)]), lambda reason: None)
+        return True
 
 
 class Attack:
     """Sends bad messages under all kinds of names."""
 
-    def __init__(self, rig: Rig, insider: Member, other_tier: Member, seed: int) -> None:
+    def __init__(self, rig: Rig, insider: Intruder, other_tier: Intruder, seed: int) -> None:
         self.sent: Counter[str] = Counter()
         """Bad messages by kind."""
         self.insider = insider
         self._rig = rig
         self._random = random.Random(seed)
-        self._lines = {
-            who: [insider.line(rig.address, name) for name in names]
+        self._mailbox_lines = {
+            who: [insider.mailbox_line(rig.address, name) for name in names]
             for who, names in {
                 "insider": [insider.name],
                 "other tier": [other_tier.name],
                 "stranger": ["stranger@1", "insider@1", "\0\1\2"],
             }.items()
         }
+        self._data_lines = {
+            "insider": RawDataLine(rig.data_address, insider.name),
+            "other tier": RawDataLine(rig.data_address, other_tier.name),
+        }
+
+    def close(self) -> None:
+        """Close the data lines."""
+        for line in self._data_lines.values():
+            line.close()
 
     async def run(self, messages: int) -> None:
         """Send so many, in bursts."""
@@ -229,29 +193,39 @@ class Attack:
             await asyncio.sleep(0)
 
     async def _send_one(self) -> None:
-        mutations, chance = self._rig.mutations, self._random.random()
+        kinds, chance = self._rig.mutations.kinds, self._random.random()
         if chance < 0.1 and self.insider.granted:
             await self._spoil()
         elif chance < 0.15 and await self._rig.repeat():
             self.sent["repeated by its own sender"] += 1
+        elif chance < 0.155:
+            await self._break_data_line()
         elif chance < 0.3:
-            kind = self._random.choice(list(mutations.kinds))
-            await self._send("stranger", f"of a stranger: {kind}", mutations.kinds[kind]())
+            kind = self._random.choice(list(kinds))
+            await self._send_by_mail("stranger", kinds[kind]())
+            self.sent[f"of a stranger: {kind}"] += 1
         elif chance < 0.4:
-            kind = self._random.choice([kind for kind in mutations.kinds if kind not in MAY_CANCEL])
-            await self._send("other tier", f"of a gateway: {kind}", mutations.kinds[kind]())
+            kind = self._random.choice([kind for kind in kinds if kind not in MAY_CANCEL])
+            await self._send("other tier", kinds[kind]())
+            self.sent[f"of a gateway: {kind}"] += 1
         else:
-            kind = self._random.choice(list(mutations.kinds))
-            await self._send("insider", kind, mutations.kinds[kind]())
+            kind = self._random.choice(list(kinds))
+            await self._send("insider", kinds[kind]())
+            self.sent[kind] += 1
 
-    async def _spoil(self) -> None:
-        await self._send("insider", "spoiled handoff", self._rig.mutations.spoil(*self.insider.granted.popleft()))
+    async def _send(self, who: str, frame: Frame) -> None:
+        """To the mailbox or over a data line, whether it belongs there or not."""
+        if self._random.random() < 0.5:
+            await self._send_by_mail(who, frame)
+        else:
+            await self._data_lines[who].send(frame)
 
-    async def _send(self, who: str, kind: str, frames: Frames) -> None:
-        await self._put(self._random.choice(self._lines[who]), frames)
-        self.sent[kind] += 1
+    async def _send_by_mail(self, who: str, frame: Frame) -> None:
+        header, payload = frame
+        has_payload = self._random.random() < 0.05
+        await self._put(self._random.choice(self._mailbox_lines[who]), [header, payload] if has_payload else [header])
 
-    async def _put(self, line: Socket, frames: Frames) -> None:
+    async def _put(self, line: Socket, frames: list[bytes]) -> None:
         while True:
             try:
                 line.send_multipart(frames, zmq.NOBLOCK)
@@ -259,12 +233,45 @@ class Attack:
             except zmq.Again:
                 await asyncio.sleep(0.001)
 
+    async def _spoil(self) -> None:
+        """Let an own handoff go wrong."""
+        handoff = self.insider.granted.popleft()
+        if self._random.random() < 0.05:
+            await self._cut_off(handoff[0], handoff[1])
+            self.sent["data line cut off inside pages"] += 1
+            return
+        header, payload, is_mail = self._rig.mutations.spoil(*handoff)
+        if is_mail:
+            await self._put(self._mailbox_lines["insider"][0], [header])
+        else:
+            await self._data_lines["insider"].send((header, payload))
+        self.sent["spoiled handoff"] += 1
+
+    async def _cut_off(self, request_id: str, attempt: int) -> None:
+        payload = bytes(PAGE_BYTES)
+        header = encode(self._rig.mutations.pages(request_id, attempt, payload))
+        line = RawDataLine(self._rig.data_address, self.insider.name)
+        await line.send((header, payload), leave_out=self._random.randrange(1, PAGE_BYTES))
+        line.close()
+
+    async def _break_data_line(self) -> None:
+        """A stranger's, or what is no frame on a member's."""
+        if self._random.random() < 0.5:
+            line = RawDataLine(self._rig.data_address, "stranger@1")
+            await line.send(self._rig.mutations.kinds["replayed"]())
+            self.sent["data line of a stranger"] += 1
+        else:
+            line = RawDataLine(self._rig.data_address, self.insider.name)
+            await line.send_raw(self._random.randbytes(PREAMBLE.size))
+            self.sent["data line without frames"] += 1
+        line.close()
+
     async def _open_handoffs(self) -> None:
         while len(self.insider.granted) + len(self.insider.waiting) < OPEN_HANDOFFS:
             number = self._random.getrandbits(64)
             offer = self._rig.mutations.offer(f"insider-{number}", 0, self._random.randrange(1, 4 * PAGE_SIZE))
             self.insider.waiting[offer.request_id] = -(-len(offer.token_ids) // PAGE_SIZE)
-            await self._put(self._lines["insider"][0], [encode(offer)])
+            await self._put(self._mailbox_lines["insider"][0], [encode(offer)])
 
     def _junk(self) -> None:
         """What is not even ZeroMQ, but for its first bytes (without them it might be ZMTP 1.0, and a message)."""
@@ -298,24 +305,22 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
     """Send so many bad messages. What breaks a worker ends this with its exception."""
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(private_redis(folder))
-
-        async def node(tier: Tier) -> Node:
+        listener = await stack.enter_async_context(data_listener("127.0.0.1", None))
+        nodes = {}
+        for tier in TIERS:
             settings = Settings(redis=url, namespace=NAMESPACE, worker_id=tier, lease_seconds=LEASE_SECONDS)
-            return await stack.enter_async_context(join_mesh(settings, tier, MODEL))
-
-        rig = Rig(await node("gateway"), await node("prefill"), await node("decode"), seed)
-        insider = await stack.enter_async_context(member(url, "insider", "prefill"))
-        other_tier = await stack.enter_async_context(member(url, "other-tier", "gateway"))
-        attack = Attack(rig, insider, other_tier, seed)
+            address = listener.address if tier == "decode" else ""
+            nodes[tier] = await stack.enter_async_context(join_mesh(settings, tier, MODEL, address))
+        lines = await stack.enter_async_context(DataLines(nodes["prefill"].registry, None))
+        keys = Keys(NAMESPACE)
+        insider = await stack.enter_async_context(intruder(url, keys, "insider", "prefill", MODEL, LEASE_SECONDS))
+        other_tier = await stack.enter_async_context(intruder(url, keys, "other-tier", "gateway", MODEL, LEASE_SECONDS))
+        rig = Rig(nodes, listener, lines, seed)
+        attack = stack.enter_context(closing(Attack(rig, insider, other_tier, seed)))
         started = time.monotonic()
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(part.run()) for part in (rig.gateway, rig.prefill, rig.decode)]
-            asking = [group.create_task(rig.keep_asking(first)) for first in range(HONEST_AT_ONCE)]
-            await attack.run(messages)
-            rig.stopping = True
-            await asyncio.gather(*asking)
-            await attack.finish()
-            await asyncio.gather(*[end_task(task) for task in running])
+        await run_beside(
+            _attack_and_ask(rig, attack, messages), [part.run() for part in (rig.gateway, rig.prefill, rig.decode)]
+        )
         rig.decode.check_integrity()
         return Findings(
             sent=attack.sent,
@@ -327,6 +332,18 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
             accepted=rig.decode.received - rig.answered + insider.answers["Ack"] + insider.answers["Credit"],
             pages_in_use=rig.decode.pool.num_in_use + rig.prefill.pool.num_in_use,
         )
+
+
+async def _attack_and_ask(rig: Rig, attack: Attack, messages: int) -> None:
+    asking = [asyncio.create_task(rig.keep_asking(first)) for first in range(HONEST_AT_ONCE)]
+    try:
+        await attack.run(messages)
+        rig.stopping = True
+        await asyncio.gather(*asking)
+        await attack.finish()
+    finally:
+        for task in asking:
+            await end_task(task)
 
 
 def figures(findings: Findings, messages: int) -> list[Figure]:

@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 import xxhash
 
-from headrace.kvtransfer.messages import Abort, Commit, Offer, Pages, Renew, ToReceiver
+from headrace.kvtransfer.messages import Abort, Commit, Offer, OnDataLine, Pages, PagesInPlace, Renew, ToReceiver
 from headrace.loadtest.keyed_kv import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, VOCABULARY
 from headrace.messages.control import Cancel
 from headrace.messages.request import SamplingParams
-from headrace.wire import WIRE_VERSION, Decoder, Message, WireError, encode, seal
+from headrace.wire import HEAD_BYTES, WIRE_VERSION, Decoder, Message, WireError, encode, seal
 
-Frames = list[bytes]
+Frame = tuple[bytes, bytes]
+"""Header and payload."""
 Key = tuple[str, int]
 
 VALUES: list[Any] = [
@@ -34,11 +35,12 @@ class Mutations:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
-        self._seen: deque[tuple[Message, Frames]] = deque(maxlen=SEEN)
-        self._over: deque[tuple[Message, Frames]] = deque(maxlen=SEEN)
+        self._decode: Decoder[ToReceiver | OnDataLine | Cancel] = Decoder(ToReceiver | OnDataLine | Cancel)
+        self._seen: deque[Frame] = deque(maxlen=SEEN)
+        self._over: deque[Frame] = deque(maxlen=SEEN)
+        self._keys: deque[Key] = deque(maxlen=SEEN)
         self._numbers = 0
-        self.kinds: dict[str, Callable[[], Frames]] = {
+        self.kinds: dict[str, Callable[[], Frame]] = {
             "random bytes": self._random_bytes,
             "unknown version": self._unknown_version,
             "truncated": self._truncated,
@@ -49,38 +51,46 @@ class Mutations:
             "replayed": self._replayed,
         }
 
-    def saw(self, message: Message, payload: Frames) -> None:
-        """An honest worker sent this."""
-        self._seen.append((message, payload))
+    def offered(self, offer: Offer) -> None:
+        """An honest worker has offered this."""
+        self._keys.append((offer.request_id, offer.attempt))
+
+    def saw(self, header: bytes, payload: bytes = b"") -> None:
+        """An honest worker has sent this, which is no Offer."""
+        self._seen.append((header, payload))
 
     def is_over(self, offer: Offer) -> None:
         """The handoff of this offer has ended: offering it again is a replay."""
-        self._over.append((offer, []))
+        self._over.append((encode(offer), b""))
 
     def _key(self) -> Key:
         """Of an honest worker's handoff, or of none."""
-        if self._seen and self.random.random() < 0.7:
-            message: Any = self.random.choice(self._seen)[0]
-            if not isinstance(message, Renew):
-                return message.request_id, message.attempt
+        if self._keys and self.random.random() < 0.7:
+            return self.random.choice(self._keys)
         self._numbers += 1
         return f"unknown-{self._numbers}", self.random.randrange(3)
 
-    def _good(self) -> tuple[Message, Frames]:
+    def _good(self) -> tuple[Message, bytes]:
         """A message that would be right if it came from the right worker at the right time."""
         request_id, attempt = self._key()
         key: dict[str, Any] = {"request_id": request_id, "attempt": attempt}
-        payload = self.random.randbytes(PAGE_BYTES)
-        kind = self.random.randrange(6)
-        if kind == 0:
-            return self.offer(request_id, attempt, self.random.randrange(1, 4 * PAGE_SIZE)), []
-        if kind == 1:
-            return self.pages(request_id, attempt), [payload]
-        if kind == 2:
-            return Commit(**key, sequence=self.random.randrange(9), token_id=3, logprobs=None), []
-        if kind == 3:
-            return Renew(handoffs=[(request_id, attempt, self.random.randrange(9))]), []
-        return (Abort(**key, cause="cancelled") if kind == 4 else Cancel(**key)), []
+        number = self.random.randrange(9)
+        match self.random.randrange(7):
+            case 0:
+                return self.offer(request_id, attempt, self.random.randrange(1, 4 * PAGE_SIZE)), b""
+            case 1:
+                payload = self.random.randbytes(PAGE_BYTES)
+                return self.pages(request_id, attempt, payload), payload
+            case 2:
+                return PagesInPlace(**key, sequence=number, layer=0, first_page=0, blocks=[number]), b""
+            case 3:
+                return Commit(**key, sequence=number, token_id=3, logprobs=None), b""
+            case 4:
+                return Renew(handoffs=[(request_id, attempt, number)]), b""
+            case 5:
+                return Abort(**key, cause="cancelled"), b""
+            case _:
+                return Cancel(**key), b""
 
     def offer(self, request_id: str, attempt: int, num_tokens: int) -> Offer:
         """A good one, of random tokens."""
@@ -102,31 +112,32 @@ class Mutations:
         fields["checksum"] = xxhash.xxh3_64_digest(payload)
         return Pages(request_id=request_id, attempt=attempt, **(fields | changes))
 
-    def _random_bytes(self) -> Frames:
+    def _random_bytes(self) -> Frame:
         data = self.random.randbytes(self.random.randrange(1, 200))
         header = self.random.choice([data, bytes([WIRE_VERSION]) + data, seal(data)])
-        return [header, *(self.random.randbytes(self.random.randrange(600)) for _ in range(self.random.randrange(3)))]
+        return header, self.random.randbytes(self.random.choice([0, 1, 600]))
 
-    def _unknown_version(self) -> Frames:
+    def _unknown_version(self) -> Frame:
         message, payload = self._good()
         header = bytearray(encode(message))
         header[0] = (WIRE_VERSION + self.random.randrange(1, 256)) % 256
-        return [bytes(header), *payload]
+        return bytes(header), payload
 
-    def _truncated(self) -> Frames:
+    def _truncated(self) -> Frame:
         message, payload = self._good()
-        body = encode(message)[9:]
+        header = encode(message)
+        body = header[HEAD_BYTES:]
         cut = seal(body[: self.random.randrange(len(body))])
-        return [self.random.choice([cut, encode(message)[: self.random.randrange(1, 9 + len(body))]]), *payload]
+        return self.random.choice([cut, header[: self.random.randrange(1, len(header))]]), payload
 
-    def _flipped_bit(self) -> Frames:
+    def _flipped_bit(self) -> Frame:
         message, payload = self._good()
         header = bytearray(encode(message))
         bit = self.random.randrange(8 * len(header))
         header[bit // 8] ^= 1 << bit % 8
-        return [bytes(header), *payload]
+        return bytes(header), payload
 
-    def _changed_field(self) -> Frames:
+    def _changed_field(self) -> Frame:
         """One field, at any depth, is changed, missing, or one too many; what is still good stays out."""
         while True:
             message, payload = self._good()
@@ -141,7 +152,7 @@ class Mutations:
                 parent[name] = self.random.choice(VALUES)
             header = seal(msgspec.msgpack.encode(plain))
             if not self._might_be_good(header):
-                return [header, *payload]
+                return header, payload
 
     def _might_be_good(self, header: bytes) -> bool:
         """So is a well-formed offer of a registered worker, whatever was changed, and a Renew of nothing."""
@@ -151,7 +162,7 @@ class Mutations:
             return False
         return isinstance(message, Offer) or message == Renew(handoffs=[])
 
-    def _unusable_offer(self) -> Frames:
+    def _unusable_offer(self) -> Frame:
         self._numbers += 1
         offer = self.offer(f"unusable-{self._numbers}", 0, self.random.randrange(1, 20))
         field = self.random.choice([*LAYOUT.__struct_fields__, "token", "generated", "length"])
@@ -165,60 +176,58 @@ class Mutations:
             old = getattr(LAYOUT, field)
             new = "other" if isinstance(old, str) else self.random.choice([0, old - 1, old ^ 8])
             offer = msgspec.structs.replace(offer, layout=msgspec.structs.replace(LAYOUT, **{field: new}))
-        return [encode(offer)]
+        return encode(offer), b""
 
-    def _others_handoff(self) -> Frames:
+    def _others_handoff(self) -> Frame:
         """Pages, commits, aborts and renewals of handoffs that are not this sender's."""
         while True:
             message, payload = self._good()
             if not isinstance(message, Offer):
-                return [encode(message), *payload]
+                return encode(message), payload
 
-    def _replayed(self) -> Frames:
+    def _replayed(self) -> Frame:
         """What an honest worker sent, byte for byte."""
-        messages = [m for m in (self._any(self._seen), self._any(self._over)) if m is not None]
-        if not messages:
-            return self._random_bytes()
-        message, payload = self.random.choice(messages)
-        return [encode(message), *payload]
+        return self.replay() or self._random_bytes()
 
-    def _any(self, messages: deque[tuple[Message, Frames]]) -> tuple[Message, Frames] | None:
-        return self.random.choice(messages) if messages else None
+    def replay(self) -> Frame | None:
+        """What an honest worker sent, should it have sent anything yet."""
+        frames = self.random.choice([self._seen, self._over])
+        return self.random.choice(frames) if frames else None
 
-    def replay(self) -> tuple[Message, Frames] | None:
-        """What an honest worker may send once more by mistake."""
-        return self._any(self.random.choice([self._seen, self._over]))
+    def spoil(self, request_id: str, attempt: int, num_pages: int) -> tuple[bytes, bytes, bool]:
+        """The next message of an open handoff of this sender, which has sent nothing yet, with one thing wrong.
 
-    def spoil(self, request_id: str, attempt: int, num_pages: int) -> Frames:
-        """The next message of an open handoff of this sender, which has sent nothing yet, with one thing wrong."""
+        Returns header, payload, and whether it goes to the mailbox.
+        """
         good = self.random.randbytes(PAGE_BYTES)
-        payloads = [good]
+        payload = good
         changes: dict[str, Any] = {}
-        match self.random.randrange(10):
+        match self.random.randrange(9):
             case 0:
-                changes["sequence"] = self.random.choice([1, 2, 2**31 - 1])
-            case 1:
                 changes["layer"] = self.random.choice([NUM_LAYERS, 2**31 - 1])
+            case 1:
+                changes["first_page"] = self.random.choice([num_pages, 2**31 - 1])
             case 2:
-                changes["first_page"] = self.random.choice([1, num_pages, 2**31 - 1])
-            case 3:
                 changes["num_pages"] = self.random.choice([num_pages + 1, 2**31 - 1])
-            case 4:
+            case 3:
                 changes["checksum"] = self.random.randbytes(8)
+            case 4:
+                payload = self.random.choice([b"", good[:-1], good + b"\0", good * 2, bytes(2**20)])
             case 5:
-                payloads = []
+                token, sequence = self.random.choice([(VOCABULARY, 9), (5, 0)])
+                key: dict[str, Any] = {"request_id": request_id, "attempt": attempt}
+                return encode(Commit(**key, sequence=sequence, token_id=token, logprobs=None)), b"", True
             case 6:
-                payloads = [good, b""]
-            case 7:
-                payloads = [good[: self.random.randrange(PAGE_BYTES)]]
-            case 8:
-                payloads = [good + bytes(self.random.choice([1, PAGE_BYTES, 2**20]))]
-            case 9:
-                token = self.random.choice([5, VOCABULARY])
-                sequence = self.random.choice([0, NUM_LAYERS])
-                commit = Commit(
-                    request_id=request_id, attempt=attempt, sequence=sequence, token_id=token, logprobs=None
+                in_place = PagesInPlace(
+                    request_id=request_id, attempt=attempt, sequence=0, layer=0, first_page=0, blocks=[0]
                 )
-                return [encode(commit)]
-        data = payloads[0] if payloads else b""
-        return [encode(self.pages(request_id, attempt, data, **changes)), *payloads]
+                return encode(in_place), self.random.choice([b"", good]), False
+            case 7:
+                data = bytearray(good)
+                data[self.random.randrange(PAGE_BYTES)] ^= 1 << self.random.randrange(8)
+                payload = bytes(data)
+            case 8:
+                changes["sequence"] = 2**31 - 1
+                changes["checksum"] = bytes(8)
+        header = encode(self.pages(request_id, attempt, good, **changes))
+        return header, payload, False
