@@ -44,12 +44,10 @@ class DeviceSampler:
         filtered = [p for p in drawn if p.top_k or p.top_p < 1 or p.min_p > 0]
         self._rows = SampleRows(
             **{name: columns[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
+            penalties=_penalties(penalized, columns),
+            changes=LogitChanges(columns["starts"], columns["tokens"], columns["values"], columns["until"]),
             any_drawn=bool(drawn),
             any_filtered=bool(filtered),
-            penalties=_penalties(penalized, columns) if penalized else None,
-            changes=LogitChanges(*(columns[name] for name in ("starts", "tokens", "values", "until")))
-            if any(changes)
-            else None,
         )
         self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=bool(filtered), part=part)
 
@@ -69,23 +67,24 @@ def _changes(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, int]]:
 
 
 def _penalties(rows: list[SamplingRow], columns: dict[str, torch.Tensor]) -> Penalties:
-    counts = torch.stack([row.counts for row in rows if row.counts is not None])
-    in_prompt = torch.stack([row.in_prompt for row in rows if row.in_prompt is not None])
+    like = columns["place"]
+    counts = torch.stack([row.counts for row in rows if row.counts is not None]) if rows else like.new_empty(0).int()
+    in_prompt = torch.stack([row.in_prompt for row in rows if row.in_prompt is not None]) if rows else counts.bool()
     for index, row in enumerate(rows):  # counted in place from now on
         row.counts = counts[index]
-    place, presence, frequency, repetition = (
-        columns[name] for name in ("place", "presence", "frequency", "repetition")
+    return Penalties(
+        like, columns["presence"], columns["frequency"], columns["repetition"], counts, in_prompt.view(torch.uint8)
     )
-    return Penalties(place, presence, frequency, repetition, counts, in_prompt)
 
 
 def _to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Arrays of 8-byte numbers by way of one pinned buffer."""
-    joined = torch.from_numpy(np.concatenate([array.view(np.int64) for array in arrays.values()]))
+    """Arrays of 8-byte numbers by way of one pinned buffer; each starts at a multiple of 16 bytes, as kernels like."""
+    padded = [np.concatenate((array.view(np.int64), np.zeros(len(array) % 2, np.int64))) for array in arrays.values()]
+    joined = torch.from_numpy(np.concatenate(padded))
     there = joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
     columns, first = {}, 0
     for name, array in arrays.items():
         column = there[first : first + len(array)]
         columns[name] = column.view(torch.float64) if array.dtype == np.float64 else column
-        first += len(array)
+        first += len(array) + len(array) % 2
     return columns

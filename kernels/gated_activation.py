@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import tl, triton
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -29,26 +30,28 @@ def _launch(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     if rows > 0:
-        _gated_activation_kernel[(rows, triton.cdiv(size, BLOCK))](
-            gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=BLOCK, IS_SILU=activation == "silu", num_warps=4
-        )
+        constants = (gate_up.stride(0), size, BLOCK, activation == "silu")
+        _launch_gated_activation((rows, -(-size // BLOCK), 1), (gate_up, out), constants, num_warps=4)
     return out
 
 
 @triton.jit
 def _gated_activation_kernel(
-    gate_up_ptr, out_ptr, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_SILU: tl.constexpr
+    gate_up_ptr, out_ptr, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_SILU: tl.constexpr
 ):  # fmt: skip
     """A block of one row, in float32."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < SIZE
     # all loads below are of what the kernel ahead has made
-    gate = tl.load(gate_up_ptr + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * stride + SIZE + column, mask=there, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + row * STRIDE + column, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * STRIDE + SIZE + column, mask=there, other=0.0).to(tl.float32)
     if IS_SILU:
         activated = gate * tl.sigmoid(gate)
     else:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
         activated = gate * tl.sigmoid(2.0 * inner)  # tanh(z) = 2 sigmoid(2 z) - 1
     tl.store(out_ptr + row * SIZE + column, (activated * up).to(out_ptr.dtype.element_ty), mask=there)
+
+
+_launch_gated_activation = Launcher(_gated_activation_kernel)

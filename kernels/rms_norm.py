@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from headrace.kernels.launch import power_of_two
+from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import tl, triton
 
 
@@ -29,22 +30,24 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     size = x.shape[-1]
-    rows = x.reshape(-1, size)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
+    rows = x if x.dim() == 2 else x.reshape(-1, size)
     padded = power_of_two(size)
-    _rms_norm_kernel[(rows.shape[0],)](
-        rows, residual, weight, out, rows.stride(0), size if residual is None else residual.stride(-2), eps,
-        SIZE=size, SIZE_PADDED=padded, num_warps=min(max(padded // 512, 1), 16),
-    )  # fmt: skip
+    _launch_rms_norm(
+        (rows.shape[0], 1, 1),
+        (rows, residual, weight, out, eps),
+        (rows.stride(0), 0 if residual is None else residual.stride(-2), size, padded),
+        num_warps=min(max(padded // 512, 1), 16),
+    )
     return out
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, eps,
-    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps,
+    X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
 ):  # fmt: skip
     """One row; every product is rounded where the reference rounds it."""
     row = tl.program_id(0).to(tl.int64)
@@ -52,9 +55,9 @@ def _rms_norm_kernel(
     there = column < SIZE
     weight = tl.load(weight_ptr + column, mask=there, other=0.0)
     # all loads below are of what the kernel ahead has made
-    x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0)
+    x = tl.load(x_ptr + row * X_STRIDE + column, mask=there, other=0.0)
     if residual_ptr is not None:
-        at = residual_ptr + row * residual_stride + column
+        at = residual_ptr + row * RESIDUAL_STRIDE + column
         total = x.to(tl.float32) + tl.load(at, mask=there, other=0.0).to(tl.float32)
         x = total.to(residual_ptr.dtype.element_ty)
         tl.store(at, x, mask=there)
@@ -62,3 +65,6 @@ def _rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
     tl.store(out_ptr + row * SIZE + column, normed.to(weight.dtype).to(out_ptr.dtype.element_ty), mask=there)
+
+
+_launch_rms_norm = Launcher(_rms_norm_kernel)

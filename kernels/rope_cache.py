@@ -10,6 +10,7 @@ import torch
 
 from headrace.kernels.cache_write import write_cache
 from headrace.kernels.launch import power_of_two
+from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import tl, triton
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rope import RopeTables
@@ -106,13 +107,18 @@ def _launch(
         return queries
     block = 8 if tokens < MANY_TOKENS else 16
     rest = head_dim - 2 * rotary_half
-    _rope_cache_kernel[(tokens, triton.cdiv(all_heads, block))](
-        qkv, positions, rope.cos, rope.sin, norms[0] if norms else None, norms[1] if norms else None, queries,
-        layer_pages, slot_pages, slot_offsets, qkv.stride(0), layer_pages.stride(0), eps,
-        1 / cache_scales[0], 1 / cache_scales[1],
-        HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, HALF=rotary_half, HALF_PADDED=power_of_two(rotary_half),
-        REST=rest, REST_PADDED=power_of_two(max(rest, 1)), PAGE=page_size, BLOCK=block, KEEP_KEYS=keep_keys,
-        FLOAT8=layer_pages.dtype.itemsize == 1, MAX=FLOAT8_MAX, num_warps=4,
+    q_norm, k_norm = norms if norms is not None else (None, None)
+    _launch_rope_cache(
+        (tokens, -(-all_heads // block), 1),
+        (
+            qkv, positions, rope.cos, rope.sin, q_norm, k_norm, queries, layer_pages, slot_pages, slot_offsets, eps,
+            1 / cache_scales[0], 1 / cache_scales[1],
+        ),
+        (
+            qkv.stride(0), layer_pages.stride(0), heads, kv_heads, head_dim, rotary_half, power_of_two(rotary_half),
+            rest, power_of_two(max(rest, 1)), page_size, block, keep_keys, layer_pages.dtype.itemsize == 1, FLOAT8_MAX,
+        ),
+        num_warps=4,
     )  # fmt: skip
     return queries
 
@@ -141,10 +147,10 @@ def _weights(q_norm_ptr, k_norm_ptr, is_query, d, mask):
 @triton.jit
 def _rope_cache_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, queries_ptr, pages_ptr, slot_pages_ptr,
-    slot_offsets_ptr, qkv_stride, page_stride, eps, inverse_key_scale, inverse_value_scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
-    REST: tl.constexpr, REST_PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr,
-    FLOAT8: tl.constexpr, MAX: tl.constexpr,
+    slot_offsets_ptr, eps, inverse_key_scale, inverse_value_scale,
+    QKV_STRIDE: tl.constexpr, PAGE_STRIDE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr, FLOAT8: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """BLOCK heads of one token; a head is its first and second rotated half, and the rest."""
     token = tl.program_id(0).to(tl.int64)
@@ -163,7 +169,7 @@ def _rope_cache_kernel(
     cos = tl.load(cos_ptr + position * HALF + h, mask=in_half, other=1.0)
     sin = tl.load(sin_ptr + position * HALF + h, mask=in_half, other=0.0)
     # all loads below are of what the kernel ahead has made
-    source = qkv_ptr + token * qkv_stride + head * DIM
+    source = qkv_ptr + token * QKV_STRIDE + head * DIM
     first = tl.load(source + h, mask=exists & in_half, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + h, mask=exists & in_half, other=0.0).to(tl.float32)
     if REST > 0:
@@ -184,7 +190,7 @@ def _rope_cache_kernel(
     turned_second = tl.where(is_value, second, second * cos + first * sin)
     q_out = queries_ptr + token * (HEADS * DIM) + head * DIM
     which = tl.where(is_key, 0, 1)
-    page_out = pages_ptr + page * page_stride + ((which * KV_HEADS + kv_head) * PAGE + offset) * DIM
+    page_out = pages_ptr + page * PAGE_STRIDE + ((which * KV_HEADS + kv_head) * PAGE + offset) * DIM
     inverse_scale = tl.where(is_key, inverse_key_scale, inverse_value_scale)
     is_cached = page + head * 0 >= 0  # a tile: the interpreter makes an integer of a lone truth value
     _store(turned_first, h, in_half, is_query, is_key, is_value, q_out, source, page_out, inverse_scale, is_cached,
@@ -194,3 +200,6 @@ def _rope_cache_kernel(
     if REST > 0:
         _store(rest, 2 * HALF + r, r < REST, is_query, is_key, is_value, q_out, source, page_out, inverse_scale,
                is_cached, KEEP_KEYS, FLOAT8, MAX)  # fmt: skip
+
+
+_launch_rope_cache = Launcher(_rope_cache_kernel)

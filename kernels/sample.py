@@ -13,10 +13,12 @@ likelihood, equal ones in vocabulary order: temperature, min-p, top-k, top-p, ea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from headrace.kernels.launch import power_of_two
+from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import tl, triton
 
 PART = 4096
@@ -42,15 +44,14 @@ class SampleRows:
     """[R] float64; 0 keeps all."""
     seed: torch.Tensor
     """[R] int64."""
+    penalties: Penalties
+    changes: LogitChanges
     any_drawn: bool
     any_filtered: bool
-    penalties: Penalties | None
-    changes: LogitChanges | None
 
 
-@dataclass(frozen=True)
-class Penalties:
-    """Of the P rows that have some."""
+class Penalties(NamedTuple):
+    """Of the P rows that have some; all tensors but `row` are empty where no row has."""
 
     row: torch.Tensor
     """[R] int64: where in the following tensors; -1: nowhere."""
@@ -61,11 +62,10 @@ class Penalties:
     counts: torch.Tensor
     """[P, V] int32: how often each token is in the output; sampled tokens are counted here."""
     in_prompt: torch.Tensor
-    """[P, V] bool."""
+    """[P, V] uint8: 1 for tokens of the prompt."""
 
 
-@dataclass(frozen=True)
-class LogitChanges:
+class LogitChanges(NamedTuple):
     """What is added to single logits, row after row: biases, and minus infinity for tokens that are forbidden."""
 
     starts: torch.Tensor
@@ -105,53 +105,46 @@ def sample(logits: torch.Tensor, positions: torch.Tensor, rows: SampleRows, work
     """
     count, vocab_size = logits.shape
     out = torch.empty(count, dtype=torch.int64, device=logits.device)
-    space, penalties, changes = workspace, rows.penalties, rows.changes
-    parts = space.num_parts
-    inputs = (
-        logits, positions, logits.stride(0), vocab_size,
-        rows.temperature, rows.top_k, rows.top_p, rows.min_p,
-        penalties and penalties.row, penalties and penalties.presence, penalties and penalties.frequency,
-        penalties and penalties.repetition, penalties and penalties.counts,
-        penalties and penalties.in_prompt.view(torch.uint8),
-        changes and changes.starts, changes and changes.tokens, changes and changes.values, changes and changes.until,
+    space, parts = workspace, workspace.num_parts
+    arguments = (
+        logits, positions, rows.temperature, rows.top_k, rows.top_p, rows.min_p, *rows.penalties, *rows.changes,
         space.highest, space.best, space.sums, space.counts_above, space.sums_above,
         space.num_candidates, space.weights, space.tokens,
     )  # fmt: skip
-    sizes = {
-        "PART": space.part, "PARTS": parts, "PARTS_PADDED": power_of_two(parts), "LEVELS": LEVELS,
-        "CAPACITY": space.tokens.shape[1], "DRAWN": rows.any_drawn, "FILTERED": rows.any_filtered,
-    }  # fmt: skip
-    _scan_kernel[(count, parts)](*inputs, **sizes, num_warps=8)
+    constants = (
+        logits.stride(0), vocab_size, space.part, parts, power_of_two(parts), LEVELS, min(CANDIDATES, vocab_size),
+        rows.any_drawn,
+    )  # fmt: skip
+    _launch_scan((count, parts, 1), arguments, constants, num_warps=8)
     if rows.any_filtered:
-        _collect_kernel[(count, parts)](*inputs, **sizes, num_warps=8)
-    _finish_kernel[(count,)](*inputs, rows.seed, out, **sizes, BLOCK=SEARCH_BLOCK, num_warps=16)
+        _launch_collect((count, parts, 1), arguments, constants, num_warps=8)
+    _launch_finish((count, 1, 1), (*arguments, rows.seed, out), (*constants, SEARCH_BLOCK), num_warps=16)
     return out
 
 
 @triton.jit
 def _changed_logits(
-    logits_ptr, row, token, position, stride, vocab, penalty_row_ptr, presence_ptr, frequency_ptr, repetition_ptr,
+    logits_ptr, row, token, position, penalty_row_ptr, presence_ptr, frequency_ptr, repetition_ptr,
     counts_ptr, in_prompt_ptr, starts_ptr, change_tokens_ptr, change_values_ptr, until_ptr,
+    STRIDE: tl.constexpr, VOCAB: tl.constexpr,
 ):  # fmt: skip
     """Logits of tokens of one row after penalties, biases and bans, float32; minus infinity past the vocabulary."""
-    there = token < vocab
-    x = tl.load(logits_ptr + row.to(tl.int64) * stride + token, mask=there, other=float("-inf")).to(tl.float32)
-    if penalty_row_ptr is not None:
-        place = tl.load(penalty_row_ptr + row)
-        if place >= 0:
-            count = tl.load(counts_ptr + place * vocab + token, mask=there, other=0)
-            prompted = tl.load(in_prompt_ptr + place * vocab + token, mask=there, other=0)
-            repetition = tl.load(repetition_ptr + place).to(tl.float32)
-            factor = tl.where((prompted != 0) | (count > 0), repetition, 1.0)
-            x = tl.where(x > 0, x / factor, x * factor)
-            frequency = tl.load(frequency_ptr + place).to(tl.float32)
-            presence = tl.load(presence_ptr + place).to(tl.float32)
-            x -= frequency * count.to(tl.float32) + tl.where(count > 0, presence, 0.0)
-    if starts_ptr is not None:
-        for change in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
-            applies = position < tl.load(until_ptr + change)
-            value = tl.where(applies, tl.load(change_values_ptr + change), 0.0).to(tl.float32)
-            x = tl.where(token == tl.load(change_tokens_ptr + change), x + value, x)
+    there = token < VOCAB
+    x = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + token, mask=there, other=float("-inf")).to(tl.float32)
+    place = tl.load(penalty_row_ptr + row)
+    if place >= 0:
+        count = tl.load(counts_ptr + place * VOCAB + token, mask=there, other=0)
+        prompted = tl.load(in_prompt_ptr + place * VOCAB + token, mask=there, other=0)
+        repetition = tl.load(repetition_ptr + place).to(tl.float32)
+        factor = tl.where((prompted != 0) | (count > 0), repetition, 1.0)
+        x = tl.where(x > 0, x / factor, x * factor)
+        frequency = tl.load(frequency_ptr + place).to(tl.float32)
+        presence = tl.load(presence_ptr + place).to(tl.float32)
+        x -= frequency * count.to(tl.float32) + tl.where(count > 0, presence, 0.0)
+    for change in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
+        applies = position < tl.load(until_ptr + change)
+        value = tl.where(applies, tl.load(change_values_ptr + change), 0.0).to(tl.float32)
+        x = tl.where(token == tl.load(change_tokens_ptr + change), x + value, x)
     return x
 
 
@@ -167,12 +160,12 @@ def _filters(top_k_ptr, top_p_ptr, min_p_ptr, temperature, row):
 
 @triton.jit
 def _scan_kernel(
-    logits_ptr, positions_ptr, stride, vocab, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     penalty_row_ptr, presence_ptr, frequency_ptr, repetition_ptr, counts_ptr, in_prompt_ptr,
     starts_ptr, change_tokens_ptr, change_values_ptr, until_ptr,
     highest_ptr, best_ptr, sums_ptr, counts_above_ptr, sums_above_ptr, num_candidates_ptr, weights_ptr, tokens_ptr,
-    PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, LEVELS: tl.constexpr, CAPACITY: tl.constexpr,
-    DRAWN: tl.constexpr, FILTERED: tl.constexpr,
+    STRIDE: tl.constexpr, VOCAB: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+    LEVELS: tl.constexpr, CAPACITY: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """One part of one row: its maximum and, where the row is drawn, the sum of its weights beside that maximum's."""
     row = tl.program_id(0)
@@ -181,26 +174,25 @@ def _scan_kernel(
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     # all loads below are of what the kernel ahead has made
     x = _changed_logits(
-        logits_ptr, row, token, tl.load(positions_ptr + row), stride, vocab, penalty_row_ptr, presence_ptr,
+        logits_ptr, row, token, tl.load(positions_ptr + row), penalty_row_ptr, presence_ptr,
         frequency_ptr, repetition_ptr, counts_ptr, in_prompt_ptr, starts_ptr, change_tokens_ptr, change_values_ptr,
-        until_ptr,
+        until_ptr, STRIDE, VOCAB,
     )  # fmt: skip
     highest = tl.max(x, 0)
     tl.store(highest_ptr + cell, highest)
-    tl.store(best_ptr + cell, tl.min(tl.where(x == highest, token, vocab - 1), 0))
+    tl.store(best_ptr + cell, tl.min(tl.where(x == highest, token, VOCAB - 1), 0))
     if DRAWN:
         if temperature > 0:
             y = x / temperature
             top = highest / temperature
             weight = tl.exp(y - tl.where(top > float("-inf"), top, 0.0))
             tl.store(sums_ptr + cell, tl.sum(weight.to(tl.float64), 0))
-            if FILTERED:
-                _, _, _, is_filtered = _filters(top_k_ptr, top_p_ptr, min_p_ptr, temperature, row)
-                if is_filtered:
-                    for level in range(LEVELS):
-                        above = y >= tl.floor(top) - level
-                        tl.store(counts_above_ptr + cell * LEVELS + level, tl.sum(above.to(tl.int32), 0))
-                        tl.store(sums_above_ptr + cell * LEVELS + level, tl.sum(tl.where(above, weight, 0.0), 0))
+            _, _, _, is_filtered = _filters(top_k_ptr, top_p_ptr, min_p_ptr, temperature, row)
+            if is_filtered:
+                for level in range(LEVELS):
+                    above = y >= tl.floor(top) - level
+                    tl.store(counts_above_ptr + cell * LEVELS + level, tl.sum(above.to(tl.int32), 0))
+                    tl.store(sums_above_ptr + cell * LEVELS + level, tl.sum(tl.where(above, weight, 0.0), 0))
 
 
 @triton.jit
@@ -215,12 +207,12 @@ def _parts_of_row(highest_ptr, sums_ptr, row, temperature, PARTS: tl.constexpr, 
 
 @triton.jit
 def _collect_kernel(
-    logits_ptr, positions_ptr, stride, vocab, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     penalty_row_ptr, presence_ptr, frequency_ptr, repetition_ptr, counts_ptr, in_prompt_ptr,
     starts_ptr, change_tokens_ptr, change_values_ptr, until_ptr,
     highest_ptr, best_ptr, sums_ptr, counts_above_ptr, sums_above_ptr, num_candidates_ptr, weights_ptr, tokens_ptr,
-    PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, LEVELS: tl.constexpr, CAPACITY: tl.constexpr,
-    DRAWN: tl.constexpr, FILTERED: tl.constexpr,
+    STRIDE: tl.constexpr, VOCAB: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+    LEVELS: tl.constexpr, CAPACITY: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """One part of one filtered row: its tokens above the level that suffices, behind those of the parts before it."""
     row = tl.program_id(0)
@@ -251,22 +243,22 @@ def _collect_kernel(
         fits = (first < LEVELS) & (num_candidates <= CAPACITY)
         token = own_part * PART + tl.arange(0, PART)
         y = _changed_logits(
-            logits_ptr, row, token, tl.load(positions_ptr + row), stride, vocab, penalty_row_ptr, presence_ptr,
+            logits_ptr, row, token, tl.load(positions_ptr + row), penalty_row_ptr, presence_ptr,
             frequency_ptr, repetition_ptr, counts_ptr, in_prompt_ptr, starts_ptr, change_tokens_ptr,
-            change_values_ptr, until_ptr,
+            change_values_ptr, until_ptr, STRIDE, VOCAB,
         ) / temperature  # fmt: skip
         weight = tl.exp(y - top)
-        row_weights = weights_ptr + row.to(tl.int64) * vocab
+        row_weights = weights_ptr + row.to(tl.int64) * VOCAB
         if fits:
             earlier = (part < own_part)[:, None] & (level == first)[None, :]
             offset = tl.sum(tl.sum(tl.where(earlier, counts, 0), 1), 0)
-            above = (y >= tl.floor(top) - first) & (token < vocab)
+            above = (y >= tl.floor(top) - first) & (token < VOCAB)
             place = offset + tl.cumsum(above.to(tl.int32), 0) - 1
             above = above & (place < CAPACITY)
             tl.store(row_weights + place, weight, mask=above)
             tl.store(tokens_ptr + row.to(tl.int64) * CAPACITY + place, token, mask=above)
         else:
-            tl.store(row_weights + token, weight, mask=token < vocab)
+            tl.store(row_weights + token, weight, mask=token < VOCAB)
         tl.store(num_candidates_ptr + row, tl.where(fits, num_candidates, -1))
 
 
@@ -384,13 +376,13 @@ def _draw_filtered(weights, count, top_k, top_p, min_p, whole, uniform, BLOCK: t
 
 @triton.jit
 def _finish_kernel(
-    logits_ptr, positions_ptr, stride, vocab, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     penalty_row_ptr, presence_ptr, frequency_ptr, repetition_ptr, counts_ptr, in_prompt_ptr,
     starts_ptr, change_tokens_ptr, change_values_ptr, until_ptr,
     highest_ptr, best_ptr, sums_ptr, counts_above_ptr, sums_above_ptr, num_candidates_ptr, weights_ptr, tokens_ptr,
     seed_ptr, out_ptr,
-    PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, LEVELS: tl.constexpr, CAPACITY: tl.constexpr,
-    DRAWN: tl.constexpr, FILTERED: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, VOCAB: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+    LEVELS: tl.constexpr, CAPACITY: tl.constexpr, DRAWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row's token."""
     row = tl.program_id(0)
@@ -398,8 +390,8 @@ def _finish_kernel(
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     # all loads below are of what the kernels ahead have made
     highest = tl.load(highest_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    best = tl.load(best_ptr + row * PARTS + part, mask=part < PARTS, other=vocab - 1)
-    chosen = tl.min(tl.where(highest == tl.max(highest, 0), best, vocab - 1), 0)
+    best = tl.load(best_ptr + row * PARTS + part, mask=part < PARTS, other=VOCAB - 1)
+    chosen = tl.min(tl.where(highest == tl.max(highest, 0), best, VOCAB - 1), 0)
     if DRAWN:
         top_k, top_p, min_p, is_filtered = _filters(top_k_ptr, top_p_ptr, min_p_ptr, temperature, row)
         position = tl.load(positions_ptr + row)
@@ -413,28 +405,32 @@ def _finish_kernel(
             goal -= tl.sum(tl.where(part < drawn_part, part_sums, 0.0), 0)
             token = drawn_part * PART + tl.arange(0, PART)
             x = _changed_logits(
-                logits_ptr, row, token, position, stride, vocab, penalty_row_ptr, presence_ptr, frequency_ptr,
+                logits_ptr, row, token, position, penalty_row_ptr, presence_ptr, frequency_ptr,
                 repetition_ptr, counts_ptr, in_prompt_ptr, starts_ptr, change_tokens_ptr, change_values_ptr, until_ptr,
+                STRIDE, VOCAB,
             )  # fmt: skip
             weight = tl.exp(x / temperature - top).to(tl.float64)
             over = (tl.cumsum(weight, 0) > goal) & (weight > 0)
-            first = tl.min(tl.where(over, token, vocab), 0)
+            first = tl.min(tl.where(over, token, VOCAB), 0)
             last = tl.max(tl.where(weight > 0, token, 0), 0)
-            chosen = tl.where(first < vocab, first, last)
-        if FILTERED:
-            if is_filtered:
-                _, _, part_sums = _parts_of_row(highest_ptr, sums_ptr, row, temperature, PARTS, PARTS_PADDED)
-                num_candidates = tl.load(num_candidates_ptr + row)
-                count = tl.where(num_candidates >= 0, num_candidates, vocab)
-                row_weights = weights_ptr + row.to(tl.int64) * vocab
-                index = _draw_filtered(row_weights, count, top_k, top_p, min_p, tl.sum(part_sums, 0), uniform, BLOCK)
-                compacted = num_candidates >= 0
-                token_at = tokens_ptr + row.to(tl.int64) * CAPACITY + tl.where(compacted, index, 0)
-                chosen = tl.where(compacted, tl.load(token_at), index)
-    chosen = tl.maximum(tl.minimum(chosen, vocab - 1), 0)
+            chosen = tl.where(first < VOCAB, first, last)
+        if is_filtered:
+            _, _, part_sums = _parts_of_row(highest_ptr, sums_ptr, row, temperature, PARTS, PARTS_PADDED)
+            num_candidates = tl.load(num_candidates_ptr + row)
+            is_copied = num_candidates >= 0
+            count = tl.where(is_copied, num_candidates, VOCAB)
+            row_weights = weights_ptr + row.to(tl.int64) * VOCAB
+            index = _draw_filtered(row_weights, count, top_k, top_p, min_p, tl.sum(part_sums, 0), uniform, BLOCK)
+            token_at = tokens_ptr + row.to(tl.int64) * CAPACITY + tl.where(is_copied, index, 0)
+            chosen = tl.where(is_copied, tl.load(token_at), index)
+    chosen = tl.maximum(tl.minimum(chosen, VOCAB - 1), 0)
     tl.store(out_ptr + row, chosen.to(tl.int64))
-    if penalty_row_ptr is not None:
-        place = tl.load(penalty_row_ptr + row)
-        if place >= 0:
-            at = counts_ptr + place * vocab + chosen
-            tl.store(at, tl.load(at) + 1)
+    place = tl.load(penalty_row_ptr + row)
+    if place >= 0:
+        at = counts_ptr + place * VOCAB + chosen
+        tl.store(at, tl.load(at) + 1)
+
+
+_launch_scan = Launcher(_scan_kernel)
+_launch_collect = Launcher(_collect_kernel)
+_launch_finish = Launcher(_finish_kernel)
