@@ -29,7 +29,8 @@ class Launcher:
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
     ) -> None:
         """Launch on the current device and stream; `options` are Triton's: num_warps, num_stages."""
-        addresses, kinds = 0, []
+        addresses = 0
+        kinds: list[object] = []
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 addresses |= argument.data_ptr()
