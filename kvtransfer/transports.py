@@ -66,9 +66,10 @@ class Transports:
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
-        if offer.host is not None and offer.host.machine == self._host.machine:
-            if offer.shm is not None and (source := self._open(sender, offer, offer.shm)) is not None:
-                return "shm", source
+        if offer.host is None or offer.host.machine != self._host.machine:
+            return "tcp", None
+        if offer.shm is not None and (source := self._open(sender, offer, offer.shm)) is not None:
+            return "shm", source
         return "tcp", None
 
     def _open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:

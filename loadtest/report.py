@@ -37,7 +37,7 @@ class Figure:
             self.met = bool(COMPARISONS[sign](self.value, float(limit)))
 
 
-def publish(name: str, figures: list[Figure]) -> Path:
+def publish(name: str, figures: list[Figure], program: str = "bench") -> Path:
     """Print the table and write `loadtest/results/NAME.json`."""
     table = Table(title=name)
     for column in ("figure", "value", "unit", "target", "met"):
@@ -54,7 +54,7 @@ def publish(name: str, figures: list[Figure]) -> Path:
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores of {_processor()}",
         "card": None,
-        "command": " ".join(["python", "-m", "headrace.loadtest.bench", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"headrace.loadtest.{program}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "figures": [{key: value for key, value in asdict(figure).items() if value != ""} for figure in figures],
     }

@@ -358,6 +358,7 @@ def test_a_silent_handoff_loses_its_lease(bench: Bench) -> None:
     bench.offer(4)
     bench.now += LEASE_SECONDS
     bench.pages(0, 0)
+    bench.receiver.reap()
     bench.now += LEASE_SECONDS
     bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0)]))
     bench.now += LEASE_SECONDS
