@@ -9,6 +9,7 @@ Without a mesh key these are TCP sockets on loopback, with a mesh key ZeroMQ soc
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -38,6 +39,7 @@ TIMEOUT_SECONDS = 5.0
 
 Make = Callable[[], tuple[bytes, Sequence[memoryview]]]
 """Gives a frame's header and payload; called on the line's thread just before it is sent."""
+_Job = tuple[Make, Callable[[str], None]]
 OnFrame = Callable[[str, memoryview, "Payload"], None]
 """Takes (member id, header, payload) on a connection's thread."""
 
@@ -93,7 +95,9 @@ class DataLine:
 
     def __init__(self, connect: Callable[[], Connection], name: str, stripes: int = STRIPES) -> None:
         self._connect = connect
-        self._jobs: queue.SimpleQueue[tuple[Make, Callable[[str], None]] | None] = queue.SimpleQueue()
+        self._jobs: list[queue.SimpleQueue[_Job | None]] = [queue.SimpleQueue() for _ in range(stripes)]
+        """By stripe, filled in turns: what is small may give the receiver's threads, one a stripe, much to do."""
+        self._next = itertools.cycle(self._jobs)
         self._connections: dict[int, Connection] = {}
         self._ended = False
         self._threads = [
@@ -105,10 +109,10 @@ class DataLine:
 
     def submit(self, make: Make, failed: Callable[[str], None]) -> None:
         """Send a frame soon, or call `failed` with the reason, on a thread of this line. Callers bound the queue."""
-        self._jobs.put((make, failed))
+        next(self._next).put((make, failed))
 
     def _run(self, stripe: int) -> None:
-        while (job := self._jobs.get()) is not None and not self._ended:
+        while (job := self._jobs[stripe].get()) is not None and not self._ended:
             make, failed = job
             try:
                 header, payload = make()
@@ -130,8 +134,8 @@ class DataLine:
     def end(self) -> None:
         """End all threads soon; what was not sent is dropped."""
         self._ended = True
-        for _ in self._threads:
-            self._jobs.put(None)
+        for jobs in self._jobs:
+            jobs.put(None)
         for connection in list(self._connections.values()):
             connection.interrupt()
 

@@ -107,7 +107,11 @@ class Arrivals:
         if checksum(received) != message.checksum:
             return "checksum", f"layer {message.layer}, page {message.first_page}: the payload was damaged on the way"
         if views is None:
-            data = received[0] if arriving.wire_dtype == "auto" else fp8.unpack(received[0], self._dtype)
+            data = (
+                received[0]
+                if arriving.wire_dtype == "auto"
+                else fp8.unpack(received[0], len(page_ids) * self._store.page_bytes, self._dtype)
+            )
             self._store.write_pages(message.layer, page_ids, data)
         return None
 

@@ -1,7 +1,8 @@
-"""Pages in half their bytes: float8 e4m3 (OCP 8-bit floating point, 1.0) with a scale for each `GROUP` elements.
+"""Pages in half their bytes: float8 e4m3 (OCP 8-bit floating point, 1.0) with a power of two for each `GROUP` elements.
 
-A group is as many neighbours as share a head (K or V of some tokens of one page), so an outlier costs precision only
-near it. numpy alone: the data lines' threads must not start torch's parallel operations.
+Neighbours share a head (K or V of some tokens of one page), so an outlier costs precision only near it. Everything is
+done on the bits of bfloat16, where a power of two is an addition; e4m3 is a float, so a finer scale would gain nothing.
+numpy alone: the data lines' threads must not start torch's parallel operations.
 """
 
 from __future__ import annotations
@@ -14,80 +15,90 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 GROUP = 128
-"""Elements that share a scale; every page is a multiple."""
-LARGEST = 448.0
+"""Elements that share an exponent. Pages that are no multiple are filled up with zeros."""
+MANTISSA_BITS, BIAS = 7, 127
+"""Of bfloat16."""
+TOP_EXPONENT = 7
+"""The largest element of a group lies below 2 ** 8; e4m3 ends at 448."""
 
 
 def packed_bytes(size: int, dtype: str) -> int:
-    """Bytes on the wire for `size` bytes of pages of `dtype`: the scales (float32), then an element a byte."""
-    elements = size // (4 if dtype == "float32" else 2)
-    return elements + -(-elements // GROUP) * 4
+    """Bytes on the wire for `size` bytes of pages of `dtype`: an exponent a group, then an element a byte."""
+    groups = -(-size // (4 if dtype == "float32" else 2) // GROUP)
+    return groups * (1 + GROUP)
 
 
 def pack(data: memoryview, dtype: str) -> memoryview:
     """Pages as they are stored to their form on the wire."""
-    values = _to_float32(np.frombuffer(data, dtype=np.uint8), dtype)
-    count = -(-len(values) // GROUP)
-    padded = np.zeros(count * GROUP, dtype=np.float32) if len(values) != count * GROUP else values
-    padded[: len(values)] = values
-    groups = padded.reshape(count, GROUP)
-    scales = np.maximum(np.abs(groups).max(axis=1), 1e-12) / LARGEST
-    halves = (groups / scales[:, None]).astype(np.float16).view(np.uint16)
-    codes = _codes_of_halves()[halves].reshape(-1)[: len(values)]
-    packed = np.empty(packed_bytes(len(data), dtype), dtype=np.uint8)
-    packed[: count * 4] = scales.astype(np.float32).view(np.uint8)
-    packed[count * 4 :] = codes
+    groups = -(-len(data) // (4 if dtype == "float32" else 2) // GROUP)
+    bits = np.zeros(groups * GROUP, dtype=np.int16)
+    stored = _to_bfloat16(np.frombuffer(data, dtype=np.uint8), dtype)
+    bits[: len(stored)] = stored
+    size = (bits & 0x7FFF).reshape(groups, GROUP)
+    exponents = np.maximum((size.max(axis=1) >> MANTISSA_BITS) - (BIAS + TOP_EXPONENT), -128)
+    np.subtract(size, (exponents << MANTISSA_BITS)[:, None], out=size)
+    np.maximum(size, 0, out=size)
+    np.bitwise_or(size.reshape(-1), bits & -0x8000, out=bits)
+    packed = np.empty(groups * (1 + GROUP), dtype=np.uint8)
+    packed[:groups] = exponents.astype(np.int8).view(np.uint8)
+    np.take(_codes(), bits.view(np.uint16), out=packed[groups:], mode="clip")
     return packed.data
 
 
-def unpack(packed: memoryview, dtype: str) -> memoryview:
-    """The other way."""
+def unpack(packed: memoryview, size: int, dtype: str) -> memoryview:
+    """The other way, to `size` bytes."""
     array = np.frombuffer(packed, dtype=np.uint8)
-    elements = _elements(len(array))
-    count = -(-elements // GROUP)
-    scales = array[: count * 4].view(np.float32)
-    values = _values()[array[count * 4 :]]
-    values *= np.repeat(scales, GROUP)[:elements]
-    return _from_float32(values, dtype).view(np.uint8).data
+    groups = len(array) // (1 + GROUP)
+    exponents = array[:groups].view(np.int8).astype(np.int16)
+    codes = array[groups:]
+    sizes = np.take(_sizes(), codes, mode="clip").reshape(groups, GROUP)
+    bits = np.add(sizes, (exponents << MANTISSA_BITS)[:, None])
+    np.maximum(bits, 0, out=bits)
+    bits[sizes == 0] = 0
+    bits = bits.reshape(-1) | (codes.astype(np.int16) & 128) << 8
+    return _from_bfloat16(bits, dtype).view(np.uint8)[:size].data
 
 
-def _elements(packed: int) -> int:
-    groups = packed // (GROUP + 4)
-    rest = packed - groups * (GROUP + 4)
-    return groups * GROUP + max(rest - 4, 0)
-
-
-def _to_float32(data: Array, dtype: str) -> Array:
+def _to_bfloat16(data: Array, dtype: str) -> Array:
+    """The bits, as int16."""
     if dtype == "bfloat16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return data.view(np.float32 if dtype == "float32" else np.float16).astype(np.float32)
+        return data.view(np.int16)
+    values = data.view(np.float32) if dtype == "float32" else data.view(np.float16).astype(np.float32)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.int16)
 
 
-def _from_float32(values: Array, dtype: str) -> Array:
+def _from_bfloat16(bits: Array, dtype: str) -> Array:
     if dtype == "bfloat16":
-        bits = values.view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+        return bits
+    values = (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return values if dtype == "float32" else values.astype(np.float16)
 
 
 @functools.cache
 def _values() -> Array:
-    """The number of each code."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    size[(code & 127) == 127] = np.nan
-    return np.where(code < 128, size, -size).astype(np.float32)
+    """The number of each code from 0 to 126."""
+    code = np.arange(127)
+    exponent, mantissa = code >> 3, code & 7
+    return np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
 
 
 @functools.cache
-def _codes_of_halves() -> Array:
-    """The nearest code of each float16, by its bits; ties go to the even code, what is too large to the largest."""
-    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
-    positive = _values()[:127]
-    size = np.abs(np.nan_to_num(halves, nan=0.0, posinf=LARGEST, neginf=-LARGEST))
-    above = np.clip(np.searchsorted(positive, size), 1, 126)
+def _sizes() -> Array:
+    """By code, the bits of its absolute value in bfloat16, which holds every one exactly."""
+    sizes = (_values().astype(np.float32).view(np.uint32) >> 16).astype(np.int16)
+    return np.concatenate([sizes, sizes[-1:]] * 2)
+
+
+@functools.cache
+def _codes() -> Array:
+    """By the bits of a bfloat16, the nearest code; ties go to the even one, what is too large to the largest."""
+    bits = np.arange(2**16, dtype=np.uint32)
+    size = np.minimum(np.nan_to_num(((bits & 0x7FFF) << 16).view(np.float32), posinf=448.0), 448.0)
+    values = _values()
+    above = np.clip(np.searchsorted(values, size), 1, 126)
     below = above - 1
-    down, up = size - positive[below], positive[above] - size
+    down, up = size - values[below], values[above] - size
     nearest = np.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
-    return (nearest + np.where(np.signbit(halves), 128, 0)).astype(np.uint8)
+    codes: Array = (nearest | (bits >> 8 & 128)).astype(np.uint8)
+    return codes

@@ -133,6 +133,8 @@ class Handoff:
         self._sequence = 0
         self._window_bytes = 0
         self._window_left = 0
+        self._unasked_bytes = 0
+        """Sent since credit was last asked for."""
         self._flight = Flight(2**62)
         self._most_pages = 1
         self._on_the_way: deque[tuple[int, int]] = deque()
@@ -285,16 +287,29 @@ class Handoff:
         self._sequence += 1
         self.sent_bytes += size
         self.sent_pages += segment.num_pages
-        # While no credit is wanted at most half of each bound is on the way, so whoever must wait will be credited.
-        half_full = self._window_left < self._window_bytes // 2 or self._flight.size > self._flight.limit // 2
         return Outgoing(
             sequence=self._sequence - 1,
             layer=segment.layer,
             first_page=segment.first_page,
             page_ids=self.pages[segment.first_page : segment.first_page + segment.num_pages],
-            credit_wanted=half_full,
+            credit_wanted=self._wants_credit(size),
             ready=segment.ready,
         )
+
+    def _wants_credit(self, size: int) -> bool:
+        """Whether to ask for credit for what is sent now.
+
+        Before a bound is half full nothing need be asked for. After that, all that crowds the way to the receiver, and
+        every eighth of the window. So who must wait waits for a message that will be credited.
+        """
+        self._unasked_bytes += size
+        crowded = self._flight.size > self._flight.limit // 2
+        half_full = self._window_left < self._window_bytes // 2
+        full = self._window_left < self._most_pages * self._page_bytes
+        if crowded or full or (half_full and self._unasked_bytes >= self._window_bytes // 8):
+            self._unasked_bytes = 0
+            return True
+        return False
 
     async def changed(self) -> None:
         """Wait until something happened. Raises `HandoffFailed` once the attempt is over."""

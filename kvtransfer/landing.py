@@ -5,7 +5,8 @@
 | OPEN    | `claim`: new, in bounds             | name the cache's pages, writers + 1 | OPEN    |
 | OPEN    | `claim`: sequence seen before       | nothing (None)                      | OPEN    |
 | OPEN    | `claim`: anything else              | remember the problem (None), notify | BROKEN  |
-| OPEN    | `written`, all right                | writers - 1, count, notify          | OPEN    |
+| OPEN    | `written`, all right                | writers - 1, count                  | OPEN    |
+| OPEN    | `written`: credit is due, or it was the last page | notify                | OPEN    |
 | OPEN    | `written`, damaged                  | writers - 1, the problem, notify    | BROKEN  |
 | BROKEN  | `claim`                             | nothing (None)                      | BROKEN  |
 | any     | `close`                             | nothing may be claimed any more     | CLOSED  |
@@ -44,6 +45,7 @@ class Landing:
         self._writers = 0
         self._closed = False
         self._notified = False
+        self._progressed = False
         self.problem: Problem | None = None
 
     def claim(self, message: OnDataLine) -> list[PageId] | None:
@@ -81,6 +83,7 @@ class Landing:
         with self._lock:
             self._writers -= 1
             self.problem = self.problem or problem
+            self._progressed = True
             if problem is None:
                 self._missing -= message.num_pages
                 self._written.add(message.sequence)
@@ -94,10 +97,18 @@ class Landing:
         self._tell(tell)
 
     def _must_notify(self) -> bool:
-        if self._notified or (self._closed and self._writers):
+        """Whether there is something to do now, and nobody has been told yet."""
+        if self._closed:
+            due = not self._writers
+        else:
+            due = self.problem is not None or self._missing == 0 or self._credit_is_due()
+        if self._notified or not due:
             return False
         self._notified = True
         return True
+
+    def _credit_is_due(self) -> bool:
+        return self._next > self._credited and self._credit_wanted > self._credited
 
     def _tell(self, tell: bool) -> None:
         """Outside of the lock: who is told may look at once."""
@@ -108,7 +119,7 @@ class Landing:
         """The sequence number to credit up to, where one is due. Called when notified."""
         with self._lock:
             self._notified = False
-            if self._next <= self._credited or self._credit_wanted <= self._credited:
+            if not self._credit_is_due():
                 return None
             self._credited = self._next
             return self._next
@@ -118,6 +129,12 @@ class Landing:
         """Messages before the first that is missing."""
         with self._lock:
             return self._next
+
+    def take_progress(self) -> bool:
+        """Whether anything was written since this was last asked."""
+        with self._lock:
+            progressed, self._progressed = self._progressed, False
+            return progressed
 
     def close(self) -> None:
         """Nothing more is wanted."""

@@ -9,7 +9,7 @@
 | (none)     | Commit or Renew, unknown   | Abort `unknown`                                  | (none)     |
 | WAITING    | pages come free            | reserve, choose a transport, Grant               | RECEIVING  |
 | RECEIVING  | the same Offer again       | Grant again                                      | RECEIVING  |
-| RECEIVING  | pages landed               | start the lease again, Credit where it is wanted | RECEIVING  |
+| RECEIVING  | pages landed               | start the lease again, Credit where it is due    | RECEIVING  |
 | RECEIVING  | pages landed, damaged or out of bounds | Abort                                | DRAINING   |
 | RECEIVING  | Commit, pages missing      | remember it                                      | COMMITTING |
 | RECEIVING  | Commit, all pages here     | hand over to the decoder, Ack                    | (none)     |
@@ -289,7 +289,6 @@ class Receiver:
         if landing.problem is not None:
             self._abort(incoming, *landing.problem)
             return
-        incoming.lease_ends = self._clock() + LEASE_SECONDS
         if credit is not None:
             request_id, attempt = incoming.key
             self._send(incoming.sender, Credit(request_id=request_id, attempt=attempt, sequence=credit))
@@ -407,6 +406,9 @@ class Receiver:
     def reap(self) -> None:
         """End the handoffs whose lease has run out. To be called on a timer of its own."""
         now = self._clock()
+        for incoming in self._incoming.values():
+            if incoming.landing is not None and incoming.landing.take_progress():
+                incoming.lease_ends = now + LEASE_SECONDS
         for incoming in [i for i in self._incoming.values() if i.lease_ends < now]:
             self._abort(incoming, "lease", f"no progress for {LEASE_SECONDS} s")
 

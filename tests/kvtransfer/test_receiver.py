@@ -386,6 +386,7 @@ def test_a_silent_handoff_loses_its_lease(bench: Bench) -> None:
     bench.offer(4)
     bench.now += LEASE_SECONDS
     bench.pages(0, 0)
+    bench.receiver.reap()
     bench.now += LEASE_SECONDS
     bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0)]))
     bench.now += LEASE_SECONDS
@@ -447,6 +448,7 @@ def test_lost_pages_are_waited_for_no_longer_than_a_lease(bench: Bench) -> None:
     bench.offer(4)
     for sequence in (0, 1):
         bench.pages(sequence, sequence)
+        bench.receiver.reap()  # as its timer does every second: it sees that pages came
         bench.now += LEASE_SECONDS
         bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 3)]))
         bench.receiver.reap()
