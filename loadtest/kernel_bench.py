@@ -105,14 +105,18 @@ def all_prompts(head_dims: Sequence[int]) -> Iterator[Prompts]:
 
 def packed_call(prompts: Prompts, tiling: Tiling) -> Callable[[], object]:
     """Attention over packed projections."""
-    tokens = prompts.count * prompts.queries
-    qkv = torch.randn(tokens, prompts.heads + 2 * prompts.kv_heads, prompts.head_dim, device=DEVICE, dtype=DTYPE)
-    heads, kv_heads = prompts.heads, prompts.kv_heads
-    queries, keys, values = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+    tokens, heads, kv_heads, head_dim = (
+        prompts.count * prompts.queries,
+        prompts.heads,
+        prompts.kv_heads,
+        prompts.head_dim,
+    )
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=DEVICE, dtype=DTYPE)
+    queries = torch.randn(tokens, heads, head_dim, device=DEVICE, dtype=DTYPE)
     table = torch.zeros(prompts.count, 1, dtype=torch.int32, device=DEVICE)
     lengths = [prompts.queries] * prompts.count
-    plan = plan_tiles(table, lengths, lengths, prompts.heads // prompts.kv_heads, tiling)
-    return lambda: attend_packed(queries, keys, values, plan, prompts.head_dim**-0.5)
+    plan = plan_tiles(table, lengths, lengths, heads // kv_heads, tiling)
+    return lambda: attend_packed(queries, qkv, plan, head_dim**-0.5, kv_heads)
 
 
 def paged_call(prompts: Prompts, tiling: Tiling, page_size: int = 16) -> Callable[[], object]:
@@ -148,7 +152,9 @@ def bench_prefill(head_dims: Sequence[int]) -> Iterator[Figure]:
     """The tables' tilings, beside torch's own fused attention where the prompts are whole."""
     for prompts in all_prompts(head_dims):
         for kind in ("paged",) if prompts.prefix else ("packed", "paged"):
-            tiling = choose_tiling(prompts.head_dim, DTYPE, has_prefix=kind == "paged")
+            tiling = choose_tiling(
+                prompts.head_dim, DTYPE, has_prefix=kind == "paged", tokens=prompts.count * prompts.queries
+            )
             yield from attention_figures(f"prefill {kind}", prompts, attention_call(prompts, kind, tiling))
         if ON_GPU and not prompts.prefix:
             for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
