@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from headrace.kernels.sample import PART, LogitChanges, Penalties, SampleRows, SampleWorkspace, sample
+from headrace.kernels.upload import upload
 
 if TYPE_CHECKING:
     from headrace.engine.sampler import SamplingRow
@@ -39,7 +40,7 @@ class DeviceSampler:
             "values": np.array([value for own in changes for _, value, _ in own], np.float64),
             "until": np.array([until for own in changes for _, _, until in own], np.int64),
         }
-        columns = _to_device(arrays, device)
+        columns = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
         drawn = [p for p in params if p.temperature > 0]
         filtered = [p for p in drawn if p.top_k or p.top_p < 1 or p.min_p > 0]
         self._rows = SampleRows(
@@ -75,16 +76,3 @@ def _penalties(rows: list[SamplingRow], columns: dict[str, torch.Tensor]) -> Pen
     return Penalties(
         like, columns["presence"], columns["frequency"], columns["repetition"], counts, in_prompt.view(torch.uint8)
     )
-
-
-def _to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Arrays of 8-byte numbers by way of one pinned buffer; each starts at a multiple of 16 bytes, as kernels like."""
-    padded = [np.concatenate((array.view(np.int64), np.zeros(len(array) % 2, np.int64))) for array in arrays.values()]
-    joined = torch.from_numpy(np.concatenate(padded))
-    there = joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
-    columns, first = {}, 0
-    for name, array in arrays.items():
-        column = there[first : first + len(array)]
-        columns[name] = column.view(torch.float64) if array.dtype == np.float64 else column
-        first += len(array) + len(array) % 2
-    return columns

@@ -46,8 +46,7 @@ class FusedDecoder:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
         write = self._writer(batch, residual.dtype)
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
-        for index, layer in enumerate(weights.layers):
-            pages = cache.layer(index)
+        for index, (layer, pages) in enumerate(zip(weights.layers, cache.pages, strict=True)):
             qkv = layer.qkv(hidden)
             queries = write(layer, qkv, pages)
             if on_layer is not None:

@@ -22,6 +22,7 @@ from headrace.kernels.launch import power_of_two
 from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import TensorDescriptor, tl, triton
 from headrace.kernels.paged_attention import gather_rows, soften
+from headrace.kernels.upload import upload
 
 QUERY_BLOCK = 256
 """The torch path computes so many queries at once: bounds the mask, skips keys in the future of all of them."""
@@ -145,7 +146,7 @@ def plan_tiles(
     order = np.argsort(-(first + (contexts - lengths)[requests]), kind="stable")
     starts = np.concatenate((np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)))
     tiles = np.stack((requests, first), axis=1)[order].reshape(-1)
-    on_device = _to_device((tiles, starts, contexts), block_table.device)
+    on_device = upload((tiles, starts, contexts), block_table.device)
     return TilePlan(
         tiles=on_device[0].view(-1, 2),
         query_starts=on_device[1],
@@ -209,15 +210,6 @@ def attend_paged(
     places = (0, kv_heads * page_size * head_dim, layer_pages.stride(0))
     key_scale, value_scale = cache_scales
     return _launch(queries, layer_pages, plan, scaling * key_scale, value_scale, kv_heads, places, page_size)
-
-
-def _to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """One copy that nothing waits for; each tensor starts at a multiple of 16 bytes, as kernels like."""
-    padded = [np.concatenate((array, np.zeros(-len(array) % 4, np.int32))) for array in arrays]
-    host = torch.from_numpy(np.concatenate(padded))
-    joined = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    starts = np.cumsum([0, *map(len, padded)]).tolist()
-    return [joined[start : start + len(array)] for start, array in zip(starts, arrays, strict=False)]
 
 
 def _launch(
