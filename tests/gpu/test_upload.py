@@ -8,7 +8,6 @@ import torch
 
 from headrace.kernels.upload import ALIGNMENT, upload
 
-
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
