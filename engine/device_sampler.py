@@ -21,17 +21,19 @@ class DeviceSampler:
     """Made anew whenever the rows change; one copy, which nothing waits for, brings the parameters to the device."""
 
     def __init__(self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device, *, part: int = PART) -> None:
-        params = [row.params for row in rows]
+        temperature, top_k, top_p, min_p, seed = np.stack([row.record for row in rows], axis=1)
         penalized = [row for row in rows if row.counts is not None]
+        places = np.full(len(rows), -1)
+        if penalized:
+            places[[row.counts is not None for row in rows]] = np.arange(len(penalized))
         changes = [_changes(row, vocab_size) for row in rows]
-        places = np.cumsum([row.counts is not None for row in rows])
         arrays = {
-            "temperature": np.array([p.temperature for p in params], np.float64),
-            "top_k": np.array([p.top_k for p in params], np.int64),
-            "top_p": np.array([p.top_p for p in params], np.float64),
-            "min_p": np.array([p.min_p for p in params], np.float64),
-            "seed": np.array([p.seed for p in params], np.int64),
-            "place": np.array([-1 if row.counts is None else n - 1 for row, n in zip(rows, places, strict=True)]),
+            "temperature": temperature.view(np.float64),
+            "top_k": top_k.view(np.float64),
+            "top_p": top_p.view(np.float64),
+            "min_p": min_p.view(np.float64),
+            "seed": seed,
+            "place": places,
             "presence": np.array([row.params.presence_penalty for row in penalized], np.float64),
             "frequency": np.array([row.params.frequency_penalty for row in penalized], np.float64),
             "repetition": np.array([row.params.repetition_penalty for row in penalized], np.float64),
@@ -41,16 +43,16 @@ class DeviceSampler:
             "until": np.array([until for own in changes for _, _, until in own], np.int64),
         }
         columns = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
-        drawn = [p for p in params if p.temperature > 0]
-        filtered = [p for p in drawn if p.top_k or p.top_p < 1 or p.min_p > 0]
+        drawn = arrays["temperature"] > 0
+        filtered = drawn & ((arrays["top_k"] > 0) | (arrays["top_p"] < 1) | (arrays["min_p"] > 0))
         self._rows = SampleRows(
             **{name: columns[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
             penalties=_penalties(penalized, columns),
             changes=LogitChanges(columns["starts"], columns["tokens"], columns["values"], columns["until"]),
-            any_drawn=bool(drawn),
-            any_filtered=bool(filtered),
+            any_drawn=bool(drawn.any()),
+            any_filtered=bool(filtered.any()),
         )
-        self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=bool(filtered), part=part)
+        self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=self._rows.any_filtered, part=part)
 
     def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `BatchSampler.sample`."""
@@ -60,6 +62,8 @@ class DeviceSampler:
 def _changes(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, int]]:
     """(token, what is added to its logit, until which output position)."""
     params = row.params
+    if not (params.logit_bias or params.min_tokens):
+        return []
     changes = [(token, bias, FOREVER) for token, bias in params.logit_bias.items() if token < vocab_size]
     if params.min_tokens:
         stops = sorted({token for token in params.stop_token_ids if token < vocab_size})
