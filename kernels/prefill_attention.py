@@ -90,6 +90,8 @@ PACKED_TILINGS = {
 PAGED_TILINGS = {64: Tiling(128, 64, 8, 3), 128: Tiling(128, 64, 8, 3), 256: Tiling(128, 32, 8, 2)}
 SHORT_TILINGS = {64: Tiling(64, 64, 4, 3), 128: Tiling(64, 64, 4, 2), 256: Tiling(64, 32, 4, 2)}
 FLOAT32_TILING = Tiling(32, 32, 4, 1)
+MAX_HEAD_DIM, MAX_GROUP = 256, 32
+"""What the tilings are for; other shapes run in torch."""
 FEW_TOKENS = 1024
 """Below, more and smaller tiles fill the device better, and a descriptor takes longer to make than it saves."""
 
@@ -114,11 +116,12 @@ def plan_prefill(
 
     `window` bounds how far back a query sees, itself included; the Triton kernel knows none.
     """
-    if layer_pages.is_cuda and window is None:
-        kv_heads, head_dim = layer_pages.shape[2], layer_pages.shape[4]
+    kv_heads, head_dim = layer_pages.shape[2], layer_pages.shape[4]
+    group = num_heads // kv_heads
+    if layer_pages.is_cuda and window is None and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP:
         has_prefix = list(query_lengths) != list(context_lengths)
         tiling = choose_tiling(head_dim, layer_pages.dtype, has_prefix, sum(query_lengths))
-        return plan_tiles(block_table, query_lengths, context_lengths, num_heads // kv_heads, tiling)
+        return plan_tiles(block_table, query_lengths, context_lengths, group, tiling)
     requests, row = [], 0
     for index, (queries, context) in enumerate(zip(query_lengths, context_lengths, strict=True)):
         gather = gather_rows(block_table[index : index + 1], layer_pages, context)
