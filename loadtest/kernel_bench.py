@@ -1,7 +1,8 @@
 """Each kernel alone on a GPU: microseconds, TFLOP/s, GB/s; with `--sweep` the tilings of prefill attention, too.
 
 `python -m headrace.loadtest.kernel_bench [--only prefill rope ...] [--sweep] [--head-dims 128 64]` prints a table and
-writes loadtest/results/kernels.json (kernels-sweep.json). Without a GPU it runs tiny sizes in Triton's interpreter, to show that it runs.
+writes loadtest/results/kernels.json (kernels-sweep.json). Without a GPU it runs tiny sizes in Triton's interpreter, to
+show that it runs.
 """
 
 from __future__ import annotations
