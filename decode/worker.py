@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
+from headrace.data_line import Listener
+from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.decode_batch import RunningBatch, new_batch
@@ -15,6 +17,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.transports import Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent, TokenLogprobs
@@ -32,7 +35,13 @@ class DecodeWorker:
     """Runs all requests whose prompts have been handed over, one step at a time."""
 
     def __init__(
-        self, node: Node, engine: Engine, device_thread: ThreadPoolExecutor, layout: Layout, max_num_seqs: int
+        self,
+        node: Node,
+        engine: Engine,
+        device_thread: ThreadPoolExecutor,
+        layout: Layout,
+        max_num_seqs: int,
+        listener: Listener,
     ) -> None:
         self._node = node
         self._engine = engine
@@ -41,8 +50,17 @@ class DecodeWorker:
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._receiver = Receiver(
-            layout, engine.cache, engine.pool, engine.pool.num_pages, self._post, self._start_decoding
+            layout,
+            engine.cache,
+            engine.pool,
+            engine.pool.num_pages,
+            self._post,
+            self._start_decoding,
+            choice=Transports(engine.cache, node.mesh.refuse_from),
+            call_soon=asyncio.get_running_loop().call_soon_threadsafe,
+            refuse=node.mesh.refuse_from,
         )
+        self._listener = listener
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -52,6 +70,9 @@ class DecodeWorker:
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
         """Serve until `stopped` is done, then finish what is held (for `drain_timeout` seconds at most)."""
         self._publish_stats()
+        self._listener.start(
+            self._receiver.arrivals.on_frame, identify_by(self._node.mesh), self._node.mesh.refuse_from
+        )
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(loop) for loop in (self._mailbox_loop(), self._reap_loop())]
             stepping = group.create_task(self._step_loop())
@@ -189,12 +210,17 @@ class DecodeWorker:
     async def _mailbox_loop(self) -> None:
         while True:
             inbound, message = await self._node.mesh.receive_as(self._decode)
-            if isinstance(message, Cancel):
-                self._receiver.cancel(message.request_id, message.attempt)
-                held = [sequence.key for sequence in self._scheduler.sequences()]
-                self._cancel([key for key in held if key[0] == message.request_id and key[1] <= message.attempt])
-            else:
-                self._receiver.handle(inbound.sender.id, message, inbound.payload)
+            match message, inbound.sender.tier:
+                case Cancel(), "gateway":
+                    self._receiver.cancel(message.request_id, message.attempt)
+                    held = [sequence.key for sequence in self._scheduler.sequences()]
+                    self._cancel([key for key in held if key[0] == message.request_id and key[1] <= message.attempt])
+                case Cancel(), _:
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
+                case _, "prefill":
+                    self._receiver.handle(inbound.sender.id, message)
+                case _:
+                    self._node.mesh.refuse(inbound.sender, "only a prefill worker hands over")
 
     async def _reap_loop(self) -> None:
         while True:
@@ -205,6 +231,7 @@ class DecodeWorker:
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "prefill":
+            self._listener.drop(member.id)
             self._receiver.sender_left(member.id)
         elif member.tier == "gateway":
             self._receiver.cancel_gateway(member.id)

@@ -13,6 +13,17 @@ from headrace.engine.kv_cache import KVCache
 OnLayer = Callable[[int], None]
 
 
+class Ready(Protocol):
+    """Device work that may still run; a `torch.cuda.Event` is one."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
+LayerAnnounced = Callable[[int, Ready | None], None]
+"""A layer's K and V are in the cache as soon as the device work is over (None: already)."""
+
+
 class Model(Protocol):
     """A decoder with its weights on one device."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from headrace.engine.base import Model, OnLayer
+from headrace.engine.base import LayerAnnounced, Model, Ready
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.cpu_share import CpuShare
 from headrace.engine.device import available_memory, choose_device, choose_dtype
@@ -156,13 +156,13 @@ class Engine:
             self.graph_decoder.capture_all(progress)
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer | None = None) -> list[PrefillOutput]:
-        """Compute all chunks in one forward pass. `on_layer(l)`: layer l of every chunk is in the cache."""
+    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> list[PrefillOutput]:
+        """Compute all chunks in one forward pass. `on_layer(l, ready)`: layer l of every chunk is in the cache."""
 
         def layer_done(layer: int) -> None:
             self.cpu_share.adjust()
             if on_layer is not None:
-                on_layer(layer)
+                on_layer(layer, self._recorded_event())
 
         self.cpu_share.adjust()
         hidden = self.model.forward(self._pack(chunks), self.cache, layer_done)
@@ -177,6 +177,12 @@ class Engine:
             PrefillOutput(tokens.get(row), self._prompt_logprobs(chunk, hidden[ends[row] - chunk.length : ends[row]]))
             for row, chunk in enumerate(chunks)
         ]
+
+    def _recorded_event(self) -> Ready | None:
+        if self.device.type != "cuda":
+            return None
+        event: Ready = torch.cuda.current_stream(self.device).record_event()
+        return event
 
     def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:
         page_size = self.layout.page_size

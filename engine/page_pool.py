@@ -55,6 +55,10 @@ class PagePool:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
+    def hashes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The `page_hashes` of a prompt for pages of this size."""
+        return page_hashes(token_ids, self.page_size)
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages with one reference each, evicting cached ones as needed.
 

@@ -1,4 +1,4 @@
-"""Messages between the processes of a mesh: ZeroMQ sockets that follow the registry.
+"""Messages between the processes of a mesh: ZeroMQ sockets that follow the registry. Bulk bytes take `data_line.py`.
 
 Every process binds one ROUTER socket, its mailbox, and opens one DEALER socket to the mailbox of each peer as soon as
 the registry names it, so that no request waits for a connection. A DEALER's routing id is `id@epoch`; a message from
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Sequence
+import threading
+import time
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,19 @@ from headrace.wire import Decoder, Message, T, WireError, encode
 
 log = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = 512 * 2**20
+MAX_FRAME_BYTES = 64 * 2**20
 SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
+STRANGER_SECONDS = 1.0
+"""How often a sender that the registry does not know is looked up there again."""
+LOOK_UP_SECONDS = 0.5
+"""How long that may keep the mailbox waiting."""
+MAX_STRANGERS = 1024
+OTHERS = "others"
+"""Under which those are counted that there is no room to name."""
 GREETING = b""
 """The first message on every line: its receiver looks an unknown sender up at once, and they know each other."""
-
-Payload = bytes | memoryview
 
 
 class PeerGone(ConnectionError):
@@ -43,11 +49,10 @@ class PeerGone(ConnectionError):
 
 @dataclass(frozen=True)
 class Inbound:
-    """One message as it came: who sent it, the undecoded header, the payload frames."""
+    """One message as it came: who sent it, and the undecoded header."""
 
     sender: Member
     header: memoryview
-    payload: tuple[memoryview, ...]
 
 
 class Mesh:
@@ -66,6 +71,10 @@ class Mesh:
         self._lines: dict[str, zmq.asyncio.Socket] = {}
         self._registry: Registry | None = None
         self._refused: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._looking_up = asyncio.Lock()
+        self._strangers: OrderedDict[bytes, float] = OrderedDict()
+        """Routing ids that were looked up in vain within the last `STRANGER_SECONDS`, the oldest first, and when."""
         self._bind_mailbox(bind)
 
     def _bind_mailbox(self, bind: str) -> None:
@@ -109,23 +118,22 @@ class Mesh:
         if line is not None:
             line.close(linger=0)
 
-    async def send(self, peer_id: str, message: Message, payload: Sequence[Payload] = ()) -> None:
-        """Send a header and its payload frames, the latter without a copy.
+    async def send(self, peer_id: str, message: Message) -> None:
+        """Send a message.
 
         Raises `PeerGone` where the peer is not in the registry or takes nothing for `SEND_TIMEOUT_SECONDS`.
         """
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        frames = [encode(message), *payload]
         try:
             async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                await line.send_multipart(frames, copy=not payload)
+                await line.send(encode(message))
         except (TimeoutError, zmq.ZMQError) as error:
             raise PeerGone(f"{peer_id} takes no messages: {error or 'timed out'}") from error
 
     def post(self, peer_id: str, message: Message) -> None:
-        """Send a header without ever waiting; messages to one peer stay in order.
+        """Send a message without ever waiting; messages to one peer stay in order.
 
         Raises `PeerGone` where the peer is not in the registry or has let `SEND_HIGH_WATER_MARK` messages pile up.
         """
@@ -149,38 +157,67 @@ class Mesh:
         while True:
             await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
             frames: list[Any] = await self._mailbox.recv_multipart(copy=False)
-            if len(frames) < 2:
-                self._refuse("no header", bytes(frames[0].buffer))
+            if len(frames) != 2:
+                self._refuse(f"{len(frames) - 1} frames are no message", bytes(frames[0].buffer))
                 continue
-            sender = await self._identify(bytes(frames[0].buffer))
+            sender = await self.identify(bytes(frames[0].buffer))
             if sender is not None and len(frames[1].buffer) > len(GREETING):
-                return Inbound(sender, frames[1].buffer, tuple(frame.buffer for frame in frames[2:]))
+                return Inbound(sender, frames[1].buffer)
 
-    async def _identify(self, routing_id: bytes) -> Member | None:
+    async def identify(self, routing_id: bytes) -> Member | None:
+        """The member behind an `id@epoch`; None for a stranger, who is counted."""
+        member = self._member(routing_id)
+        if member is None:
+            async with self._looking_up:  # several lines of a newcomer ask at once
+                member = self._member(routing_id) or await self._look_up(routing_id)
+        if member is None:
+            self._refuse("not in the registry", routing_id)
+        return member
+
+    async def _look_up(self, routing_id: bytes) -> Member | None:
+        """It may have registered since the last look."""
+        assert self._registry is not None
+        if self._may_look_up(routing_id):
+            try:
+                async with asyncio.timeout(LOOK_UP_SECONDS):
+                    await self._registry.refresh()
+            except (RedisError, TimeoutError):
+                pass
+        return self._member(routing_id)
+
+    def _member(self, routing_id: bytes) -> Member | None:
         assert self._registry is not None
         member_id, _, epoch = routing_id.decode("ascii", "replace").partition("@")
-        for fresh in (False, True):
-            if fresh:  # it may have registered since the last look
-                try:
-                    await self._registry.refresh()
-                except RedisError:
-                    break
-            member = self._registry.members.get(member_id)
-            if member is not None and str(member.epoch) == epoch:
-                return member
-        self._refuse("not in the registry", routing_id)
-        return None
+        member = self._registry.members.get(member_id)
+        return member if member is not None and str(member.epoch) == epoch else None
+
+    def _may_look_up(self, routing_id: bytes) -> bool:
+        """Whether a look into Redis is due: strangers must not be able to keep this mailbox busy with it."""
+        now = time.monotonic()
+        while self._strangers and next(iter(self._strangers.values())) < now - STRANGER_SECONDS:
+            self._strangers.popitem(last=False)
+        if routing_id in self._strangers or len(self._strangers) >= MAX_STRANGERS:
+            return False
+        self._strangers[routing_id] = now
+        return True
 
     def refuse(self, sender: Member, reason: str) -> None:
         """Count a message of a known peer that could not be used; its first one is logged."""
         self._refuse(reason, f"{sender.id}@{sender.epoch}".encode())
 
+    def refuse_from(self, sender_id: str, reason: str) -> None:
+        """The same, by the sender's id, from any thread."""
+        self._refuse(reason, sender_id.encode())
+
     def _refuse(self, reason: str, routing_id: bytes) -> None:
-        name = routing_id[:80].decode("ascii", "replace")
-        if len(self._refused) < 1024 or name in self._refused:
+        name = routing_id[:80].decode("latin-1").encode("unicode_escape").decode()
+        if len(self._refused) >= MAX_STRANGERS and name not in self._refused:
+            name = OTHERS
+        with self._counting:
             self._refused[name] += 1
-            if self._refused[name] == 1:
-                log.warning("refusing messages from %s: %s (further ones are counted only)", name, reason)
+            is_first = self._refused[name] == 1
+        if is_first:
+            log.warning("refusing messages from %s: %s (further ones are counted only)", name, reason)
 
     @property
     def refused(self) -> int:

@@ -46,8 +46,10 @@ class Node:
 
 
 @asynccontextmanager
-async def join_mesh(settings: Settings, tier: Tier, model: ModelIdentity) -> AsyncIterator[Node]:
-    """Be a member of the mesh inside the block.
+async def join_mesh(
+    settings: Settings, tier: Tier, model: ModelIdentity, data_address: str = ""
+) -> AsyncIterator[Node]:
+    """Be a member of the mesh inside the block. `data_address` is where this process takes data lines, if it does.
 
     Raises `SettingsError` where Redis can't be reached and `MeshMismatch` where this process doesn't fit the mesh.
     """
@@ -61,6 +63,7 @@ async def join_mesh(settings: Settings, tier: Tier, model: ModelIdentity) -> Asy
             epoch=time.time_ns(),
             tier=tier,
             address=mesh.address,
+            data_address=data_address,
             version=__version__,
             model=model.name,
             model_fingerprint=model.fingerprint,

@@ -70,6 +70,9 @@ class Settings(BaseModel):
     block_size: int = _field(16, "tokens in a KV page", WORKER, ge=1, le=256)
     kv_cache_memory_bytes: int | None = _field(None, "size of the KV cache (default: by device)", WORKER, ge=1)
     gpu_memory_utilization: float = _field(0.9, "share of a GPU's memory that a worker may use", WORKER, gt=0, le=1)
+    kv_wire_dtype: Literal["auto", "fp8"] = _field(
+        "auto", "how KV pages travel over a network: as they are stored, or in half the bytes", ("up", "prefill")
+    )
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
     max_num_batched_tokens: int | None = _field(
         None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16

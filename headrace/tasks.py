@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 RETRY_SECONDS = 0.2
+T = TypeVar("T")
 
 
 async def end_task(task: asyncio.Task[Any]) -> None:
@@ -17,3 +19,22 @@ async def end_task(task: asyncio.Task[Any]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=RETRY_SECONDS)
+
+
+async def run_beside(work: Coroutine[Any, Any, T], loops: Iterable[Coroutine[Any, Any, None]]) -> T:
+    """Run `work` while `loops` go on, and end them for certain, which a `TaskGroup` does not: it cancels once.
+
+    The first exception of any of them ends all.
+    """
+    working = asyncio.create_task(work)
+    beside = [asyncio.create_task(loop) for loop in loops]
+    try:
+        await asyncio.wait([working, *beside], return_when=asyncio.FIRST_COMPLETED)
+        for loop in beside:
+            if loop.done():
+                loop.result()
+        return await working
+    finally:
+        await end_task(working)
+        for loop in beside:
+            await end_task(loop)

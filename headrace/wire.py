@@ -3,7 +3,8 @@
 Each boundary between processes has one file of message types under `headrace/messages/` (the handoff's live in
 `headrace.kvtransfer.messages`). A message is a frozen, tagged `msgspec.Struct`; a receiver decodes with a closed
 union of the types it accepts, so unknown tags, missing or extra fields, wrong types and out-of-range numbers are all
-refused before any code sees them. Nothing that arrives is ever unpickled.
+refused before any code sees them. A digest goes before the body, so that a flipped bit never decodes into another valid
+message. Nothing that arrives is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
+import xxhash
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
+DIGEST_BYTES = 8
+"""XXH3-64, big endian."""
+HEAD_BYTES = 1 + DIGEST_BYTES
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 """Largest header accepted, in bytes. Page payloads travel in frames of their own and do not count."""
 
@@ -39,8 +44,13 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def encode(message: Message) -> bytes:
-    """Serialise a message: one version byte, then MessagePack."""
-    return bytes([WIRE_VERSION]) + msgspec.msgpack.encode(message)
+    """Serialise a message: MessagePack, sealed."""
+    return seal(msgspec.msgpack.encode(message))
+
+
+def seal(body: bytes) -> bytes:
+    """What goes on the wire for `body`: one version byte, the body's digest, the body."""
+    return bytes([WIRE_VERSION]) + xxhash.xxh3_64_digest(body) + body
 
 
 class Decoder(Generic[T]):
@@ -57,7 +67,10 @@ class Decoder(Generic[T]):
             raise WireError(f"header of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}")
         if len(data) == 0 or data[0] != WIRE_VERSION:
             raise WireError(f"wire version {data[0] if len(data) else 'missing'}, this process speaks {WIRE_VERSION}")
+        body = memoryview(data)[HEAD_BYTES:]
+        if xxhash.xxh3_64_digest(body) != data[1:HEAD_BYTES]:
+            raise WireError("the header was damaged on the way")
         try:
-            return self._decoder.decode(memoryview(data)[1:])
+            return self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise WireError(str(error)) from error

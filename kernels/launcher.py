@@ -30,7 +30,7 @@ class Launcher:
     ) -> None:
         """Launch on the current device and stream; `options` are Triton's: num_warps, num_stages."""
         addresses, device = 0, None
-        kinds: list[Any] = []
+        kinds: list[object] = []
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 addresses |= argument.data_ptr()

@@ -1,34 +1,53 @@
 """The sending side of one handoff.
 
-| state     | on                              | does                                 | next      |
-| --------- | ------------------------------- | ------------------------------------ | --------- |
-| UNPLACED  | `offer_to`                      | Offer                                | OFFERED   |
-| OFFERED   | Grant                           | remember what is held there          | GRANTED   |
-| OFFERED   | Refuse                          | may be offered to another            | UNPLACED  |
-| GRANTED   | a layer is computed, in credit  | Pages                                | GRANTED   |
-| GRANTED   | Credit                          | widen the window                     | GRANTED   |
-| GRANTED   | all sent and first token known  | Commit                               | COMMITTED |
-| COMMITTED | Ack                             | (the pages may be freed)             | DONE      |
-| any       | Abort, receiver gone            | stop                                 | FAILED    |
+| state      | on                              | does                                 | next      |
+| ---------- | ------------------------------- | ------------------------------------ | --------- |
+| UNPLACED   | `offer_to`                      | Offer                                | OFFERED   |
+| OFFERED    | Grant                           | remember what is held there          | GRANTED   |
+| OFFERED    | Refuse, Abort `unknown`         | may be offered to another, or again  | UNPLACED  |
+| GRANTED    | a layer is computed, in credit  | pages go to the data line            | GRANTED   |
+| GRANTED    | Credit                          | widen the window                     | GRANTED   |
+| GRANTED    | all sent and first token known  | Commit                               | COMMITTED |
+| COMMITTED  | time to renew                   | Commit again: the Ack may be lost    | COMMITTED |
+| COMMITTED  | Ack                             | (the pages may be freed)             | DONE      |
+| OFFERED, GRANTED | time to renew             | Renew: Grant or Credit may be lost   | same      |
+| any before | Abort, receiver gone            | stop (the pages may be freed)        | FAILED    |
+| any before | `fail`: the line broke          | stop                                 | FAILED    |
+| FAILED     | time to renew                   | Abort again: Released may be lost    | FAILED    |
+| FAILED     | Released, Abort, receiver gone  | (the pages may be freed)             | FAILED    |
 
 Layers are announced whenever they are computed, in any state: what can't be sent yet stays in this worker's cache.
+Pages are read after `next_message` has named them, by the data line's threads or by the receiver itself. So they must
+stay untouched until `receiver_is_done`; who gives a handoff up tells the receiver (Abort) and waits for its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 
-import xxhash
-
-from headrace.kvtransfer.base import PageId, PageStore
-from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, RefuseCause, ToSender
+from headrace.kvtransfer.base import PageId, PageStore, Ready
+from headrace.kvtransfer.messages import (
+    Abort,
+    Ack,
+    Commit,
+    Credit,
+    Grant,
+    Offer,
+    Refuse,
+    RefuseCause,
+    Released,
+    ToSender,
+    TransportName,
+    WireDtype,
+)
 from headrace.messages.stream import TokenLogprobs
-from headrace.wire import Message
 
-NO_PAYLOAD: tuple[memoryview, ...] = ()
+MESSAGE_BYTES: dict[TransportName, int] = {"tcp": 2**20, "shm": 8 * 2**20, "cuda_ipc": 2**26, "local": 2**26}
+"""Page bytes of one message. Over TCP, what is small enough to stay in a processor's cache from checksum to socket."""
 
 
 class HandoffFailed(RuntimeError):
@@ -48,15 +67,48 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive pages of one layer whose KV is complete."""
+    """Consecutive pages of one layer whose KV is complete, as soon as `ready` (None: now)."""
 
     layer: int
     first_page: int
     num_pages: int
+    ready: Ready | None = None
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """Pages for the data line to send."""
+
+    sequence: int
+    layer: int
+    first_page: int
+    """Index within the prompt."""
+    page_ids: list[PageId]
+    credit_wanted: bool
+    ready: Ready | None
+
+
+@dataclass
+class Flight:
+    """Page bytes on the way to one receiver, over all handoffs."""
+
+    limit: int
+    size: int = 0
+
+
+@dataclass
+class Timings:
+    """Moments of one handoff, by the monotonic clock."""
+
+    offered: float = 0.0
+    granted: float = 0.0
+    computed: float = 0.0
+    """The first token was known."""
+    acknowledged: float = 0.0
 
 
 class Handoff:
-    """One request on its way to a decode worker. `pages` must stay untouched until it is DONE or FAILED."""
+    """One request on its way to a decode worker."""
 
     def __init__(self, offer: Offer, pages: list[PageId], store: PageStore) -> None:
         self.offer = offer
@@ -66,18 +118,27 @@ class Handoff:
         """Why receivers did not take it, by their id."""
         self.held_pages = 0
         self.sent_bytes = 0
-        self._pages = pages
-        self._store = store
+        self.sent_pages = 0
+        self.transport: TransportName = "tcp"
+        self.wire_dtype: WireDtype = "auto"
+        self.receiver_is_done = True
+        """It will not read another page of this handoff."""
+        self.abort_cause: str = ""
+        """Why it failed, in a word."""
+        self.timings = Timings()
+        self.pages = pages
+        self._page_bytes = store.page_bytes
         self._segments: deque[Segment] = deque()
         """Computed, in order, and not sent."""
         self._sequence = 0
         self._window_bytes = 0
+        self._window_left = 0
+        self._flight = Flight(2**62)
         self._most_pages = 1
-        """In one message: a quarter of the window, because the receiver credits by quarters. A larger one could
-        wait for ever for the credit of a small one before it."""
         self._on_the_way: deque[tuple[int, int]] = deque()
-        """(sequence, bytes) of the Pages that no Credit has covered."""
+        """(sequence, bytes) of the pages that no Credit has covered."""
         self._first_token: tuple[int, TokenLogprobs | None] | None = None
+        self._commit: Commit | None = None
         self._failure = ""
         self._changed = asyncio.Event()
 
@@ -86,11 +147,14 @@ class Handoff:
         """(request id, attempt)."""
         return self.offer.request_id, self.offer.attempt
 
-    def offer_to(self, receiver: str) -> Offer:
-        """Begin with `receiver`; the caller sends what is returned."""
+    def offer_to(self, receiver: str, flight: Flight | None = None) -> Offer:
+        """Begin with `receiver`, sharing the room on the way there; the caller sends what is returned."""
         assert self.state is State.UNPLACED, self.state
         self.receiver = receiver
+        self.receiver_is_done = False
+        self._flight = flight or self._flight
         self.state = State.OFFERED
+        self.timings.offered = self.timings.offered or time.monotonic()
         return self.offer
 
     def layer_ready(self, segment: Segment) -> None:
@@ -101,39 +165,89 @@ class Handoff:
     def finish(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """The prompt is computed (all its layers have been announced) and this is the first token."""
         self._first_token = (token_id, logprobs)
+        self.timings.computed = time.monotonic()
         self._changed.set()
 
     def handle(self, message: ToSender) -> None:
         """Apply a message of the receiver. One that doesn't fit the state is late or repeated, and is dropped."""
         match message:
             case Grant() if self.state is State.OFFERED:
-                self.state = State.GRANTED
-                self.held_pages = message.held_pages
-                self._window_bytes = message.window_bytes
-                self._most_pages = max(message.window_bytes // 4 // self._store.page_bytes, 1)
+                self._granted(message)
             case Refuse() if self.state is State.OFFERED:
                 assert self.receiver is not None
                 self.refused[self.receiver] = message.cause
                 self.receiver = None
+                self.receiver_is_done = True
                 self.state = State.UNPLACED
             case Credit() if self.state in (State.GRANTED, State.COMMITTED):
-                while self._on_the_way and self._on_the_way[0][0] < message.sequence:
-                    self._window_bytes += self._on_the_way.popleft()[1]
+                self._landed(message.sequence)
             case Ack() if self.state is State.COMMITTED:
                 self.state = State.DONE
+                self.timings.acknowledged = time.monotonic()
+                self._let_go()
+            case Abort(cause="unknown") if self.state is State.OFFERED:  # the offer or its refusal was lost
+                self.receiver = None
+                self.receiver_is_done = True
+                self.state = State.UNPLACED
             case Abort():
                 self.fail(f"{self.receiver}: {message.cause} {message.message}".rstrip())
+                self.abort_cause = self.abort_cause or message.cause
+                self._let_go()
+            case Released() if self.state is State.FAILED:
+                self._let_go()
         self._changed.set()
 
+    def _granted(self, grant: Grant) -> None:
+        self.state = State.GRANTED
+        self.timings.granted = time.monotonic()
+        self.held_pages = grant.held_pages
+        self.transport = grant.transport
+        self.wire_dtype = grant.wire_dtype
+        self._window_bytes = self._window_left = grant.window_bytes
+        size = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
+        self._most_pages = max(size // self._page_bytes, 1)
+
+    def _landed(self, end: int) -> None:
+        while self._on_the_way and self._on_the_way[0][0] < end:
+            size = self._on_the_way.popleft()[1]
+            self._window_left += size
+            self._flight.size -= size
+
+    def _let_go(self) -> None:
+        self.receiver_is_done = True
+        self._landed(self._sequence)
+
     def fail(self, reason: str) -> None:
-        """Give the attempt up."""
-        if self.state is not State.DONE:
+        """Give the attempt up. The receiver is to be told, and the pages to be kept until it has answered."""
+        if self.state not in (State.DONE, State.FAILED):
             self.state = State.FAILED
             self._failure = reason
         self._changed.set()
 
-    def next_message(self) -> tuple[Message, tuple[memoryview, ...]] | None:
-        """What can be sent now, or None. Reads the pages it returns at this very moment."""
+    def receiver_left(self, reason: str) -> None:
+        """Nobody is there any more."""
+        self.fail(reason)
+        self._let_go()
+
+    def renewal(self) -> Commit | Abort | tuple[str, int, int] | None:
+        """What to tell the receiver again as long as it doesn't answer; the tuple is for `Renew`."""
+        request_id, attempt = self.key
+        match self.state:
+            case State.OFFERED | State.GRANTED:
+                return request_id, attempt, self._sequence
+            case State.COMMITTED:
+                return self._commit
+            case State.FAILED if not self.receiver_is_done:
+                return Abort(request_id=request_id, attempt=attempt, cause="sender_failed")
+            case _:
+                return None
+
+    def wake(self) -> None:
+        """There may be room on the way again."""
+        self._changed.set()
+
+    def next_message(self) -> Outgoing | Commit | None:
+        """What can be sent now, or None."""
         if self.state is not State.GRANTED:
             return None
         while self._segments:
@@ -142,40 +256,45 @@ class Handoff:
             if first >= end:
                 continue
             stop = min(end, first + self._most_pages)
-            size = (stop - first) * self._store.page_bytes
-            if size > self._window_bytes and self._on_the_way:
+            size = (stop - first) * self._page_bytes
+            if not self._has_room(size):
                 self._segments.appendleft(segment)
                 return None
             if stop < end:
-                self._segments.appendleft(Segment(segment.layer, stop, end - stop))
-            return self._pages_message(Segment(segment.layer, first, stop - first), size)
+                self._segments.appendleft(Segment(segment.layer, stop, end - stop, segment.ready))
+            return self._outgoing(Segment(segment.layer, first, stop - first, segment.ready), size)
         if self._first_token is None:
             return None
         self.state = State.COMMITTED
         token_id, logprobs = self._first_token
         request_id, attempt = self.key
-        return Commit(
+        self._commit = Commit(
             request_id=request_id, attempt=attempt, sequence=self._sequence, token_id=token_id, logprobs=logprobs
-        ), NO_PAYLOAD
-
-    def _pages_message(self, segment: Segment, size: int) -> tuple[Message, tuple[memoryview, ...]]:
-        page_ids = self._pages[segment.first_page : segment.first_page + segment.num_pages]
-        payload = self._store.read_pages(segment.layer, page_ids)
-        request_id, attempt = self.key
-        message = Pages(
-            request_id=request_id,
-            attempt=attempt,
-            sequence=self._sequence,
-            layer=segment.layer,
-            first_page=segment.first_page,
-            num_pages=segment.num_pages,
-            checksum=xxhash.xxh3_64_digest(payload),
         )
+        return self._commit
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so much more may be on the way. What is larger than a bound travels alone."""
+        in_window = not self._on_the_way or size <= self._window_left
+        return in_window and (not self._flight.size or self._flight.size + size <= self._flight.limit)
+
+    def _outgoing(self, segment: Segment, size: int) -> Outgoing:
         self._on_the_way.append((self._sequence, size))
-        self._window_bytes -= size
+        self._window_left -= size
+        self._flight.size += size
         self._sequence += 1
         self.sent_bytes += size
-        return message, (payload,)
+        self.sent_pages += segment.num_pages
+        # While no credit is wanted at most half of each bound is on the way, so whoever must wait will be credited.
+        half_full = self._window_left < self._window_bytes // 2 or self._flight.size > self._flight.limit // 2
+        return Outgoing(
+            sequence=self._sequence - 1,
+            layer=segment.layer,
+            first_page=segment.first_page,
+            page_ids=self.pages[segment.first_page : segment.first_page + segment.num_pages],
+            credit_wanted=half_full,
+            ready=segment.ready,
+        )
 
     async def changed(self) -> None:
         """Wait until something happened. Raises `HandoffFailed` once the attempt is over."""
@@ -183,3 +302,9 @@ class Handoff:
         self._changed.clear()
         if self.state is State.FAILED:
             raise HandoffFailed(self._failure)
+
+    async def until_receiver_is_done(self) -> None:
+        """Wait until the pages may be freed."""
+        while not self.receiver_is_done:
+            await self._changed.wait()
+            self._changed.clear()

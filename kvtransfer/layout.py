@@ -22,7 +22,7 @@ class CacheShape(Protocol):
     def page_size(self) -> int: ...
 
 
-def layout_of(model_fingerprint: str, shape: CacheShape, tensor_parallel_size: int = 1) -> Layout:
+def layout_of(model_fingerprint: str, shape: CacheShape, vocab_size: int, tensor_parallel_size: int = 1) -> Layout:
     """The layout fingerprint of a worker."""
     return Layout(
         model_fingerprint=model_fingerprint,
@@ -32,4 +32,5 @@ def layout_of(model_fingerprint: str, shape: CacheShape, tensor_parallel_size: i
         head_dim=shape.head_dim,
         page_size=shape.page_size,
         tensor_parallel_size=tensor_parallel_size,
+        vocab_size=vocab_size,
     )

@@ -1,7 +1,12 @@
 """Prefill worker <-> decode worker: the handoff protocol (`Offer -> Grant | Refuse -> Pages* -> Commit -> Ack`).
 
 `Abort` may come from either side at any point. Each message names its (request, attempt); within one, `Pages` carry a
-sequence number and are applied once, in order.
+sequence number and are applied once. They travel on data lines of their own, several at a time, so they may arrive in
+any order, and after the Commit; all other messages travel on the mesh.
+
+Any message may be lost: a line that breaks takes some with it. Every `Renew` is answered with what its handoffs may
+have missed, and a Commit is repeated until it is acknowledged, so a loss costs one renewal and not the request's
+deadline. What is lost of the pages themselves costs the attempt, after one lease.
 """
 
 from __future__ import annotations
@@ -14,7 +19,10 @@ from headrace.messages.request import MAX_PROMPT_TOKENS, SamplingParams
 from headrace.messages.stream import TokenLogprobs
 from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, TokenId
 
-PageHash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+PageCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+MAX_PAGES_PER_MESSAGE = 65536
+MAX_RENEWED = 1024
+"""Handoffs in one `Renew`: more than a prefill worker can have open."""
 
 
 class Layout(Record, frozen=True, kw_only=True):
@@ -27,6 +35,43 @@ class Layout(Record, frozen=True, kw_only=True):
     head_dim: Count
     page_size: Count
     tensor_parallel_size: Count
+    vocab_size: Count
+    """Token ids are below it."""
+
+
+class Host(Record, frozen=True, kw_only=True):
+    """Where a process runs, so that two can tell what they share."""
+
+    machine: Annotated[str, msgspec.Meta(max_length=128)]
+    """The boot of the kernel, and the namespaces in which processes see each other."""
+    pid: PageCount
+    process: Annotated[str, msgspec.Meta(max_length=64)]
+    """Random, drawn at the process's start: a number may be used again."""
+
+
+class SharedMemory(Record, frozen=True, kw_only=True):
+    """`shm`: a sealed memory file of the sender, which processes of its machine and user may map to read."""
+
+    descriptor: Count
+    """File descriptor in the sender's process."""
+    num_blocks: PageCount
+    """Pages of one layer that the file holds."""
+
+
+class CudaMemory(Record, frozen=True, kw_only=True):
+    """`cuda_ipc`: the sender's cache on a device of the same machine."""
+
+    device: Annotated[str, msgspec.Meta(max_length=64)]
+    """UUID of the device."""
+    handle: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+    """CUipcMemHandle of the allocation that holds the cache."""
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+    """Where the cache begins in it, in bytes."""
+    num_blocks: PageCount
+
+
+WireDtype = Literal["auto", "fp8"]
+TransportName = Literal["local", "cuda_ipc", "shm", "tcp"]
 
 
 class Offer(Message, frozen=True, kw_only=True):
@@ -40,10 +85,14 @@ class Offer(Message, frozen=True, kw_only=True):
     """The prompt, followed by the `generated` tokens of earlier attempts."""
     generated: Count
     sampling: SamplingParams
-    page_hashes: list[PageHash]
-    """Chained hashes of the full pages of `token_ids`."""
     deadline: float
     """Unix time in seconds."""
+    host: Host | None = None
+    cuda_ipc: CudaMemory | None = None
+    shm: SharedMemory | None = None
+    """None: the sender can't use this transport. `tcp` it always can."""
+    wire_dtype: WireDtype = "auto"
+    """How the sender would have pages travel where they travel over a network."""
 
 
 class Grant(Message, frozen=True, kw_only=True):
@@ -54,9 +103,11 @@ class Grant(Message, frozen=True, kw_only=True):
     held_pages: Count
     window_bytes: Count
     """Page bytes that may be on the way, unacknowledged by a `Credit`, at any time."""
+    transport: TransportName = "tcp"
+    wire_dtype: WireDtype = "auto"
 
 
-RefuseCause = Literal["layout", "full", "duplicate", "stale", "stopping", "too_long"]
+RefuseCause = Literal["layout", "full", "duplicate", "stale", "stopping", "too_long", "invalid"]
 
 
 class Refuse(Message, frozen=True, kw_only=True):
@@ -69,7 +120,7 @@ class Refuse(Message, frozen=True, kw_only=True):
 
 
 class Pages(Message, frozen=True, kw_only=True):
-    """KV of consecutive pages of one layer; one payload frame follows."""
+    """KV of consecutive pages of one layer; their bytes follow."""
 
     request_id: RequestId
     attempt: Attempt
@@ -77,9 +128,29 @@ class Pages(Message, frozen=True, kw_only=True):
     layer: Count
     first_page: Count
     """Index within the prompt, not a page id of either cache."""
-    num_pages: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    num_pages: PageCount
     checksum: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
     """XXH3-64 of the payload."""
+    credit_wanted: bool = True
+    """The window is half empty: tell when this has been written."""
+
+
+class PagesInPlace(Message, frozen=True, kw_only=True):
+    """The same, but the bytes stay where they are: the receiver copies them out of memory that it shares (or maps)."""
+
+    request_id: RequestId
+    attempt: Attempt
+    sequence: Count
+    layer: Count
+    first_page: Count
+    blocks: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_PAGES_PER_MESSAGE)]
+    """Each page's place in the sender's memory, in pages of one layer."""
+    credit_wanted: bool = True
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages."""
+        return len(self.blocks)
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -108,9 +179,13 @@ class Ack(Message, frozen=True, kw_only=True):
 
 
 class Renew(Message, frozen=True, kw_only=True):
-    """These handoffs are still wanted: their leases start again. The receiver aborts those it doesn't know."""
+    """These handoffs are still wanted: the leases of those start again of which nothing is on the way.
 
-    handoffs: Annotated[list[tuple[RequestId, Attempt]], msgspec.Meta(max_length=65536)]
+    The receiver repeats the `Grant` or the newest `Credit` of each, and aborts those that it doesn't know.
+    """
+
+    handoffs: Annotated[list[tuple[RequestId, Attempt, Count]], msgspec.Meta(max_length=MAX_RENEWED)]
+    """Request, attempt, and how many `Pages` have been sent."""
 
 
 AbortCause = Literal["cancelled", "lease", "checksum", "sequence", "unknown", "sender_failed", "receiver_failed"]
@@ -125,5 +200,13 @@ class Abort(Message, frozen=True, kw_only=True):
     message: str = ""
 
 
-ToReceiver = Offer | Pages | Commit | Renew | Abort
-ToSender = Grant | Refuse | Credit | Ack | Abort
+class Released(Message, frozen=True, kw_only=True):
+    """The answer to a sender's Abort: nothing of this attempt will be read or decoded, so its pages may be freed."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+ToReceiver = Offer | Commit | Renew | Abort
+ToSender = Grant | Refuse | Credit | Ack | Abort | Released
+OnDataLine = Pages | PagesInPlace

@@ -1,19 +1,27 @@
 """The receiving side of handoffs: a decode worker's incoming requests.
 
-| state     | on                         | does                                             | next      |
-| --------- | -------------------------- | ------------------------------------------------ | --------- |
-| (none)    | Offer, pages free          | reserve, Grant                                   | RECEIVING |
-| (none)    | Offer, pool full           | queue, first come first served                   | WAITING   |
-| (none)    | Offer, unusable            | Refuse                                           | (none)    |
-| WAITING   | pages come free            | reserve, Grant                                   | RECEIVING |
-| RECEIVING | Pages, next in order       | check, write, Credit                             | RECEIVING |
-| RECEIVING | Pages, seen before         | drop                                             | RECEIVING |
-| RECEIVING | Pages, damaged or a gap    | free, Abort                                      | (none)    |
-| RECEIVING | Commit, all pages here     | hand over to the decoder, Ack                    | (none)    |
-| any       | Renew                      | start the lease again                            | same      |
-| any       | Abort, cancel, lease ended, sender gone | free (and Abort to a living sender) | (none)    |
+| state      | on                         | does                                             | next       |
+| ---------- | -------------------------- | ------------------------------------------------ | ---------- |
+| (none)     | Offer, pages free          | reserve, choose a transport, Grant               | RECEIVING  |
+| (none)     | Offer, pool full           | queue, first come first served                   | WAITING    |
+| (none)     | Offer, unusable            | Refuse                                           | (none)     |
+| (none)     | Commit or Renew, taken before | Ack again                                     | (none)     |
+| (none)     | Commit or Renew, unknown   | Abort `unknown`                                  | (none)     |
+| WAITING    | pages come free            | reserve, choose a transport, Grant               | RECEIVING  |
+| RECEIVING  | the same Offer again       | Grant again                                      | RECEIVING  |
+| RECEIVING  | pages landed               | start the lease again, Credit where it is wanted | RECEIVING  |
+| RECEIVING  | pages landed, damaged or out of bounds | Abort                                | DRAINING   |
+| RECEIVING  | Commit, pages missing      | remember it                                      | COMMITTING |
+| RECEIVING  | Commit, all pages here     | hand over to the decoder, Ack                    | (none)     |
+| COMMITTING | pages landed, the last     | hand over to the decoder, Ack                    | (none)     |
+| RECEIVING  | Renew                      | Grant or Credit again                            | RECEIVING  |
+| WAITING, RECEIVING | Renew, all that was sent is here | start the lease again              | same       |
+| any        | Abort                      | (Released when drained)                          | DRAINING   |
+| any        | cancel, lease ended, sender gone | Abort to a living sender                   | DRAINING   |
+| DRAINING   | no thread writes its pages | free them                                        | (none)     |
 
-Nothing here waits or blocks: every method is called on the event loop and replies through `send`.
+The pages themselves land beside this, on threads (`arrivals.py`, `landing.py`), in any order, before the Commit or
+after it. Nothing here waits or blocks: every method is called on the event loop and replies through `send`.
 """
 
 from __future__ import annotations
@@ -22,10 +30,11 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import xxhash
-
-from headrace.kvtransfer.base import PageAllocator, PageId, PageStore
+from headrace.kvtransfer.arrivals import Arrivals, Arriving
+from headrace.kvtransfer.base import PageAllocator, PageId, PageStore, Source
+from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import (
     Abort,
     AbortCause,
@@ -35,11 +44,12 @@ from headrace.kvtransfer.messages import (
     Grant,
     Layout,
     Offer,
-    Pages,
     Refuse,
     RefuseCause,
+    Released,
     Renew,
     ToReceiver,
+    TransportName,
 )
 from headrace.wire import Message
 
@@ -53,6 +63,14 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """The newest attempt of a request, and the worker that it was taken from, if it was."""
+
+    attempt: int
+    taken_from: str | None = None
+
+
+@dataclass(frozen=True)
 class ReceivedRequest:
     """A prompt whose KV is complete in this worker's cache. Whoever takes it owns `pages`."""
 
@@ -62,18 +80,49 @@ class ReceivedRequest:
     commit: Commit
 
 
-@dataclass
+class Choice(Protocol):
+    """How pages can come from a sender."""
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """The best transport that both ends can use, and the sender's memory where it is read in place."""
+
+    def forget(self, sender: str) -> None:
+        """The sender is gone: let go of its memory."""
+
+
+class TcpOnly:
+    """Without shared memory."""
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """See `Choice`."""
+        return "tcp", None
+
+    def forget(self, sender: str) -> None:
+        """See `Choice`."""
+
+
+def _at_once(callback: Callable[[], None]) -> None:
+    callback()
+
+
+@dataclass(eq=False)
 class _Incoming:
-    """One handoff between Offer and Commit. `pages` is empty while it waits for room."""
+    """One handoff between Offer and Commit. `pages` is empty and `landing` None while it waits for room."""
 
     sender: str
     offer: Offer
     lease_ends: float
+    hashes: list[bytes]
+    """Of the prompt's full pages."""
+    grant: Grant | None = None
     pages: list[PageId] = field(default_factory=list)
-    sequence: int = 0
-    next_page: list[int] = field(default_factory=list)
-    """By layer: the first page of the prompt that has not arrived."""
-    uncredited_bytes: int = 0
+    landing: Landing | None = None
+    commit: Commit | None = None
+
+    @property
+    def key(self) -> Key:
+        """(request id, attempt)."""
+        return self.offer.request_id, self.offer.attempt
 
 
 class Receiver:
@@ -88,21 +137,39 @@ class Receiver:
         send: Callable[[str, Message], None],
         on_received: Callable[[ReceivedRequest], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        choice: Choice | None = None,
+        call_soon: Callable[[Callable[[], None]], object] = _at_once,
+        refuse: Callable[[str, str], None] = lambda sender, reason: None,
     ) -> None:
+        """`call_soon` brings what a line's thread has to say to this object's own thread. `refuse(sender, reason)`
+        counts what no honest worker sends, and is called on any thread.
+        """
         self.stopping = False
         self.reserve_pages = 0
         """Free pages that grants leave alone, for running requests to grow into."""
         self.aborts: Counter[str] = Counter()
+        self.refusals: Counter[RefuseCause] = Counter()
+        """Offers not taken."""
+        self.late = 0
+        """Other messages that came again, or cross an Abort on its way: they change nothing."""
+        self.transports: Counter[str] = Counter()
+        """Grants by transport."""
+        self.arrivals = Arrivals(store, layout.dtype, refuse)
         self._layout = layout
-        self._store = store
         self._pool = pool
         self._total_pages = total_pages
         self._send = send
         self._on_received = on_received
         self._clock = clock
+        self._choice = choice or TcpOnly()
+        self._call_soon = call_soon
+        self._refuse = refuse
         self._incoming: dict[Key, _Incoming] = {}
         self._waiting: OrderedDict[Key, _Incoming] = OrderedDict()
-        self._newest_attempt: OrderedDict[str, int] = OrderedDict()
+        self._draining: dict[_Incoming, bool] = {}
+        """Handoffs that are over but for threads that may write to their pages; whether to say Released at the end."""
+        self._newest: OrderedDict[str, _Seen] = OrderedDict()
 
     @property
     def num_waiting(self) -> int:
@@ -114,34 +181,37 @@ class Receiver:
         """Handoffs that have not been committed yet, those that wait among them."""
         return len(self._incoming)
 
-    def handle(self, sender: str, message: ToReceiver, payload: tuple[memoryview, ...]) -> None:
+    def handle(self, sender: str, message: ToReceiver) -> None:
         """Apply one message."""
         match message:
             case Offer():
                 self._offer(sender, message)
-            case Pages():
-                self._pages(sender, message, payload)
             case Commit():
                 self._commit(sender, message)
             case Renew():
                 self._renew(sender, message)
             case Abort():
-                incoming = self._incoming.get((message.request_id, message.attempt))
-                if incoming is not None and incoming.sender == sender:
-                    self._free(incoming)
-                    self.aborts[message.cause] += 1
+                self._aborted(sender, message)
 
     def _offer(self, sender: str, offer: Offer) -> None:
+        known = self._incoming.get((offer.request_id, offer.attempt))
+        if known is not None and (known.sender, known.offer) == (sender, offer):
+            if known.grant is not None:
+                self._send(sender, known.grant)
+            return
         refusal = self._reason_to_refuse(offer)
         if refusal is not None:
             cause, message = refusal
+            self.refusals[cause] += 1
+            if cause in ("invalid", "duplicate"):
+                self._refuse(sender, message)
             self._send(sender, Refuse(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=message))
             return
         older = [key for key in self._incoming if key[0] == offer.request_id]
         for key in older:
             self._abort(self._incoming[key], "cancelled", "a newer attempt began")
-        self._remember(offer.request_id, offer.attempt)
-        incoming = _Incoming(sender, offer, self._clock() + LEASE_SECONDS)
+        self._remember(offer.request_id, _Seen(offer.attempt))
+        incoming = _Incoming(sender, offer, self._clock() + LEASE_SECONDS, self._pool.hashes(offer.token_ids))
         self._incoming[offer.request_id, offer.attempt] = incoming
         self._waiting[offer.request_id, offer.attempt] = incoming
         self.grant_waiting()
@@ -151,9 +221,13 @@ class Receiver:
             return "layout", f"offered {offer.layout}, this worker holds {self._layout}"
         if self._pages_needed(offer) > self._total_pages:
             return "too_long", f"{len(offer.token_ids)} tokens don't fit into {self._total_pages} pages"
+        if max(offer.token_ids) >= self._layout.vocab_size:
+            return "invalid", f"token ids must be below {self._layout.vocab_size}"
+        if offer.generated > len(offer.token_ids):
+            return "invalid", f"{offer.generated} of {len(offer.token_ids)} tokens can't be generated ones"
         if (offer.request_id, offer.attempt) in self._incoming:
             return "duplicate", "this attempt is already being received"
-        newest = self._newest_attempt.get(offer.request_id, -1)
+        newest = self._newest.get(offer.request_id, _Seen(-1)).attempt
         if offer.attempt <= newest:
             return "stale", f"attempt {newest} has been seen"
         if self.stopping:
@@ -162,11 +236,11 @@ class Receiver:
             return "full", f"{MAX_WAITING} handoffs wait for pages"
         return None
 
-    def _remember(self, request_id: str, attempt: int) -> None:
-        self._newest_attempt[request_id] = attempt
-        self._newest_attempt.move_to_end(request_id)
-        if len(self._newest_attempt) > MAX_REMEMBERED:
-            self._newest_attempt.popitem(last=False)
+    def _remember(self, request_id: str, seen: _Seen) -> None:
+        self._newest[request_id] = seen
+        self._newest.move_to_end(request_id)
+        if len(self._newest) > MAX_REMEMBERED:
+            self._newest.popitem(last=False)
 
     def _pages_needed(self, offer: Offer) -> int:
         return -(-len(offer.token_ids) // self._layout.page_size)
@@ -175,87 +249,148 @@ class Receiver:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""
         while self._waiting:
             key, incoming = next(iter(self._waiting.items()))
-            held = self._pool.match_prefix(incoming.offer.page_hashes)
+            held = self._pool.match_prefix(incoming.hashes)
             missing = self._pages_needed(incoming.offer) - len(held)
             if missing + self.reserve_pages > self._pool.num_free:
                 self._pool.release(held)
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)
-            incoming.next_page = [len(held)] * self._layout.num_layers
-            request_id, attempt = key
-            grant = Grant(request_id=request_id, attempt=attempt, held_pages=len(held), window_bytes=WINDOW_BYTES)
-            self._send(incoming.sender, grant)
+            self._grant(incoming, len(held))
 
-    def _pages(self, sender: str, message: Pages, payload: tuple[memoryview, ...]) -> None:
-        incoming = self._granted(sender, message)
-        if incoming is None or message.sequence < incoming.sequence:
+    def _grant(self, incoming: _Incoming, held: int) -> None:
+        request_id, attempt = incoming.key
+
+        def notify() -> None:  # on a line's thread
+            self._call_soon(lambda: self._landed(incoming, landing))
+
+        landing = incoming.landing = Landing(incoming.pages, held, self._layout.num_layers, notify)
+        transport, source = self._choice.choose(incoming.sender, incoming.offer)
+        wire_dtype = incoming.offer.wire_dtype if transport == "tcp" else "auto"
+        self.arrivals.expect((incoming.sender, *incoming.key), Arriving(landing, transport, source, wire_dtype))
+        self.transports[transport] += 1
+        incoming.grant = Grant(
+            request_id=request_id,
+            attempt=attempt,
+            held_pages=held,
+            window_bytes=WINDOW_BYTES,
+            transport=transport,
+            wire_dtype=wire_dtype,
+        )
+        self._send(incoming.sender, incoming.grant)
+
+    def _landed(self, incoming: _Incoming, landing: Landing) -> None:
+        """Pages of one handoff were written, or could not be."""
+        credit = landing.take_credit()
+        if incoming in self._draining:
+            self._end_draining(incoming)
+        if self._incoming.get(incoming.key) is not incoming:
             return
-        problem = self._problem_with(incoming, message, payload)
-        if problem is not None:
-            self._abort(incoming, *problem)
+        if landing.problem is not None:
+            self._abort(incoming, *landing.problem)
             return
-        pages = incoming.pages[message.first_page : message.first_page + message.num_pages]
-        self._store.write_pages(message.layer, pages, payload[0])
-        incoming.next_page[message.layer] += message.num_pages
-        incoming.sequence += 1
         incoming.lease_ends = self._clock() + LEASE_SECONDS
-        incoming.uncredited_bytes += len(payload[0])
-        if incoming.uncredited_bytes >= WINDOW_BYTES // 4:
-            incoming.uncredited_bytes = 0
-            self._send(
-                sender, Credit(request_id=message.request_id, attempt=message.attempt, sequence=incoming.sequence)
-            )
-
-    def _problem_with(
-        self, incoming: _Incoming, message: Pages, payload: tuple[memoryview, ...]
-    ) -> tuple[AbortCause, str] | None:
-        if message.sequence != incoming.sequence:
-            return "sequence", f"expected message {incoming.sequence}, got {message.sequence}"
-        if message.layer >= self._layout.num_layers or message.first_page != incoming.next_page[message.layer]:
-            return "sequence", f"layer {message.layer} can't go on at page {message.first_page}"
-        if message.first_page + message.num_pages > len(incoming.pages):
-            return "sequence", f"{message.num_pages} pages from {message.first_page} are more than were granted"
-        if len(payload) != 1 or len(payload[0]) != message.num_pages * self._store.page_bytes:
-            return "checksum", "the payload is not one frame of the announced size"
-        if xxhash.xxh3_64_digest(payload[0]) != message.checksum:
-            return "checksum", f"layer {message.layer}, page {message.first_page}: the payload was damaged on the way"
-        return None
+        if credit is not None:
+            request_id, attempt = incoming.key
+            self._send(incoming.sender, Credit(request_id=request_id, attempt=attempt, sequence=credit))
+        self._complete(incoming)
 
     def _commit(self, sender: str, commit: Commit) -> None:
-        incoming = self._granted(sender, commit)
+        incoming = self._incoming.get((commit.request_id, commit.attempt))
         if incoming is None:
-            return
-        total = len(incoming.pages)
-        if commit.sequence != incoming.sequence or any(page != total for page in incoming.next_page):
-            self._abort(incoming, "sequence", "committed before all pages arrived")
-            return
-        del self._incoming[commit.request_id, commit.attempt]
-        for page, page_hash in zip(incoming.pages, incoming.offer.page_hashes, strict=False):
-            self._pool.publish(page, page_hash)
-        self._send(sender, Ack(request_id=commit.request_id, attempt=commit.attempt))
-        self._on_received(ReceivedRequest(incoming.offer, incoming.pages, commit.token_id, commit))
+            self._answer_over(sender, commit.request_id, commit.attempt)
+        elif incoming.sender != sender or incoming.landing is None:
+            self._refuse(sender, "it commits what was not granted to it")
+        elif commit.token_id >= self._layout.vocab_size:
+            problem = f"committed token {commit.token_id}, which must be below {self._layout.vocab_size}"
+            self._refuse(sender, problem)
+            self._abort(incoming, "sequence", problem)
+        elif incoming.commit == commit:
+            self.late += 1
+        else:
+            incoming.commit = commit
+            self._complete(incoming)
 
-    def _granted(self, sender: str, message: Pages | Commit) -> _Incoming | None:
-        key = (message.request_id, message.attempt)
-        incoming = self._incoming.get(key)
-        if incoming is None or incoming.sender != sender or key in self._waiting:
-            return None
-        return incoming
+    def _answer_over(self, sender: str, request_id: str, attempt: int) -> None:
+        """Say once more how a handoff ended that `sender` believes to be open."""
+        self.late += 1
+        if self._newest.get(request_id) == _Seen(attempt, sender):
+            self._send(sender, Ack(request_id=request_id, attempt=attempt))
+        else:
+            self._send(sender, Abort(request_id=request_id, attempt=attempt, cause="unknown"))
+
+    def _complete(self, incoming: _Incoming) -> None:
+        """Hand a committed request over to the decoder once all its pages are here."""
+        commit, landing = incoming.commit, incoming.landing
+        if commit is None or landing is None:
+            return
+        problem = landing.problem or landing.problem_with_end(commit.sequence)
+        if problem is not None:
+            if landing.problem is None:  # or it has been counted
+                self._refuse(incoming.sender, problem[1])
+            self._abort(incoming, *problem)
+        elif landing.is_complete(commit.sequence):
+            landing.close()
+            self._take_out(incoming)
+            self._remember(commit.request_id, _Seen(commit.attempt, incoming.sender))
+            for page, page_hash in zip(incoming.pages, incoming.hashes, strict=False):
+                self._pool.publish(page, page_hash)
+            self._send(incoming.sender, Ack(request_id=commit.request_id, attempt=commit.attempt))
+            self._on_received(ReceivedRequest(incoming.offer, incoming.pages, commit.token_id, commit))
+
+    def _take_out(self, incoming: _Incoming) -> None:
+        self._waiting.pop(incoming.key, None)
+        del self._incoming[incoming.key]
+        if incoming.landing is not None:
+            self.arrivals.forget((incoming.sender, *incoming.key))
 
     def _renew(self, sender: str, renew: Renew) -> None:
-        for request_id, attempt in renew.handoffs:
+        for request_id, attempt, num_sent in renew.handoffs:
             incoming = self._incoming.get((request_id, attempt))
-            if incoming is not None and incoming.sender == sender:
-                incoming.lease_ends = self._clock() + LEASE_SECONDS
+            if incoming is None:
+                self._answer_over(sender, request_id, attempt)
+            elif incoming.sender != sender:
+                self._refuse(sender, "it renews another worker's handoff")
             else:
-                self._send(sender, Abort(request_id=request_id, attempt=attempt, cause="unknown"))
+                self._renew_one(incoming, num_sent)
+
+    def _renew_one(self, incoming: _Incoming, num_sent: int) -> None:
+        """Repeat what the sender may have missed, and start the lease again where nothing is on the way here.
+
+        Pages that are on the way have one lease to come: they may be lost.
+        """
+        landed = incoming.landing.num_landed if incoming.landing is not None else 0
+        if num_sent <= landed and incoming.commit is None:
+            incoming.lease_ends = self._clock() + LEASE_SECONDS
+        if landed:
+            request_id, attempt = incoming.key
+            self._send(incoming.sender, Credit(request_id=request_id, attempt=attempt, sequence=landed))
+        elif incoming.grant is not None:
+            self._send(incoming.sender, incoming.grant)
+
+    def _aborted(self, sender: str, abort: Abort) -> None:
+        key = (abort.request_id, abort.attempt)
+        incoming = self._incoming.get(key)
+        if incoming is not None and incoming.sender == sender:
+            self.aborts[abort.cause] += 1
+            self._free(incoming, tell_released=True)
+            return
+        if incoming is not None:
+            self._refuse(sender, "it aborts another worker's handoff")
+        else:
+            self.late += 1
+        draining = [i for i in self._draining if i.sender == sender and i.key == key]
+        for incoming in draining:
+            self._draining[incoming] = True
+        if not draining:
+            self._send(sender, Released(request_id=abort.request_id, attempt=abort.attempt))
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Nobody waits for this request any more, in any attempt up to `attempt`."""
         for key in [key for key in self._incoming if key[0] == request_id and key[1] <= attempt]:
             self._abort(self._incoming[key], "cancelled", "")
-        self._remember(request_id, max(attempt, self._newest_attempt.get(request_id, -1)))
+        if attempt > self._newest.get(request_id, _Seen(-1)).attempt:
+            self._remember(request_id, _Seen(attempt))
 
     def cancel_gateway(self, gateway: str) -> None:
         """A gateway is gone, and with it all who waited for its requests."""
@@ -265,8 +400,9 @@ class Receiver:
     def sender_left(self, sender: str) -> None:
         """A prefill worker is gone: nothing it began will end."""
         for incoming in [i for i in self._incoming.values() if i.sender == sender]:
-            self._free(incoming)
+            self._free(incoming, tell_released=False)
             self.aborts["sender_failed"] += 1
+        self._choice.forget(sender)
 
     def reap(self) -> None:
         """End the handoffs whose lease has run out. To be called on a timer of its own."""
@@ -275,19 +411,27 @@ class Receiver:
             self._abort(incoming, "lease", f"no progress for {LEASE_SECONDS} s")
 
     def _abort(self, incoming: _Incoming, cause: AbortCause, message: str) -> None:
-        self._free(incoming)
         self.aborts[cause] += 1
         offer = incoming.offer
         self._send(
             incoming.sender, Abort(request_id=offer.request_id, attempt=offer.attempt, cause=cause, message=message)
         )
+        self._free(incoming, tell_released=False)
 
-    def _free(self, incoming: _Incoming) -> None:
-        key = (incoming.offer.request_id, incoming.offer.attempt)
-        self._waiting.pop(key, None)
-        del self._incoming[key]
+    def _free(self, incoming: _Incoming, tell_released: bool) -> None:
+        self._take_out(incoming)
+        if incoming.landing is not None:
+            incoming.landing.close()
+        self._draining[incoming] = tell_released
+        self._end_draining(incoming)
+
+    def _end_draining(self, incoming: _Incoming) -> None:
+        if incoming.landing is not None and not incoming.landing.idle:
+            return
         self._pool.release(incoming.pages)
-        incoming.pages = []
+        if self._draining.pop(incoming):
+            request_id, attempt = incoming.key
+            self._send(incoming.sender, Released(request_id=request_id, attempt=attempt))
         self.grant_waiting()
 
     def check_integrity(self) -> None:
@@ -295,5 +439,8 @@ class Receiver:
         for key, incoming in self._incoming.items():
             if key in self._waiting:
                 assert not incoming.pages, f"{key} waits and holds pages"
+                assert incoming.landing is None, f"{key} waits and may be written to"
             else:
                 assert len(incoming.pages) == self._pages_needed(incoming.offer), f"{key} holds the wrong pages"
+        for incoming in self._draining:
+            assert incoming.landing is not None, f"{incoming.key} drains and was never granted"

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, State
-from headrace.kvtransfer.messages import Abort, Refuse, Renew, ToSender
+from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, State
+from headrace.kvtransfer.messages import Abort, Commit, Refuse, Renew, ToSender
+from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.mesh import PeerGone
 from headrace.wire import Message
 
 RENEW_SECONDS = 2.5
 """A quarter of the receiver's lease."""
+RELEASE_SECONDS = 10.0
+"""How long pages are kept for a receiver that does not answer an Abort; by then the registry has dropped it."""
+FLIGHT_BYTES = 256 * 2**20
+"""Page bytes on the way to one receiver at any time, over all handoffs."""
+
+Send = Callable[[str, Message], Awaitable[None]]
+"""Sends one message to a peer; raises `PeerGone`."""
 
 
-class Send(Protocol):
-    """Sends one message to a peer; raises `PeerGone`."""
+class Departures(Protocol):
+    """Takes pages to receivers."""
 
-    def __call__(self, peer_id: str, message: Message, payload: tuple[memoryview, ...] = (), /) -> Awaitable[None]: ...
+    def send(self, handoff: Handoff, outgoing: Outgoing) -> None:
+        """Put pages on the line to the handoff's receiver, without waiting; calls `handoff.fail` where it breaks."""
 
 
 class Sender:
     """All handoffs that leave one worker."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, departures: Departures) -> None:
+        self.stats = TransferStats()
         self._send = send
+        self._departures = departures
         self._open: dict[tuple[str, int], Handoff] = {}
+        self._flights: defaultdict[str, Flight] = defaultdict(lambda: Flight(FLIGHT_BYTES))
 
     @property
     def num_open(self) -> int:
@@ -35,46 +48,69 @@ class Sender:
 
     def pages_promised(self, receiver: str) -> int:
         """Pages of open handoffs that go to `receiver` and that its own figures may not show yet."""
-        return sum(
-            len(handoff.offer.page_hashes) + 1 for handoff in self._open.values() if handoff.receiver == receiver
-        )
+        return sum(len(handoff.pages) for handoff in self._open.values() if handoff.receiver == receiver)
 
     async def deliver(self, handoff: Handoff, choose: Callable[[Handoff], Awaitable[str]]) -> None:
         """Offer until granted, send each layer as it is computed, commit; returns when the receiver has acknowledged.
 
         `choose` names the next receiver to try (`handoff.refused` says who would not). Raises `HandoffFailed`.
-        Whatever ends it, cancellation included, the receiver is told.
+        Whatever ends it, cancellation included, the receiver is told, and the pages are free when this returns.
         """
         self._open[handoff.key] = handoff
         try:
             while handoff.state is not State.DONE:
                 if handoff.state is State.UNPLACED:
                     receiver = await choose(handoff)
-                    await self._send(receiver, handoff.offer_to(receiver))
-                while (item := handoff.next_message()) is not None:
-                    assert handoff.receiver is not None
-                    await self._send(handoff.receiver, *item)
+                    await self._send(receiver, handoff.offer_to(receiver, self._flights[receiver]))
+                await self._send_what_is_ready(handoff)
                 await handoff.changed()
         except PeerGone as error:
+            handoff.receiver_left(str(error))
             raise HandoffFailed(str(error)) from error
+        except asyncio.CancelledError:
+            handoff.fail("cancelled")
+            handoff.abort_cause = handoff.abort_cause or "cancelled"
+            raise
         finally:
-            del self._open[handoff.key]
-            if handoff.state is not State.DONE and handoff.receiver is not None:
-                await self._tell_aborted(handoff)
+            try:
+                await self._let_go(handoff)
+            finally:
+                del self._open[handoff.key]
+                self.stats.count(handoff)
 
-    async def _tell_aborted(self, handoff: Handoff) -> None:
+    async def _send_what_is_ready(self, handoff: Handoff) -> None:
+        while (item := handoff.next_message()) is not None:
+            assert handoff.receiver is not None
+            if isinstance(item, Commit):
+                await self._send(handoff.receiver, item)
+            else:
+                self._departures.send(handoff, item)
+
+    async def _let_go(self, handoff: Handoff) -> None:
+        """Wait until the receiver is done with the pages of a handoff that failed."""
+        if handoff.receiver is None or handoff.receiver_is_done:
+            return
         request_id, attempt = handoff.key
-        assert handoff.receiver is not None
         try:
             await self._send(handoff.receiver, Abort(request_id=request_id, attempt=attempt, cause="sender_failed"))
-        except PeerGone:
-            pass
+            async with asyncio.timeout(RELEASE_SECONDS):
+                await handoff.until_receiver_is_done()
+        except (PeerGone, TimeoutError):
+            handoff.receiver_left("it does not answer")
 
     def handle(self, receiver: str, message: ToSender) -> None:
         """Apply a message of a decode worker; one about a handoff that is over is dropped."""
         handoff = self._open.get((message.request_id, message.attempt))
         if handoff is not None and handoff.receiver == receiver:
             handoff.handle(message)
+            self._wake(receiver)
+
+    def _wake(self, receiver: str) -> None:
+        """Bytes may have landed: handoffs that share the way go on."""
+        if self._flights[receiver].size:
+            for handoff in self._open.values():
+                if handoff.receiver == receiver:
+                    handoff.wake()
 
     def receiver_left(self, receiver: str) -> None:
         """A decode worker is gone, and all that was on its way there."""
@@ -85,16 +121,28 @@ class Sender:
                     gone = Refuse(request_id=request_id, attempt=attempt, cause="stopping", message="it left")
                     handoff.handle(gone)
                 else:
-                    handoff.fail(f"{receiver} left")
+                    handoff.abort_cause = handoff.abort_cause or "receiver_failed"
+                    handoff.receiver_left(f"{receiver} left")
+        self._flights.pop(receiver, None)
 
     async def renew(self) -> None:
-        """Tell each receiver which handoffs are still wanted. To be called every `RENEW_SECONDS`."""
-        by_receiver = defaultdict(list)
+        """Tell each receiver what is still wanted, so that it repeats what was lost on the way here.
+
+        To be called every `RENEW_SECONDS`.
+        """
+        messages: list[tuple[str, Message]] = []
+        under_way = defaultdict(list)
         for handoff in self._open.values():
-            if handoff.receiver is not None:
-                by_receiver[handoff.receiver].append(handoff.key)
-        for receiver, keys in by_receiver.items():
+            renewal = handoff.renewal()
+            if renewal is None or handoff.receiver is None:
+                continue
+            if isinstance(renewal, tuple):
+                under_way[handoff.receiver].append(renewal)
+            else:
+                messages.append((handoff.receiver, renewal))
+        messages += [(receiver, Renew(handoffs=handoffs)) for receiver, handoffs in under_way.items()]
+        for receiver, message in messages:
             try:
-                await self._send(receiver, Renew(handoffs=keys))
+                await self._send(receiver, message)
             except PeerGone:
                 self.receiver_left(receiver)

@@ -194,7 +194,7 @@ def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model, on whatever device there is")
-    parser.add_argument("--only", help="the name of one shape")
+    parser.add_argument("--only", nargs="+", metavar="SHAPE", help="names of shapes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [Shape("tiny", TINY, ((1, ""), (4, "")), ((64, ""),))] if options.quick else SHAPES
@@ -202,7 +202,7 @@ def main() -> None:
         parser.error("this machine has no GPU; --quick runs a tiny model on the CPU")
     figures = []
     for shape in shapes:
-        if options.only in (None, shape.name):
+        if options.only is None or shape.name in options.only:
             # a process of its own: an engine takes the whole device
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 figures += process.submit(measure, shape, device, options.quick).result()

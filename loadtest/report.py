@@ -54,12 +54,17 @@ def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores of {_processor()}",
         "card": card,
-        "command": " ".join(["python", "-m", f"headrace.loadtest.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _main_module(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "figures": [{key: value for key, value in asdict(figure).items() if value != ""} for figure in figures],
     }
     path.write_text(json.dumps(report, indent=2) + "\n")
     return path
+
+
+def _main_module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).stem
 
 
 def _commit() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from headrace.engine.base import Ready
 from headrace.engine.engine import PrefillChunk
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.handoff import Handoff, Segment
@@ -46,8 +47,8 @@ class Job:
         entry = self.entry
         return PrefillChunk(entry.token_ids, chunk.start, chunk.length, self.pages, entry.sampling, entry.generated)
 
-    def layer_computed(self, layer: int, start: int, end: int, page_size: int) -> None:
-        """Tokens `start` to `end` of `layer` are in the cache: their pages may travel."""
+    def layer_computed(self, layer: int, start: int, end: int, page_size: int, ready: Ready | None = None) -> None:
+        """Tokens `start` to `end` of `layer` are in the cache, or will be when `ready`: their pages may travel."""
         if self.handoff is not None:
             first, stop = start // page_size, -(-end // page_size)
-            self.handoff.layer_ready(Segment(layer, first, stop - first))
+            self.handoff.layer_ready(Segment(layer, first, stop - first, ready))

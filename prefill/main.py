@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.data_lines import DataLines
 from headrace.engine.startup import loaded_model
 from headrace.kvtransfer.layout import layout_of
 from headrace.node import join_mesh, until_stopped
@@ -14,14 +15,20 @@ TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
-    async with loaded_model(settings, decodes=False) as model, join_mesh(settings, "prefill", model.identity) as node:
+    async with (
+        loaded_model(settings, decodes=False) as model,
+        join_mesh(settings, "prefill", model.identity) as node,
+        DataLines(node.registry, settings.mesh_key) as lines,
+    ):
         worker = PrefillWorker(
             node,
             model.engine,
             model.device_thread,
-            layout_of(model.folder.fingerprint, model.engine.layout),
+            layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
             token_budget=settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,
+            lines=lines,
+            wire_dtype=settings.kv_wire_dtype,
         )
         await worker.run(until_stopped(), settings.drain_timeout)

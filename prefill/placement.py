@@ -9,7 +9,7 @@ from headrace.kvtransfer.sender import Sender
 from headrace.registry import Member, Registry
 
 RETRY_SECONDS = 0.2
-FINAL_CAUSES = {"layout", "too_long"}
+FINAL_CAUSES = {"layout", "too_long", "invalid"}
 """Causes for a refusal that asking again can't change."""
 
 

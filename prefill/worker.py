@@ -9,11 +9,15 @@ import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
+from headrace.data_lines import DataLines
+from headrace.engine.base import Ready
 from headrace.engine.engine import Engine, PrefillOutput
 from headrace.engine.page_pool import page_hashes
+from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
-from headrace.kvtransfer.messages import Layout, Offer, ToSender
+from headrace.kvtransfer.messages import Layout, Offer, ToSender, WireDtype
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
+from headrace.kvtransfer.transports import exports_of
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import PrefillReport, RequestFailed
@@ -45,6 +49,8 @@ class PrefillWorker:
         token_budget: int,
         max_jobs: int,
         lease_seconds: float,
+        lines: DataLines,
+        wire_dtype: WireDtype,
     ) -> None:
         self._node = node
         self._engine = engine
@@ -53,7 +59,10 @@ class PrefillWorker:
         self._lease_seconds = lease_seconds
         self._intake = Intake(node.queue, node.id, lease_seconds)
         self._scheduler = PrefillScheduler(token_budget, layout.page_size)
-        self._sender = Sender(node.mesh.send)
+        departures = LineDepartures(engine.cache, layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
+        self._sender = Sender(node.mesh.send, departures)
+        self._exports = exports_of(engine.cache)
+        self._wire_dtype: WireDtype = wire_dtype
         self._placement = Placement(node.registry, self._sender)
         self._room = asyncio.Semaphore(max_jobs)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -206,8 +215,11 @@ class PrefillWorker:
                 token_ids=entry.token_ids,
                 generated=entry.generated,
                 sampling=entry.sampling,
-                page_hashes=hashes,
                 deadline=entry.deadline,
+                host=self._exports.host,
+                cuda_ipc=self._exports.cuda_ipc,
+                shm=self._exports.shm,
+                wire_dtype=self._wire_dtype,
             )
             handoff = Handoff(offer, pages, self._engine.cache)
         computed = asyncio.get_running_loop().create_future()
@@ -251,8 +263,8 @@ class PrefillWorker:
                 continue
             step = [(self._jobs[chunk.key], chunk) for chunk in chunks]
 
-            def on_layer(layer: int, step: list[tuple[Job, Chunk]] = step) -> None:
-                loop.call_soon_threadsafe(self._layer_computed, layer, step)
+            def on_layer(layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]] = step) -> None:
+                loop.call_soon_threadsafe(self._layer_computed, layer, ready, step)
 
             inputs = [job.chunk(chunk) for job, chunk in step]
             try:
@@ -263,9 +275,9 @@ class PrefillWorker:
             else:
                 self._apply(step, outputs)
 
-    def _layer_computed(self, layer: int, step: list[tuple[Job, Chunk]]) -> None:
+    def _layer_computed(self, layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]]) -> None:
         for job, chunk in step:
-            job.layer_computed(layer, chunk.start, chunk.start + chunk.length, self._layout.page_size)
+            job.layer_computed(layer, chunk.start, chunk.start + chunk.length, self._layout.page_size, ready)
 
     def _apply(self, step: list[tuple[Job, Chunk]], outputs: list[PrefillOutput]) -> None:
         for (job, chunk), output in zip(step, outputs, strict=True):
@@ -282,10 +294,13 @@ class PrefillWorker:
     async def _mailbox_loop(self) -> None:
         while True:
             inbound, message = await self._node.mesh.receive_as(self._decode)
-            if isinstance(message, Cancel):
-                self._cancel(message)
-            else:
-                self._sender.handle(inbound.sender.id, message)
+            match message, inbound.sender.tier:
+                case Cancel(), "gateway":
+                    self._cancel(message)
+                case Cancel(), _:
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
+                case _:
+                    self._sender.handle(inbound.sender.id, message)
 
     def _cancel(self, message: Cancel) -> None:
         self._intake.cancel(message.request_id, message.attempt)
@@ -323,4 +338,5 @@ class PrefillWorker:
                 "handoff_recomputed_total": self._recomputed,
                 "messages_refused_total": self._node.mesh.refused,
             }
+            | self._sender.stats.figures()
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.engine.base import Ready
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.errors import EngineError
@@ -17,12 +18,12 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
 
 def test_every_layer_is_reported_once_and_in_order(fused_engine: Engine) -> None:
-    """The pages of layer l may leave when `on_layer(l)` is called."""
+    """The pages of layer l may leave when `on_layer(l, None)` is called."""
     pages = fused_engine.pool.allocate(3)
     layers: list[int] = []
     written: list[bool] = []
 
-    def on_layer(layer: int) -> None:
+    def on_layer(layer: int, ready: Ready | None) -> None:
         layers.append(layer)
         written.append(any(fused_engine.cache.read_pages(layer, pages)))
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from pathlib import Path
 
 import pytest
+import zmq
 
+from headrace import mesh as mesh_module
 from headrace.keys import MeshKey
-from headrace.mesh import Mesh, PeerGone
+from headrace.mesh import OTHERS, Mesh, PeerGone
 from headrace.messages.control import Cancel
 from headrace.node import ModelIdentity, join_mesh
 from headrace.registry import MeshMismatch, Tier
 from headrace.settings import Settings, SettingsError
-from headrace.wire import Decoder
+from headrace.tasks import end_task
+from headrace.wire import Decoder, encode
 
 MODEL = ModelIdentity("m", "f" * 32, 128)
 decode: Decoder[Cancel] = Decoder(Cancel)
@@ -26,7 +30,7 @@ def settings(redis_url: str, namespace: str, name: str, key: Path | None = None)
 
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "curve"])
 async def test_members_find_each_other_and_talk(redis_url: str, tmp_path: Path, secured: bool) -> None:
-    """Both ways, payload frames and all; whoever left can't be reached."""
+    """Both ways; whoever left can't be reached."""
     key = tmp_path / "mesh.key" if secured else None
     if key:
         MeshKey.make().write(key)
@@ -36,15 +40,57 @@ async def test_members_find_each_other_and_talk(redis_url: str, tmp_path: Path, 
         async with join_mesh(settings(redis_url, space, "b", key), "decode", MODEL) as b:
             b.mesh.post("a", Cancel(request_id="q", attempt=0))
             assert (await a.mesh.receive()).sender.id == "b"  # whose greeting made it known
-            await a.mesh.send("b", Cancel(request_id="r", attempt=1), (memoryview(b"x" * 100_000),))
+            await a.mesh.send("b", Cancel(request_id="r", attempt=1))
             inbound = await b.mesh.receive()
             assert (inbound.sender.id, decode(inbound.header)) == ("a", Cancel(request_id="r", attempt=1))
-            assert bytes(inbound.payload[0]) == b"x" * 100_000
             b.mesh.post("a", Cancel(request_id="s", attempt=2))
             assert (await a.mesh.receive()).sender.id == "b"
         await a.registry.refresh()
         with pytest.raises(PeerGone):
             a.mesh.post("b", Cancel(request_id="r", attempt=1))
+
+
+async def test_strangers_are_refused_without_asking_redis_each_time(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All their messages are counted, by name while there is room; members are heard meanwhile."""
+    monkeypatch.setattr(mesh_module, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(mesh_module, "STRANGER_SECONDS", 60.0)
+    space, names = uuid.uuid4().hex, ["decode-9@1", "a@0", "\xff"]
+    async with (
+        join_mesh(settings(redis_url, space, "a"), "prefill", MODEL) as a,
+        join_mesh(settings(redis_url, space, "b"), "decode", MODEL) as b,
+    ):
+        await a.registry.refresh()
+        looks = 0
+        refresh = a.registry.refresh
+
+        async def counted() -> None:
+            nonlocal looks
+            task = asyncio.current_task()
+            looks += task is not None and task.get_name() != "registry"  # whose own looks are on a timer
+            await refresh()
+
+        monkeypatch.setattr(a.registry, "refresh", counted)
+        with zmq.Context() as context:
+            for name in names:
+                with context.socket(zmq.DEALER) as stranger:
+                    stranger.setsockopt(zmq.ROUTING_ID, name.encode("latin-1"))
+                    stranger.connect(a.mesh.address)
+                    for _ in range(100):
+                        stranger.send_multipart([encode(Cancel(request_id="r", attempt=1))])
+            for _ in range(2):  # the first may arrive before the strangers', the second is awaited beside them
+                await b.mesh.send("a", Cancel(request_id="q", attempt=0))
+                assert (await a.mesh.receive()).sender.id == "b"
+            receiving = asyncio.create_task(a.mesh.receive())
+            for _ in range(500):
+                if a.mesh.refused == 300:
+                    break
+                await asyncio.sleep(0.01)
+            await end_task(receiving)
+        assert a.mesh.refused == 300
+        assert set(a.mesh._refused) <= {*names, "\\xff", OTHERS}
+        assert looks <= 2
 
 
 @pytest.mark.parametrize("other", [ModelIdentity("n", "e" * 32, 128)])

@@ -11,7 +11,7 @@ from headrace.kvtransfer.messages import Abort, ToReceiver
 from headrace.messages.control import Cancel
 from headrace.messages.request import QueueEntry, SamplingParams
 from headrace.messages.stream import ToGateway
-from headrace.wire import WIRE_VERSION, Decoder, WireError, encode
+from headrace.wire import WIRE_VERSION, Decoder, WireError, encode, seal
 
 decode_cancel: Decoder[Cancel] = Decoder(Cancel)
 DECODERS = [decode_cancel, Decoder(ToReceiver), Decoder(ToGateway), Decoder(QueueEntry)]
@@ -29,10 +29,10 @@ def test_a_message_survives_the_trip() -> None:
         b"",
         bytes([WIRE_VERSION + 1]) + encode(Cancel(request_id="r", attempt=3))[1:],
         encode(Abort(request_id="r", attempt=3, cause="lease")),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": -1}),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "", "attempt": 1}),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": 1, "x": 1}),
-        bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"type": "Cancel", "request_id": "r"}),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": -1})),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "", "attempt": 1})),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "r", "attempt": 1, "x": 1})),
+        seal(msgspec.msgpack.encode({"type": "Cancel", "request_id": "r"})),
     ],
     ids=["empty", "version", "foreign type", "negative", "empty id", "extra field", "missing field"],
 )
@@ -47,7 +47,16 @@ def test_random_bytes_raise_nothing_but_the_wire_error(data: bytes, versioned: b
     """Whatever arrives, a receiver lives on."""
     for decoder in DECODERS:
         with pytest.raises(WireError):
-            decoder((bytes([WIRE_VERSION]) if versioned else b"") + data)
+            decoder(seal(data) if versioned else data)
+
+
+@given(st.integers(0, 7), st.data())
+def test_a_flipped_bit_is_refused(bit: int, data: st.DataObject) -> None:
+    """Wherever it is, even where another valid message would come out."""
+    message = bytearray(encode(Cancel(request_id="r", attempt=3)))
+    message[data.draw(st.integers(0, len(message) - 1))] ^= 1 << bit
+    with pytest.raises(WireError):
+        decode_cancel(bytes(message))
 
 
 def test_sampling_parameters_out_of_range_are_refused() -> None:

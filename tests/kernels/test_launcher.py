@@ -38,7 +38,7 @@ class Compiled:
 
 
 def test_arguments_are_analysed_once_for_each_of_their_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other numbers and tensors of the same kind are launched; dtypes, presence, constants and options are looked at."""
+    """Other numbers and tensors of the same kind are launched; dtypes, presence, constants and options count."""
     monkeypatch.setattr(launcher, "INTERPRETED", False)
     kernel = Kernel()
     launch = Launcher(kernel)

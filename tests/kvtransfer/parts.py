@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.engine.page_pool import page_hashes
+from headrace.kvtransfer.departures import LineDepartures
+from headrace.kvtransfer.handoff import Handoff, Outgoing
 from headrace.kvtransfer.messages import Layout, Offer
 from headrace.messages.request import SamplingParams
 
@@ -19,6 +20,7 @@ LAYOUT = Layout(
     head_dim=1,
     page_size=PAGE_SIZE,
     tensor_parallel_size=1,
+    vocab_size=1000,
 )
 
 
@@ -28,7 +30,11 @@ class MemoryStore:
     page_bytes = PAGE_BYTES
 
     def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
         self.data = [[bytes(PAGE_BYTES)] * num_pages for _ in range(NUM_LAYERS)]
+
+    def host_views(self, layer: int, page_ids: Sequence[int]) -> None:
+        """As on a GPU: the bytes are copied."""
 
     def read_pages(self, layer: int, page_ids: Sequence[int]) -> memoryview:
         """See `PageStore`."""
@@ -39,6 +45,36 @@ class MemoryStore:
         assert len(data) == len(page_ids) * PAGE_BYTES
         for index, page in enumerate(page_ids):
             self.data[layer][page] = bytes(data[index * PAGE_BYTES : (index + 1) * PAGE_BYTES])
+
+
+class BytesPayload:
+    """What follows a header, in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.size = len(data)
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        """See `Payload`."""
+        position = 0
+        for view in views:
+            view[:] = self.data[position : position + len(view)]
+            position += len(view)
+
+
+class NoLines:
+    """Lines that nothing is sent on: for `LineDepartures.make` alone."""
+
+    def submit(self, peer_id: str, make: object, failed: object) -> None:
+        """Never called."""
+        raise AssertionError
+
+
+def frame_of(handoff: Handoff, store: MemoryStore, outgoing: Outgoing) -> tuple[bytes, bytes]:
+    """What the data line would carry: header and payload."""
+    departures = LineDepartures(store, LAYOUT.dtype, NoLines(), lambda callback: callback())
+    header, payload = departures.make(handoff, outgoing)
+    return header, b"".join(payload)
 
 
 def kv_bytes(layer: int, tokens: Sequence[int], page: int) -> bytes:
@@ -57,6 +93,5 @@ def make_offer(tokens: Sequence[int], request_id: str = "r", attempt: int = 0, l
         token_ids=list(tokens),
         generated=0,
         sampling=SamplingParams(max_tokens=4),
-        page_hashes=page_hashes(tokens, PAGE_SIZE),
         deadline=1e12,
     )

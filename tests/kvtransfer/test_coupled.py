@@ -1,8 +1,14 @@
-"""Both sides of the handoff joined by a network that repeats, loses and damages messages, and by workers that die."""
+"""Both sides of the handoff joined by a network that repeats, loses, reorders and damages messages, by workers that
+die, and by threads that write while all that goes on.
+
+The first prefill worker's pages travel; the second one's are read in place.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from unittest import mock
 
 from hypothesis import settings
@@ -11,16 +17,31 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer import receiver as receiver_module
-from headrace.kvtransfer.handoff import Handoff, Segment, State
-from headrace.kvtransfer.messages import Abort, Renew
+from headrace.kvtransfer.arrivals import Source
+from headrace.kvtransfer.handoff import Flight, Handoff, Outgoing, Segment, State
+from headrace.kvtransfer.landing import Landing
+from headrace.kvtransfer.messages import Abort, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
 from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
-from headrace.wire import Message
-from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, MemoryStore, kv_bytes, make_offer
+from headrace.wire import Decoder, Message
+from tests.kvtransfer.parts import (
+    LAYOUT,
+    NUM_LAYERS,
+    PAGE_BYTES,
+    PAGE_SIZE,
+    BytesPayload,
+    MemoryStore,
+    frame_of,
+    kv_bytes,
+    make_offer,
+)
 
 DECODE_PAGES = 9
 WINDOW = 4 * PAGE_BYTES
 SENDERS = ("prefill-1", "prefill-2")
-Frame = tuple[Message, tuple[memoryview, ...]]
+FLIGHT = 6 * PAGE_BYTES
+Frame = tuple[bytes, bytes]
+"""Header and payload on a data line."""
+decode: Decoder[OnDataLine] = Decoder(OnDataLine)
 
 any_request = st.sampled_from(["a", "b", "c"])
 any_sender = st.sampled_from(SENDERS)
@@ -39,6 +60,11 @@ class Job:
         offer = make_offer(tokens, request_id, attempt)
         self.handoff = Handoff(offer, list(range(self.num_pages)), self.store)
 
+    def free_pages(self) -> None:
+        """Others have them now."""
+        for pages in self.store.data:
+            pages[:] = [b"?" * PAGE_BYTES] * self.num_pages
+
     def compute(self, count: int) -> None:
         """One prefill step over up to `count` pages."""
         end = min(self.computed + count, self.num_pages)
@@ -52,6 +78,32 @@ class Job:
             self.handoff.finish(1, None)
 
 
+class InPlace:
+    """A `Source`: the memory of one job."""
+
+    def __init__(self, job: Job, store: MemoryStore) -> None:
+        self.job = job
+        self.store = store
+
+    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
+        """See `Source`."""
+        for block, page in zip(blocks, page_ids, strict=True):
+            from_layer, from_page = divmod(block, self.job.num_pages)
+            if from_layer >= NUM_LAYERS:
+                raise ValueError("no such block")
+            self.store.data[layer][page] = self.job.store.data[from_layer][from_page]
+
+
+@dataclass
+class Write:
+    """A thread that is busy with one message."""
+
+    landing: Landing
+    message: OnDataLine
+    pages: list[int]
+    content: list[bytes]
+
+
 class Handoffs(RuleBasedStateMachine):
     """Two prefill workers, one decode worker, and everything that can go wrong between them."""
 
@@ -63,7 +115,10 @@ class Handoffs(RuleBasedStateMachine):
         self.store = MemoryStore(DECODE_PAGES)
         self.now = 0.0
         self.jobs: dict[str, list[Job]] = {sender: [] for sender in SENDERS}
-        self.to_receiver: dict[str, deque[Frame]] = {sender: deque() for sender in SENDERS}
+        self.to_receiver: dict[str, deque[ToReceiver]] = {sender: deque() for sender in SENDERS}
+        self.on_lines: dict[str, list[Frame]] = {sender: [] for sender in SENDERS}
+        self.writes: list[Write] = []
+        self.flights = {sender: Flight(FLIGHT) for sender in SENDERS}
         self.to_sender: dict[str, deque[Message]] = {sender: deque() for sender in SENDERS}
         self.newest_attempt: dict[str, int] = {}
         self.decoding: list[ReceivedRequest] = []
@@ -75,7 +130,18 @@ class Handoffs(RuleBasedStateMachine):
             lambda peer, message: self.to_sender[peer].append(message),
             self.on_received,
             lambda: self.now,
+            choice=self,
         )
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """See `Choice`."""
+        if sender == SENDERS[0]:
+            return "tcp", None
+        jobs = [j for j in self.jobs[sender] if j.handoff.key == (offer.request_id, offer.attempt)]
+        return "shm", InPlace(jobs[0] if jobs else Job([1], "gone", 0), self.store)
+
+    def forget(self, sender: str) -> None:
+        """See `Choice`."""
 
     def on_received(self, request: ReceivedRequest) -> None:
         """What arrived is what was computed, whether it travelled now or was held."""
@@ -102,14 +168,14 @@ class Handoffs(RuleBasedStateMachine):
             return
         job = Job(tokens, request, attempt)
         self.jobs[sender].append(job)
-        self.to_receiver[sender].append((job.handoff.offer_to("decode-1"), ()))
+        self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender]))
 
     @rule(sender=any_sender, index=any_index)
     def offer_again(self, sender: str, index: int) -> None:
         """A refused handoff tries once more."""
         job = self.job(sender, index)
         if job and job.handoff.state is State.UNPLACED:
-            self.to_receiver[sender].append((job.handoff.offer_to("decode-1"), ()))
+            self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender]))
 
     @rule(sender=any_sender, index=any_index, count=st.integers(1, 3))
     def compute(self, sender: str, index: int, count: int) -> None:
@@ -119,24 +185,67 @@ class Handoffs(RuleBasedStateMachine):
 
     @rule(sender=any_sender, index=any_index)
     def send(self, sender: str, index: int) -> None:
-        """All that may be sent goes into the line."""
+        """All that may be sent goes into the lines."""
         job = self.job(sender, index)
         while job and (item := job.handoff.next_message()) is not None:
-            self.to_receiver[sender].append((item[0], tuple(memoryview(bytes(frame)) for frame in item[1])))
+            if isinstance(item, Outgoing):
+                self.on_lines[sender].append(frame_of(job.handoff, job.store, item))
+            else:
+                self.to_receiver[sender].append(item)
 
-    @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost", "damaged"]))
+    @rule(sender=any_sender, index=any_index, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost", "damaged"]))
+    def data_line(self, sender: str, index: int, fate: str) -> None:
+        """Some frame reaches the decode worker, or doesn't."""
+        if not self.on_lines[sender]:
+            return
+        header, payload = self.on_lines[sender].pop(index % len(self.on_lines[sender]))
+        if fate == "damaged":
+            damaged = bytearray(header + payload)
+            damaged[(index * 13) % len(damaged)] ^= 1 << index
+            header, payload = bytes(damaged[: len(header)]), bytes(damaged[len(header) :])
+        for _ in range({"lost": 0, "twice": 2}.get(fate, 1)):
+            self.receiver.arrivals.on_frame(sender, header, BytesPayload(payload))
+
+    @rule(sender=any_sender, index=any_index)
+    def begin_write(self, sender: str, index: int) -> None:
+        """A thread takes a frame and is slow."""
+        if not self.on_lines[sender]:
+            return
+        header, payload = self.on_lines[sender].pop(index % len(self.on_lines[sender]))
+        message = decode(header)
+        arriving = self.receiver.arrivals._arriving.get((sender, message.request_id, message.attempt))
+        pages = arriving.landing.claim(message) if arriving else None
+        if arriving is None or pages is None:
+            return
+        if isinstance(message, Pages):
+            content = [payload[start : start + PAGE_BYTES] for start in range(0, len(payload), PAGE_BYTES)]
+        else:
+            assert isinstance(arriving.source, InPlace)
+            data, width = arriving.source.job.store.data, arriving.source.job.num_pages
+            content = [data[block // width][block % width] for block in message.blocks]
+        self.writes.append(Write(arriving.landing, message, pages, content))
+
+    @precondition(lambda self: self.writes)
+    @rule(index=any_index)
+    def end_write(self, index: int) -> None:
+        """It is done at last. Whatever happened meanwhile, these pages are nobody else's."""
+        write = self.writes.pop(index % len(self.writes))
+        decoding = {page for request in self.decoding for page in request.pages}
+        assert not decoding & set(write.pages)
+        for page, content in zip(write.pages, write.content, strict=True):
+            assert self.pool._references[page] > 0
+            self.store.data[write.message.layer][page] = content
+        write.landing.written(write.message, None)
+
+    @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost"]))
     def line_to_receiver(self, sender: str, fate: str) -> None:
         """The head of the line reaches the decode worker, or doesn't."""
         if not self.to_receiver[sender] or fate == "lost":
             self.to_receiver[sender] = deque(list(self.to_receiver[sender])[1:])
             return
-        message, payload = self.to_receiver[sender].popleft()
-        if fate == "damaged" and payload:
-            damaged = bytearray(payload[0])
-            damaged[-1] ^= 1
-            payload = (memoryview(bytes(damaged)),)
+        message = self.to_receiver[sender].popleft()
         for _ in range(2 if fate == "twice" else 1):
-            self.receiver.handle(sender, message, payload)  # type: ignore[arg-type]
+            self.receiver.handle(sender, message)
 
     @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost"]))
     def line_to_sender(self, sender: str, fate: str) -> None:
@@ -148,7 +257,10 @@ class Handoffs(RuleBasedStateMachine):
             if job.handoff.receiver and job.handoff.key == (message.request_id, message.attempt):  # type: ignore[attr-defined]
                 for _ in range({"lost": 0, "twice": 2}.get(fate, 1)):
                     job.handoff.handle(message)  # type: ignore[arg-type]
-        self.jobs[sender] = [j for j in self.jobs[sender] if j.handoff.state not in (State.DONE, State.FAILED)]
+        for job in [j for j in self.jobs[sender] if j.handoff.state in (State.DONE, State.FAILED)]:
+            if job.handoff.receiver_is_done:
+                job.free_pages()
+                self.jobs[sender].remove(job)
 
     @rule(sender=any_sender, count=st.integers(1, 5), rounds=st.integers(1, 8))
     def flow(self, sender: str, count: int, rounds: int) -> None:
@@ -159,6 +271,10 @@ class Handoffs(RuleBasedStateMachine):
                 self.send(sender, index)
             while self.to_receiver[sender]:
                 self.line_to_receiver(sender, "arrives")
+            while self.on_lines[sender]:
+                self.data_line(sender, count, "arrives")
+            while self.writes:
+                self.end_write(count)
             while self.to_sender[sender]:
                 self.line_to_sender(sender, "arrives")
 
@@ -167,24 +283,37 @@ class Handoffs(RuleBasedStateMachine):
         """A prefill worker abandons one handoff and says so."""
         if job := self.job(sender, index):
             request_id, attempt = job.handoff.key
-            abort = Abort(request_id=request_id, attempt=attempt, cause="sender_failed")
-            self.to_receiver[sender].append((abort, ()))
-            self.jobs[sender].remove(job)
+            job.handoff.fail("given up")
+            if not job.handoff.receiver_is_done:
+                abort = Abort(request_id=request_id, attempt=attempt, cause="sender_failed")
+                self.to_receiver[sender].append(abort)
+            else:
+                self.jobs[sender].remove(job)
 
     @rule(sender=any_sender)
     def die(self, sender: str) -> None:
         """A prefill worker is gone with all that it had on the way."""
         self.jobs[sender] = []
         self.to_receiver[sender].clear()
+        self.on_lines[sender].clear()
         self.to_sender[sender].clear()
+        self.flights[sender] = Flight(FLIGHT)
         self.receiver.sender_left(sender)
         assert all(incoming.sender != sender for incoming in self.receiver._incoming.values())
 
     @rule(sender=any_sender)
     def renew(self, sender: str) -> None:
         """A prefill worker says which handoffs it still wants."""
-        keys = [job.handoff.key for job in self.jobs[sender] if job.handoff.receiver]
-        self.to_receiver[sender].append((Renew(handoffs=keys), ()))
+        handoffs = []
+        for job in self.jobs[sender]:
+            match renewal := job.handoff.renewal():
+                case None:
+                    pass
+                case tuple():
+                    handoffs.append(renewal)
+                case _:
+                    self.to_receiver[sender].append(renewal)
+        self.to_receiver[sender].append(Renew(handoffs=handoffs))
 
     @rule(seconds=st.sampled_from([1.0, LEASE_SECONDS / 2, LEASE_SECONDS + 1]))
     def time_passes(self, seconds: float) -> None:
@@ -218,10 +347,15 @@ class Handoffs(RuleBasedStateMachine):
         for job in (job for jobs in self.jobs.values() for job in jobs):
             sizes = [size for _, size in job.handoff._on_the_way]
             assert sum(sizes) <= WINDOW
+        for sender, jobs in self.jobs.items():
+            on_the_way = sum(size for job in jobs for _, size in job.handoff._on_the_way)
+            assert on_the_way == self.flights[sender].size <= FLIGHT
 
     def teardown(self) -> None:
         """After all leases have ended and all requests too, every page is free."""
         self.window.stop()
+        while self.writes:
+            self.end_write(0)
         self.now += 2 * LEASE_SECONDS
         self.receiver.reap()
         while self.receiver.num_waiting or self.decoding:
@@ -241,9 +375,10 @@ def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
     """Without accidents every prompt arrives, large steps after small ones among them, within the window."""
     machine = Handoffs()
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
-        machine.begin(SENDERS[0], "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
+        sender = SENDERS[number % 2]
+        machine.begin(sender, "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
         for step in [*steps, *[1] * 20]:
-            machine.flow(SENDERS[0], step, 1)
+            machine.flow(sender, step, 1)
         assert [request.offer.request_id for request in machine.decoding] == ["abcd"[number]]
         machine.end_decoding(0)
     machine.teardown()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import xxhash
 
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment, State
-from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Pages, Refuse
-from headrace.wire import Message
-from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, make_offer
+from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, Segment, State
+from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, OnDataLine, Pages, Refuse, Released
+from headrace.wire import Decoder
+from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, frame_of, make_offer
+
+decode: Decoder[OnDataLine] = Decoder(OnDataLine)
 
 R = {"request_id": "r", "attempt": 0}
 BIG = 1 << 20
@@ -17,26 +19,36 @@ BIG = 1 << 20
 def handoff(tokens: int = 12) -> Handoff:
     """One of so many prompt tokens, whose pages are 0, 1, 2, ... of a store where each page differs."""
     pages = list(range(-(-tokens // 4)))
-    store = MemoryStore(len(pages))
+    return Handoff(make_offer(range(tokens)), pages, filled(len(pages)))
+
+
+def filled(num_pages: int) -> MemoryStore:
+    """A store where each page differs."""
+    store = MemoryStore(num_pages)
     for layer in range(NUM_LAYERS):
-        store.data[layer] = [bytes([layer * 16 + page]) * PAGE_BYTES for page in pages]
-    return Handoff(make_offer(range(tokens)), pages, store)
+        store.data[layer] = [bytes([layer * 16 + page]) * PAGE_BYTES for page in range(num_pages)]
+    return store
 
 
-def granted(tokens: int = 12, held: int = 0, window: int = BIG) -> Handoff:
+def granted(tokens: int = 12, held: int = 0, window: int = BIG, flight: Flight | None = None) -> Handoff:
     """One that the receiver has granted."""
     result = handoff(tokens)
-    result.offer_to("decode-1")
+    result.offer_to("decode-1", flight)
     result.handle(Grant(**R, held_pages=held, window_bytes=window))
     return result
 
 
-def drain(sender: Handoff) -> list[Message]:
+def drain(sender: Handoff) -> list[Outgoing | Commit]:
     """All that it would send now."""
     messages = []
     while (item := sender.next_message()) is not None:
-        messages.append(item[0])
+        messages.append(item)
     return messages
+
+
+def sequences(sender: Handoff) -> list[int]:
+    """The numbers of all pages that it would send now."""
+    return [item.sequence for item in drain(sender) if isinstance(item, Outgoing)]
 
 
 def test_an_offer_goes_to_one_receiver() -> None:
@@ -55,12 +67,18 @@ def test_layers_computed_before_the_grant_wait() -> None:
     assert sender.next_message() is None
     sender.handle(Grant(**R, held_pages=0, window_bytes=BIG))
     item = sender.next_message()
-    assert item is not None
-    message, (payload,) = item
-    assert message == Pages(
-        **R, sequence=0, layer=0, first_page=0, num_pages=3, checksum=xxhash.xxh3_64_digest(payload)
+    assert isinstance(item, Outgoing)
+    header, payload = frame_of(sender, filled(3), item)
+    assert decode(header) == Pages(
+        **R,
+        sequence=0,
+        layer=0,
+        first_page=0,
+        num_pages=3,
+        checksum=xxhash.xxh3_64_digest(payload),
+        credit_wanted=False,
     )
-    assert bytes(payload) == b"".join(bytes([page]) * PAGE_BYTES for page in range(3))
+    assert payload == b"".join(bytes([page]) * PAGE_BYTES for page in range(3))
     assert sender.sent_bytes == 3 * PAGE_BYTES
 
 
@@ -79,8 +97,8 @@ def test_pages_that_the_receiver_holds_do_not_travel() -> None:
     sender = granted(held=2)
     sender.layer_ready(Segment(0, 0, 3))
     sender.layer_ready(Segment(1, 0, 2))
-    pages = [(m.layer, m.first_page, m.num_pages) for m in drain(sender) if isinstance(m, Pages)]
-    assert pages == [(0, 2, 1)]
+    pages = [(m.layer, m.first_page, m.page_ids) for m in drain(sender) if isinstance(m, Outgoing)]
+    assert pages == [(0, 2, [2])]
     assert sender.sent_bytes == PAGE_BYTES
 
 
@@ -89,9 +107,9 @@ def test_the_window_bounds_what_is_on_the_way() -> None:
     sender = granted(tokens=4, window=2 * PAGE_BYTES)
     for layer in range(3):
         sender.layer_ready(Segment(layer, 0, 1))
-    assert [m.sequence for m in drain(sender) if isinstance(m, Pages)] == [0, 1]
+    assert sequences(sender) == [0, 1]
     sender.handle(Credit(**R, sequence=1))
-    assert [m.sequence for m in drain(sender) if isinstance(m, Pages)] == [2]
+    assert sequences(sender) == [2]
 
 
 def test_a_page_larger_than_the_window_travels_alone() -> None:
@@ -104,12 +122,34 @@ def test_a_page_larger_than_the_window_travels_alone() -> None:
     assert len(drain(sender)) == 1
 
 
+def test_handoffs_to_one_receiver_share_the_room_on_the_way() -> None:
+    """What one has on the way the other must wait for, and what failed gives its room back."""
+    flight = Flight(2 * PAGE_BYTES)
+    first, second = granted(tokens=4, flight=flight), granted(tokens=4, flight=flight)
+    for layer in range(2):
+        first.layer_ready(Segment(layer, 0, 1))
+    second.layer_ready(Segment(0, 0, 1))
+    assert (sequences(first), sequences(second)) == ([0, 1], [])
+    first.handle(Credit(**R, sequence=1))
+    assert sequences(second) == [0]
+    first.receiver_left("gone")
+    assert flight.size == PAGE_BYTES
+
+
+def test_credit_is_wanted_once_half_of_the_window_is_on_the_way() -> None:
+    """So a sender that must wait will be credited, and a small prompt costs no credit at all."""
+    sender = granted(tokens=4, window=4 * PAGE_BYTES)
+    for layer in range(3):
+        sender.layer_ready(Segment(layer, 0, 1))
+    assert [item.credit_wanted for item in drain(sender) if isinstance(item, Outgoing)] == [False, False, True]
+
+
 def test_large_segments_are_split_to_a_quarter_of_the_window() -> None:
-    """The receiver credits by quarters: a larger message could wait for a credit that never comes."""
+    """So that several messages are on the way at once."""
     sender = granted(tokens=64, window=16 * PAGE_BYTES)
     sender.layer_ready(Segment(0, 0, 3))
     sender.layer_ready(Segment(1, 0, 16))
-    pages = [(m.layer, m.first_page, m.num_pages) for m in drain(sender) if isinstance(m, Pages)]
+    pages = [(m.layer, m.first_page, len(m.page_ids)) for m in drain(sender) if isinstance(m, Outgoing)]
     assert pages == [(0, 0, 3), (1, 0, 4), (1, 4, 4), (1, 8, 4)]
 
 
@@ -148,6 +188,29 @@ async def test_an_abort_ends_the_attempt_in_any_state(placed: bool) -> None:
         await sender.changed()
 
 
+async def test_pages_stay_until_the_receiver_has_answered_an_abort() -> None:
+    """FAILED: it may still read them; Released says that it will not."""
+    sender = granted(tokens=4)
+    sender.fail("cancelled")
+    assert not sender.receiver_is_done
+    sender.handle(Credit(**R, sequence=0))
+    assert not sender.receiver_is_done
+    sender.handle(Released(**R))
+    assert sender.receiver_is_done
+    await sender.until_receiver_is_done()
+
+
+@pytest.mark.parametrize("end", ["Abort", "left"])
+def test_a_receiver_that_ended_it_reads_no_more_pages(end: str) -> None:
+    """Nobody need be waited for."""
+    sender = granted(tokens=4)
+    if end == "Abort":
+        sender.handle(Abort(**R, cause="checksum"))
+    else:
+        sender.receiver_left("gone")
+    assert (sender.state, sender.receiver_is_done) == (State.FAILED, True)
+
+
 def test_nothing_undoes_an_acknowledged_handoff() -> None:
     """DONE stays DONE: the request is the receiver's."""
     sender = granted(tokens=4, held=1)
@@ -156,3 +219,32 @@ def test_nothing_undoes_an_acknowledged_handoff() -> None:
     sender.handle(Ack(**R))
     sender.handle(Abort(**R, cause="unknown"))
     assert sender.state is State.DONE
+
+
+def test_an_offer_that_the_receiver_never_saw_can_be_made_again() -> None:
+    """OFFERED -> UNPLACED: the offer, or its refusal, was lost. Once granted, `unknown` is the end."""
+    sender = handoff()
+    sender.offer_to("decode-1")
+    sender.handle(Abort(**R, cause="unknown"))
+    assert (sender.state, sender.receiver, sender.refused) == (State.UNPLACED, None, {})
+    sender = granted()
+    sender.handle(Abort(**R, cause="unknown"))
+    assert sender.state is State.FAILED
+
+
+def test_what_is_told_again_until_the_receiver_answers() -> None:
+    """Open handoffs are renewed, a Commit and an Abort repeated."""
+    sender = handoff(tokens=4)
+    assert sender.renewal() is None
+    sender.offer_to("decode-1")
+    assert sender.renewal() == ("r", 0, 0)
+    sender.handle(Grant(**R, held_pages=0, window_bytes=BIG))
+    sender.layer_ready(Segment(0, 0, 1))
+    sender.next_message()
+    assert sender.renewal() == ("r", 0, 1)
+    sender.finish(7, None)
+    assert sender.next_message() == sender.renewal() == Commit(**R, sequence=1, token_id=7, logprobs=None)
+    sender.fail("cancelled")
+    assert sender.renewal() == Abort(**R, cause="sender_failed")
+    sender.handle(Released(**R))
+    assert sender.renewal() is None

@@ -8,10 +8,10 @@ import xxhash
 
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer import receiver as receiver_module
-from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Renew
+from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Released, Renew
 from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
-from headrace.wire import Message
-from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, MemoryStore, make_offer
+from headrace.wire import Message, encode
+from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, BytesPayload, MemoryStore, make_offer
 
 PREFILL = "prefill-1"
 
@@ -24,6 +24,7 @@ class Bench:
         self.store = MemoryStore(num_pages)
         self.sent: list[tuple[str, Message]] = []
         self.received: list[ReceivedRequest] = []
+        self.refused: list[tuple[str, str]] = []
         self.now = 0.0
         self.receiver = Receiver(
             LAYOUT,
@@ -33,12 +34,13 @@ class Bench:
             lambda peer, message: self.sent.append((peer, message)),
             self.received.append,
             lambda: self.now,
+            refuse=lambda sender, reason: self.refused.append((sender, reason)),
         )
 
     def offer(self, tokens: int, request_id: str = "r", attempt: int = 0, sender: str = PREFILL) -> Offer:
         """Offer a prompt that shares no page with others'."""
-        offer = make_offer([hash(request_id) % 1000 + token for token in range(tokens)], request_id, attempt)
-        self.receiver.handle(sender, offer, ())
+        offer = make_offer([hash(request_id) % 900 + token for token in range(tokens)], request_id, attempt)
+        self.receiver.handle(sender, offer)
         return offer
 
     def pages(self, sequence: int, layer: int, first: int = 0, count: int = 1, sender: str = PREFILL) -> None:
@@ -53,12 +55,12 @@ class Bench:
             num_pages=count,
             checksum=xxhash.xxh3_64_digest(payload),
         )
-        self.receiver.handle(sender, message, (memoryview(payload),))
+        self.receiver.arrivals.on_frame(sender, encode(message), BytesPayload(payload))
 
     def commit(self, sequence: int, sender: str = PREFILL) -> None:
         """Commit request `r`."""
         message = Commit(request_id="r", attempt=0, sequence=sequence, token_id=5, logprobs=None)
-        self.receiver.handle(sender, message, ())
+        self.receiver.handle(sender, message)
 
     def deliver(self) -> None:
         """Request `r`, one page long, from its first to its last message."""
@@ -75,6 +77,20 @@ class Bench:
         """Nothing is held for anyone."""
         assert (self.receiver.num_open, self.receiver.num_waiting, self.pool.num_in_use) == (0, 0, 0)
         self.pool.check_integrity()
+
+
+def pages_message(sequence: int, layer: int, payload: bytes, credit_wanted: bool = True) -> Pages:
+    """The first page of one layer of request `r`."""
+    return Pages(
+        request_id="r",
+        attempt=0,
+        sequence=sequence,
+        layer=layer,
+        first_page=0,
+        num_pages=1,
+        checksum=xxhash.xxh3_64_digest(payload),
+        credit_wanted=credit_wanted,
+    )
 
 
 @pytest.fixture
@@ -120,7 +136,7 @@ def refuse_cause(bench: Bench) -> str:
 
 def test_another_layout_is_refused_naming_both(bench: Bench) -> None:
     """Pages of another shape can't be read here."""
-    bench.receiver.handle(PREFILL, make_offer([1], layout=msgspec.structs.replace(LAYOUT, dtype="bfloat16")), ())
+    bench.receiver.handle(PREFILL, make_offer([1], layout=msgspec.structs.replace(LAYOUT, dtype="bfloat16")))
     assert refuse_cause(bench) == "layout"
     assert isinstance(bench.last, Refuse)
     assert "bfloat16" in bench.last.message
@@ -133,13 +149,43 @@ def test_a_prompt_larger_than_the_cache_is_refused(bench: Bench) -> None:
     assert refuse_cause(bench) == "too_long"
 
 
-def test_a_repeated_offer_is_refused(bench: Bench) -> None:
-    """The first one goes on."""
+def test_a_repeated_offer_is_granted_again(bench: Bench) -> None:
+    """The Grant was lost; nothing more is reserved."""
     bench.offer(4)
     bench.offer(4)
+    assert bench.sent[0] == bench.sent[1]
+    assert bench.pool.num_in_use == 1
+    bench.deliver()
+    assert len(bench.received) == 1
+
+
+@pytest.mark.parametrize(("tokens", "sender"), [(4, "prefill-2"), (5, PREFILL)], ids=["worker", "prompt"])
+def test_another_offer_for_an_open_attempt_is_refused(bench: Bench, tokens: int, sender: str) -> None:
+    """Of another worker, or of another prompt: the first one goes on."""
+    bench.offer(4)
+    bench.offer(tokens, sender=sender)
     assert refuse_cause(bench) == "duplicate"
     bench.deliver()
     assert len(bench.received) == 1
+
+
+@pytest.mark.parametrize("changes", [{"token_ids": [1, 1000]}, {"generated": 2}], ids=["token", "generated"])
+def test_an_offer_that_could_not_be_decoded_is_refused(bench: Bench, changes: dict[str, object]) -> None:
+    """A token outside the vocabulary would end a step of the device for everybody."""
+    bench.receiver.handle(PREFILL, msgspec.structs.replace(make_offer([1]), **changes))
+    assert refuse_cause(bench) == "invalid"
+    assert len(bench.refused) == 1
+    bench.assert_empty()
+
+
+def test_a_first_token_outside_the_vocabulary_ends_the_attempt(bench: Bench) -> None:
+    """It never reaches the decoder."""
+    bench.offer(4)
+    for layer in range(NUM_LAYERS):
+        bench.pages(layer, layer)
+    bench.receiver.handle(PREFILL, Commit(request_id="r", attempt=0, sequence=3, token_id=1000, logprobs=None))
+    assert isinstance(bench.last, Abort)
+    bench.assert_empty()
 
 
 def test_a_stale_attempt_is_refused_even_after_the_new_one_ended(bench: Bench) -> None:
@@ -189,7 +235,7 @@ def test_a_prefix_that_is_held_need_not_travel(bench: Bench) -> None:
     bench.offer(4)
     bench.deliver()
     longer = make_offer([*bench.received[0].offer.token_ids, 9], "longer")
-    bench.receiver.handle(PREFILL, longer, ())
+    bench.receiver.handle(PREFILL, longer)
     assert isinstance(bench.last, Grant)
     assert bench.last.held_pages == 1
     assert bench.pool.num_in_use == 2
@@ -218,7 +264,7 @@ def test_a_flipped_byte_ends_the_attempt(bench: Bench) -> None:
         num_pages=1,
         checksum=xxhash.xxh3_64_digest(bytes(PAGE_BYTES)),
     )
-    bench.receiver.handle(PREFILL, message, (memoryview(b"\1" + bytes(PAGE_BYTES - 1)),))
+    bench.receiver.arrivals.on_frame(PREFILL, encode(message), BytesPayload(b"\1" + bytes(PAGE_BYTES - 1)))
     assert isinstance(bench.last, Abort)
     assert bench.last.cause == "checksum"
     assert bench.store.data == MemoryStore(8).data
@@ -227,11 +273,11 @@ def test_a_flipped_byte_ends_the_attempt(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("sequence", "layer", "first", "count"),
-    [(1, 0, 0, 1), (0, NUM_LAYERS, 0, 1), (0, 0, 1, 1), (0, 0, 0, 2)],
-    ids=["gap", "no such layer", "skipped page", "more than granted"],
+    [(0, NUM_LAYERS, 0, 1), (0, 0, 1, 1), (0, 0, 0, 2)],
+    ids=["no such layer", "no such page", "more than granted"],
 )
-def test_pages_out_of_order_end_the_attempt(bench: Bench, sequence: int, layer: int, first: int, count: int) -> None:
-    """RECEIVING -> (none): a gap can't be filled later."""
+def test_pages_out_of_bounds_end_the_attempt(bench: Bench, sequence: int, layer: int, first: int, count: int) -> None:
+    """RECEIVING -> (none): nothing outside of the grant is written."""
     bench.offer(4)
     bench.pages(sequence, layer, first, count)
     assert isinstance(bench.last, Abort)
@@ -239,7 +285,71 @@ def test_pages_out_of_order_end_the_attempt(bench: Bench, sequence: int, layer: 
     bench.assert_empty()
 
 
-def test_an_early_commit_ends_the_attempt(bench: Bench) -> None:
+def test_a_commit_waits_for_pages_that_it_overtook(bench: Bench) -> None:
+    """RECEIVING -> COMMITTING -> (none): data lines are no part of the mesh, and pages may come in any order."""
+    bench.offer(4)
+    bench.pages(2, 1)
+    bench.commit(3)
+    bench.pages(1, 2)
+    assert bench.received == []
+    bench.pages(0, 0)
+    assert (isinstance(bench.last, Ack), len(bench.received)) == (True, 1)
+    assert bench.store.data[1][bench.received[0].pages[0]] == bytes([2]) * PAGE_BYTES
+
+
+def test_a_commit_whose_pages_do_not_come_loses_its_lease(bench: Bench) -> None:
+    """COMMITTING: Renew no longer helps, or pages that a line lost would be waited for until the request's deadline."""
+    bench.offer(4)
+    bench.commit(3)
+    bench.now += LEASE_SECONDS
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0)]))
+    bench.now += 0.1
+    bench.receiver.reap()
+    assert bench.receiver.aborts == {"lease": 1}
+    bench.assert_empty()
+
+
+def test_pages_are_not_freed_while_a_thread_writes_to_them(bench: Bench) -> None:
+    """RECEIVING -> DRAINING -> (none): the sender hears Released when its pages will not be read any more."""
+    bench.offer(4)
+    landing = bench.receiver._incoming["r", 0].landing
+    assert landing is not None
+    message = pages_message(0, 0, bytes(PAGE_BYTES))
+    landing.claim(message)
+    bench.receiver.handle(PREFILL, Abort(request_id="r", attempt=0, cause="sender_failed"))
+    assert (bench.receiver.num_open, bench.pool.num_in_use, isinstance(bench.last, Grant)) == (0, 1, True)
+    bench.receiver.handle(PREFILL, Abort(request_id="r", attempt=0, cause="sender_failed"))
+    bench.receiver.check_integrity()
+    landing.written(message, None)
+    assert bench.sent[-1] == (PREFILL, Released(request_id="r", attempt=0))
+    bench.assert_empty()
+
+
+def test_an_abort_of_what_is_unknown_is_answered(bench: Bench) -> None:
+    """Whoever waits to free its pages must not wait in vain."""
+    bench.receiver.handle(PREFILL, Abort(request_id="r", attempt=0, cause="sender_failed"))
+    assert bench.last == Released(request_id="r", attempt=0)
+
+
+def test_what_breaks_the_schema_is_refused_and_counted(bench: Bench) -> None:
+    """On the lines too; the handoff goes on."""
+    bench.offer(4)
+    bench.receiver.arrivals.on_frame(PREFILL, b"nonsense", BytesPayload(b""))
+    assert [sender for sender, _ in bench.refused] == [PREFILL]
+    bench.deliver()
+    assert len(bench.received) == 1
+
+
+@pytest.mark.parametrize("size", [0, PAGE_BYTES - 1, PAGE_BYTES + 1])
+def test_a_payload_of_another_size_ends_the_attempt(bench: Bench, size: int) -> None:
+    """It would leave a page half written."""
+    bench.offer(4)
+    bench.receiver.arrivals.on_frame(PREFILL, encode(pages_message(0, 0, bytes(size))), BytesPayload(bytes(size)))
+    assert bench.receiver.aborts == {"checksum": 1}
+    bench.assert_empty()
+
+
+def test_a_commit_of_fewer_pages_ends_the_attempt(bench: Bench) -> None:
     """A prompt with a missing layer never reaches the decoder."""
     bench.offer(4)
     bench.pages(0, 0)
@@ -254,19 +364,20 @@ def test_messages_of_strangers_change_nothing(bench: Bench) -> None:
     bench.offer(4)
     bench.pages(0, 0, sender="other")
     bench.commit(0, sender="other")
-    bench.receiver.handle("other", Abort(request_id="r", attempt=0, cause="cancelled"), ())
-    bench.receiver.handle("other", Renew(handoffs=[("r", 0)]), ())
-    assert bench.sent[1:] == [("other", Abort(request_id="r", attempt=0, cause="unknown"))]
+    bench.receiver.handle("other", Abort(request_id="r", attempt=0, cause="cancelled"))
+    bench.receiver.handle("other", Renew(handoffs=[("r", 0, 0)]))
+    assert bench.sent[1:] == [("other", Released(request_id="r", attempt=0))]
+    assert [sender for sender, _ in bench.refused] == ["other"] * 3
     bench.deliver()
     assert len(bench.received) == 1
 
 
-def test_credit_comes_by_quarters_of_the_window(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One Credit covers all `Pages` before it."""
-    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 8 * PAGE_BYTES)
+def test_credit_comes_where_it_is_wanted(bench: Bench) -> None:
+    """One Credit covers all pages before it."""
     bench.offer(4)
     for layer in range(NUM_LAYERS):
-        bench.pages(layer, layer)
+        message = pages_message(layer, layer, bytes(PAGE_BYTES), credit_wanted=layer == 1)
+        bench.receiver.arrivals.on_frame(PREFILL, encode(message), BytesPayload(bytes(PAGE_BYTES)))
     assert [message.sequence for _, message in bench.sent if isinstance(message, Credit)] == [2]
 
 
@@ -276,7 +387,7 @@ def test_a_silent_handoff_loses_its_lease(bench: Bench) -> None:
     bench.now += LEASE_SECONDS
     bench.pages(0, 0)
     bench.now += LEASE_SECONDS
-    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0)]), ())
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0)]))
     bench.now += LEASE_SECONDS
     bench.receiver.reap()
     assert bench.receiver.num_open == 1
@@ -306,7 +417,7 @@ def test_cancels_and_deaths_free_everything(bench: Bench) -> None:
     bench.offer(4, "c")
     bench.receiver.cancel_gateway("gateway-1")
     bench.offer(4, "d")
-    bench.receiver.handle(PREFILL, Abort(request_id="d", attempt=0, cause="sender_failed"), ())
+    bench.receiver.handle(PREFILL, Abort(request_id="d", attempt=0, cause="sender_failed"))
     aborted = [(peer, message.request_id) for peer, message in bench.sent if isinstance(message, Abort)]
     assert aborted == [(PREFILL, "a"), (PREFILL, "c")]
     assert bench.receiver.aborts == {"cancelled": 2, "sender_failed": 2}
@@ -318,3 +429,43 @@ def test_a_cancelled_request_is_not_taken_afterwards(bench: Bench) -> None:
     bench.receiver.cancel("r", 0)
     bench.offer(4)
     assert refuse_cause(bench) == "stale"
+
+
+def test_a_renewal_is_answered_with_what_may_be_lost(bench: Bench) -> None:
+    """The Grant before the first pages, the newest Credit after them, an Abort for what is unknown."""
+    bench.offer(4)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0), ("x", 0, 0)]))
+    assert bench.sent[1] == bench.sent[0]
+    assert bench.sent[2] == (PREFILL, Abort(request_id="x", attempt=0, cause="unknown"))
+    bench.pages(0, 0)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 1)]))
+    assert bench.last == Credit(request_id="r", attempt=0, sequence=1)
+
+
+def test_lost_pages_are_waited_for_no_longer_than_a_lease(bench: Bench) -> None:
+    """Renew does not help what is on the way; pages that come do."""
+    bench.offer(4)
+    for sequence in (0, 1):
+        bench.pages(sequence, sequence)
+        bench.now += LEASE_SECONDS
+        bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 3)]))
+        bench.receiver.reap()
+    assert bench.receiver.num_open == 1
+    bench.now += 0.1
+    bench.receiver.reap()
+    assert bench.receiver.aborts == {"lease": 1}
+    bench.assert_empty()
+
+
+def test_a_repeated_commit_is_acknowledged_again(bench: Bench) -> None:
+    """The Ack was lost; the prompt is decoded once. Nobody else's commit, or another attempt's, is."""
+    bench.offer(4)
+    bench.deliver()
+    bench.commit(NUM_LAYERS)
+    assert bench.sent[-1] == bench.sent[-2] == (PREFILL, Ack(request_id="r", attempt=0))
+    assert len(bench.received) == 1
+    bench.commit(NUM_LAYERS, sender="other")
+    assert bench.last == Abort(request_id="r", attempt=0, cause="unknown")
+    bench.receiver.cancel("r", 1)
+    bench.commit(NUM_LAYERS)
+    assert bench.last == Abort(request_id="r", attempt=0, cause="unknown")

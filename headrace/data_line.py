@@ -1,0 +1,320 @@
+"""Data lines: bulk bytes from one member of the mesh to another, beside the mesh's own sockets.
+
+A line is a few connections, each with a thread of its own at both ends, so that neither event loop touches the bytes.
+What is submitted to a line goes out on whichever connection is free, so it may arrive in another order. A frame is a
+header (an encoded message) and a payload that is sent from, and received into, the memory where it belongs.
+
+Without a mesh key these are TCP sockets on loopback, with a mesh key ZeroMQ sockets under CURVE (`curve_line.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from headrace.keys import is_loopback
+from headrace.wire import Decoder, Message, WireError, encode
+
+log = logging.getLogger(__name__)
+
+STRIPES = min(4, max(2, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 2
+"""Connections of one line."""
+PREAMBLE = struct.Struct("<4sIQ")
+"""Magic, bytes of the header, bytes of the payload."""
+MAGIC = b"HRD1"
+MAX_HEADER_BYTES = 4 * 2**20
+MAX_PAYLOAD_BYTES = 2**30
+MAX_CONNECTIONS = 1024
+ACCEPT_AGAIN_SECONDS = 0.1
+TIMEOUT_SECONDS = 5.0
+"""How long a peer may take nothing, or say nothing at first, before the connection is given up."""
+
+Make = Callable[[], tuple[bytes, Sequence[memoryview]]]
+"""Gives a frame's header and payload; called on the line's thread just before it is sent."""
+OnFrame = Callable[[str, memoryview, "Payload"], None]
+"""Takes (member id, header, payload) on a connection's thread."""
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """The first frame of a connection: who sends, as the registry knows it (`id@epoch`)."""
+
+    name: str
+
+
+class Payload(Protocol):
+    """The bytes after a header. What is not read is passed over."""
+
+    size: int
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        """Fill these views, whose lengths add up to `size`. Raises `OSError` where the connection breaks."""
+
+
+class Connection(Protocol):
+    """One connection's sending end, used by one thread."""
+
+    def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
+        """Send a frame, or enough of it that it will arrive. Raises `OSError`."""
+
+    def interrupt(self) -> None:
+        """From another thread: a `send` that waits is to raise soon."""
+
+    def close(self) -> None:
+        """Close, on the thread that made it."""
+
+
+class Listener(Protocol):
+    """The receiving end of the lines of all other members."""
+
+    address: str
+    """`host:port`."""
+
+    def start(
+        self, on_frame: OnFrame, identify: Callable[[str], str | None], refuse: Callable[[str, str], None]
+    ) -> None:
+        """Serve. `identify` gives the member id of an `id@epoch`, None for a stranger; it may wait for the registry."""
+
+    def drop(self, member_id: str) -> None:
+        """The member has left: close its connections."""
+
+    def close(self) -> None:
+        """Close all and end all threads, waiting for them."""
+
+
+class DataLine:
+    """The way to one member. Connects when it is first used, and again after a failure."""
+
+    def __init__(self, connect: Callable[[], Connection], name: str, stripes: int = STRIPES) -> None:
+        self._connect = connect
+        self._jobs: queue.SimpleQueue[tuple[Make, Callable[[str], None]] | None] = queue.SimpleQueue()
+        self._connections: dict[int, Connection] = {}
+        self._ended = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(stripe,), name=f"to {name} {stripe}", daemon=True)
+            for stripe in range(stripes)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, make: Make, failed: Callable[[str], None]) -> None:
+        """Send a frame soon, or call `failed` with the reason, on a thread of this line. Callers bound the queue."""
+        self._jobs.put((make, failed))
+
+    def _run(self, stripe: int) -> None:
+        while (job := self._jobs.get()) is not None and not self._ended:
+            make, failed = job
+            try:
+                header, payload = make()
+                if stripe not in self._connections:
+                    self._connections[stripe] = self._connect()
+                self._connections[stripe].send(header, payload)
+            except Exception as error:  # whatever it is, it must reach who waits for the frame
+                if not isinstance(error, OSError):
+                    log.exception("a frame could not be sent")
+                self._close(stripe)
+                failed(f"the data line broke: {error!r}")
+        self._close(stripe)
+
+    def _close(self, stripe: int) -> None:
+        connection = self._connections.pop(stripe, None)
+        if connection is not None:
+            connection.close()
+
+    def end(self) -> None:
+        """End all threads soon; what was not sent is dropped."""
+        self._ended = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for connection in list(self._connections.values()):
+            connection.interrupt()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a thread of it still runs."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def join(self) -> None:
+        """Wait until all threads have ended."""
+        for thread in self._threads:
+            thread.join()
+
+
+class TcpConnection:
+    """A TCP socket on loopback."""
+
+    def __init__(self, address: str, name: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS)
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(TIMEOUT_SECONDS), 0))
+        if is_loopback(host):
+            _use_plain_congestion_control(self._socket)
+        self.send(encode(Hello(name=name)), ())
+
+    def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
+        """See `Connection`."""
+        preamble = PREAMBLE.pack(MAGIC, len(header), sum(view.nbytes for view in payload))
+        self._socket.sendall(preamble + header, socket.MSG_MORE if payload else 0)
+        for view in payload:
+            self._socket.sendall(view)
+
+    def interrupt(self) -> None:
+        """See `Connection`."""
+        _shut_down(self._socket)
+
+    def close(self) -> None:
+        """See `Connection`."""
+        self._socket.close()
+
+
+def _use_plain_congestion_control(connection: socket.socket) -> None:
+    """On loopback there is no congestion, and pacing (by bbr, where it is a machine's default) halves the speed."""
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    except (OSError, AttributeError):
+        log.debug("reno is not available")
+
+
+def _shut_down(connection: socket.socket) -> None:
+    """Wake whoever waits in it."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+class TcpListener:
+    """Takes the lines of other members, a thread for each connection."""
+
+    def __init__(self, bind: str) -> None:
+        self._listening = socket.create_server((bind, 0), family=socket.AF_INET6 if ":" in bind else socket.AF_INET)
+        self.address = f"{bind}:{self._listening.getsockname()[1]}"
+        self._decode: Decoder[Hello] = Decoder(Hello)
+        self._connections: dict[threading.Thread, tuple[socket.socket, str]] = {}
+        """By thread: the socket and the id of the member at its other end, once known."""
+        self._lock = threading.Lock()
+        self._closed = False
+        self._accepting: threading.Thread | None = None
+
+    def start(
+        self, on_frame: OnFrame, identify: Callable[[str], str | None], refuse: Callable[[str, str], None]
+    ) -> None:
+        """Serve. `identify` gives the member id of an `id@epoch`, None for a stranger; it may wait for the registry."""
+        self._on_frame, self._identify, self._refuse = on_frame, identify, refuse
+        self._accepting = threading.Thread(target=self._accept, name="data lines", daemon=True)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                log.warning("a data line could not be accepted: %s", error)
+                time.sleep(ACCEPT_AGAIN_SECONDS)  # what is used up, file descriptors say, may be given back
+                continue
+            with self._lock:
+                if self._closed or len(self._connections) >= MAX_CONNECTIONS:
+                    connection.close()
+                    continue
+                thread = threading.Thread(target=self._serve, args=(connection,), name="data line", daemon=True)
+                self._connections[thread] = (connection, "")
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        name = "a stranger"
+        try:
+            connection.settimeout(TIMEOUT_SECONDS)
+            header, payload = _receive(connection)
+            name = self._decode(header).name
+            member_id = self._identify(name) if payload.size == 0 else None
+            if member_id is None:
+                return
+            connection.settimeout(None)
+            with self._lock:
+                self._connections[threading.current_thread()] = (connection, member_id)
+            while True:
+                header, payload = _receive(connection)
+                self._on_frame(member_id, header, payload)
+                payload.skip()
+        except WireError as error:
+            self._refuse(name, str(error))
+        except OSError as error:
+            log.debug("the line from %s ended: %s", name, error)
+        except Exception:
+            log.exception("the line from %s broke", name)
+        finally:
+            with self._lock:
+                self._connections.pop(threading.current_thread(), None)
+            connection.close()
+
+    def drop(self, member_id: str) -> None:
+        """The member has left: close its connections."""
+        with self._lock:
+            for connection, peer in self._connections.values():
+                if peer == member_id:
+                    _shut_down(connection)
+
+    def close(self) -> None:
+        """Close all and end all threads."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._connections)
+            for connection, _ in self._connections.values():
+                _shut_down(connection)
+        _shut_down(self._listening)
+        for thread in [*threads, *([self._accepting] if self._accepting else [])]:
+            thread.join()
+        self._listening.close()
+
+
+def _receive(connection: socket.socket) -> tuple[memoryview, _TcpPayload]:
+    """The next header, and the payload that follows it. Raises `WireError` for what is none, `OSError` at the end."""
+    preamble = memoryview(bytearray(PREAMBLE.size))
+    _fill(connection, preamble)
+    magic, header_bytes, payload_bytes = PREAMBLE.unpack(preamble)
+    if magic != MAGIC or header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
+        raise WireError(f"no frame begins with {bytes(preamble)!r}")
+    header = memoryview(bytearray(header_bytes))
+    _fill(connection, header)
+    return header, _TcpPayload(connection, payload_bytes)
+
+
+def _fill(connection: socket.socket, view: memoryview) -> None:
+    while len(view):
+        count = connection.recv_into(view)
+        if count == 0:
+            raise ConnectionError("closed by the other end")
+        view = view[count:]
+
+
+class _TcpPayload:
+    """See `Payload`."""
+
+    def __init__(self, connection: socket.socket, size: int) -> None:
+        self.size = size
+        self._connection = connection
+        self._left = size
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        assert sum(view.nbytes for view in views) == self.size
+        for view in views:
+            self._left -= view.nbytes
+            _fill(self._connection, view)
+
+    def skip(self) -> None:
+        """Read what nobody wanted."""
+        scratch = memoryview(bytearray(min(self._left, 2**16)))
+        while self._left:
+            part = scratch[: self._left]
+            _fill(self._connection, part)
+            self._left -= len(part)

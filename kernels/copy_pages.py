@@ -1,0 +1,29 @@
+"""Copy blocks of memory of one device to other places, in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from headrace.kernels.optional_triton import tl, triton
+
+WORDS_A_PROGRAM = 2048
+
+
+def copy_blocks(source: torch.Tensor, blocks: torch.Tensor, target: torch.Tensor, places: torch.Tensor) -> None:
+    """target[places[i]] = source[blocks[i]]; both uint8 [rows, bytes], bytes a multiple of 8; int64 indices."""
+    if not source.is_cuda:
+        target[places] = source[blocks]
+        return
+    words = source.shape[1] // 8
+    _copy_kernel[(len(blocks), triton.cdiv(words, WORDS_A_PROGRAM))](
+        source.view(torch.int64), blocks, target.view(torch.int64), places, words, SIZE=WORDS_A_PROGRAM, num_warps=8
+    )
+
+
+@triton.jit
+def _copy_kernel(source_ptr, blocks_ptr, target_ptr, places_ptr, words, SIZE: tl.constexpr):
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    block = tl.load(blocks_ptr + tl.program_id(0))
+    place = tl.load(places_ptr + tl.program_id(0))
+    data = tl.load(source_ptr + block * words + at, mask=at < words)
+    tl.store(target_ptr + place * words + at, data, mask=at < words)

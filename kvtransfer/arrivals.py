@@ -1,0 +1,132 @@
+"""What a data line does with each message that carries or names pages: check, write, tell the landing.
+
+Runs on the lines' own threads, several at a time; the hot path of a handoff's receiving side.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import xxhash
+
+from headrace.kvtransfer import fp8
+from headrace.kvtransfer.base import PageId, PageStore, Source
+from headrace.kvtransfer.landing import Landing, Problem
+from headrace.kvtransfer.messages import OnDataLine, Pages, PagesInPlace, TransportName, WireDtype
+from headrace.wire import Decoder, WireError
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str, int]
+"""(sender, request id, attempt)."""
+
+
+class Payload(Protocol):
+    """The bytes that follow a header. Unread ones are passed over by whoever made this."""
+
+    size: int
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        """Fill these views, whose lengths add up to `size`."""
+
+
+class Arriving:
+    """One granted handoff, as the lines need to know it."""
+
+    def __init__(
+        self, landing: Landing, transport: TransportName, source: Source | None, wire_dtype: WireDtype
+    ) -> None:
+        self.landing = landing
+        self.transport = transport
+        self.source = source
+        self.wire_dtype = wire_dtype
+
+
+class Arrivals:
+    """All granted handoffs of one worker."""
+
+    def __init__(self, store: PageStore, dtype: str, refuse: Callable[[str, str], None]) -> None:
+        """`refuse(sender, reason)` counts a message that breaks the protocol; it is called on any thread."""
+        self._store = store
+        self._dtype = dtype
+        self._refuse = refuse
+        self._decode: Decoder[OnDataLine] = Decoder(OnDataLine)
+        self._arriving: dict[Key, Arriving] = {}
+        self._lock = threading.Lock()
+        self.dropped = 0
+        """Messages that came late, or twice, or name no pages that were granted."""
+
+    def expect(self, key: Key, arriving: Arriving) -> None:
+        """Pages of this handoff may come."""
+        self._arriving[key] = arriving
+
+    def forget(self, key: Key) -> None:
+        """Pages of this handoff are dropped from now on."""
+        del self._arriving[key]
+
+    def on_frame(self, sender: str, header: bytes | memoryview, payload: Payload) -> None:
+        """One message off a data line."""
+        try:
+            message = self._decode(header)
+        except WireError as error:
+            self._refuse(sender, str(error))
+            return
+        self.apply(sender, message, payload)
+
+    def apply(self, sender: str, message: OnDataLine, payload: Payload) -> None:
+        """Write one message's pages. One that fits no granted handoff is late, and is dropped."""
+        arriving = self._arriving.get((sender, message.request_id, message.attempt))
+        page_ids = arriving.landing.claim(message) if arriving is not None else None
+        if arriving is None or page_ids is None:
+            with self._lock:
+                self.dropped += 1
+            return
+        problem: Problem | None = ("receiver_failed", "the pages could not be written")
+        try:
+            if isinstance(message, Pages):
+                problem = self._read(arriving, message, page_ids, payload)
+            else:
+                problem = _copy(arriving, message, page_ids)
+        finally:
+            if problem is not None:
+                self._refuse(sender, problem[1])
+            arriving.landing.written(message, problem)
+
+    def _read(self, arriving: Arriving, message: Pages, page_ids: list[PageId], payload: Payload) -> Problem | None:
+        size = len(page_ids) * self._store.page_bytes
+        if arriving.wire_dtype == "fp8":
+            size = fp8.packed_bytes(size, self._dtype)
+        if payload.size != size or arriving.transport != "tcp":
+            return "checksum", "the payload has not the announced size"
+        views = self._store.host_views(message.layer, page_ids) if arriving.wire_dtype == "auto" else None
+        received = views or [memoryview(bytearray(size))]
+        payload.read_into(received)
+        if checksum(received) != message.checksum:
+            return "checksum", f"layer {message.layer}, page {message.first_page}: the payload was damaged on the way"
+        if views is None:
+            data = received[0] if arriving.wire_dtype == "auto" else fp8.unpack(received[0], self._dtype)
+            self._store.write_pages(message.layer, page_ids, data)
+        return None
+
+
+def _copy(arriving: Arriving, message: PagesInPlace, page_ids: list[PageId]) -> Problem | None:
+    if arriving.source is None:
+        return "sequence", f"pages are to be sent by {arriving.transport}"
+    try:
+        arriving.source.copy(message.blocks, message.layer, page_ids)
+    except ValueError as error:
+        return "sequence", str(error)
+    return None
+
+
+def checksum(views: Sequence[memoryview]) -> bytes:
+    """XXH3-64 of the views' bytes, one after the other."""
+    if len(views) == 1:
+        return xxhash.xxh3_64_digest(views[0])
+    state = xxhash.xxh3_64()
+    for view in views:
+        state.update(view)
+    return state.digest()

@@ -1,0 +1,88 @@
+"""How pages leave a worker: over a data line to the receiver, as bytes or as the places where it finds them.
+
+`make` runs on the line's threads, where it may wait for the device and for the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from headrace.kvtransfer import fp8
+from headrace.kvtransfer.arrivals import checksum
+from headrace.kvtransfer.base import PageStore
+from headrace.kvtransfer.handoff import Handoff, Outgoing
+from headrace.kvtransfer.messages import Pages, PagesInPlace
+from headrace.wire import encode
+
+
+class Lines(Protocol):
+    """Data lines to all receivers."""
+
+    def submit(
+        self,
+        peer_id: str,
+        make: Callable[[], tuple[bytes, Sequence[memoryview]]],
+        failed: Callable[[str], None],
+    ) -> None:
+        """Send what `make` gives soon, or call `failed`."""
+
+
+class LineDepartures:
+    """See `Departures`."""
+
+    def __init__(
+        self, store: PageStore, dtype: str, lines: Lines, call_soon: Callable[[Callable[[], None]], object]
+    ) -> None:
+        """`call_soon` brings a line's failure to the handoff's own thread."""
+        self._store = store
+        self._dtype = dtype
+        self._lines = lines
+        self._call_soon = call_soon
+
+    def send(self, handoff: Handoff, outgoing: Outgoing) -> None:
+        """See `Departures`."""
+        assert handoff.receiver is not None
+
+        def failed(reason: str) -> None:
+            self._call_soon(functools.partial(handoff.fail, reason))
+
+        self._lines.submit(handoff.receiver, functools.partial(self.make, handoff, outgoing), failed)
+
+    def make(self, handoff: Handoff, outgoing: Outgoing) -> tuple[bytes, Sequence[memoryview]]:
+        """The frame for some pages."""
+        if outgoing.ready is not None:
+            outgoing.ready.synchronize()
+        request_id, attempt = handoff.key
+        if handoff.transport == "tcp":
+            views = self._views(handoff, outgoing)
+            pages = Pages(
+                request_id=request_id,
+                attempt=attempt,
+                sequence=outgoing.sequence,
+                layer=outgoing.layer,
+                first_page=outgoing.first_page,
+                num_pages=len(outgoing.page_ids),
+                checksum=checksum(views),
+                credit_wanted=outgoing.credit_wanted,
+            )
+            return encode(pages), views
+        first_block = outgoing.layer * self._store.num_pages
+        in_place = PagesInPlace(
+            request_id=request_id,
+            attempt=attempt,
+            sequence=outgoing.sequence,
+            layer=outgoing.layer,
+            first_page=outgoing.first_page,
+            blocks=[first_block + page for page in outgoing.page_ids],
+            credit_wanted=outgoing.credit_wanted,
+        )
+        return encode(in_place), ()
+
+    def _views(self, handoff: Handoff, outgoing: Outgoing) -> Sequence[memoryview]:
+        """The bytes: the cache's own memory where that is possible."""
+        if handoff.wire_dtype == "auto":
+            views = self._store.host_views(outgoing.layer, outgoing.page_ids)
+            return views or [self._store.read_pages(outgoing.layer, outgoing.page_ids)]
+        return [fp8.pack(self._store.read_pages(outgoing.layer, outgoing.page_ids), self._dtype)]

@@ -1,0 +1,145 @@
+"""Where the pages of one handoff land: the part of a receiver that data lines' threads use.
+
+| state   | on                                  | does                                | next    |
+| ------- | ----------------------------------- | ----------------------------------- | ------- |
+| OPEN    | `claim`: new, in bounds             | name the cache's pages, writers + 1 | OPEN    |
+| OPEN    | `claim`: sequence seen before       | nothing (None)                      | OPEN    |
+| OPEN    | `claim`: anything else              | remember the problem (None), notify | BROKEN  |
+| OPEN    | `written`, all right                | writers - 1, count, notify          | OPEN    |
+| OPEN    | `written`, damaged                  | writers - 1, the problem, notify    | BROKEN  |
+| BROKEN  | `claim`                             | nothing (None)                      | BROKEN  |
+| any     | `close`                             | nothing may be claimed any more     | CLOSED  |
+| CLOSED  | `written`                           | writers - 1; the last one notifies  | CLOSED  |
+
+The pages of a CLOSED landing may be freed once it is `idle`: before that a thread may still write to them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from headrace.kvtransfer.base import PageId
+from headrace.kvtransfer.messages import AbortCause, OnDataLine
+
+Problem = tuple[AbortCause, str]
+
+
+class Landing:
+    """Thread-safe. `pages` are the prompt's; the first `held` of them are here already, in every layer."""
+
+    def __init__(self, pages: list[PageId], held: int, num_layers: int, notify: Callable[[], None]) -> None:
+        self.pages = pages
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._missing = (len(pages) - held) * num_layers
+        self._free = [bytearray(held) + b"\1" * (len(pages) - held) for _ in range(num_layers)]
+        """By layer and page: 1 until claimed."""
+        self._claimed: set[int] = set()
+        self._written: set[int] = set()
+        """Sequence numbers from `_next` on."""
+        self._next = 0
+        self._credited = 0
+        self._credit_wanted = 0
+        self._writers = 0
+        self._closed = False
+        self._notified = False
+        self.problem: Problem | None = None
+
+    def claim(self, message: OnDataLine) -> list[PageId] | None:
+        """The pages to write this message's bytes to, and then to call `written`; None where they aren't wanted."""
+        with self._lock:
+            if self._closed or self.problem is not None or self._seen(message.sequence):
+                return None
+            problem = self._problem_with(message)
+            if problem is None:
+                end = message.first_page + message.num_pages
+                self._free[message.layer][message.first_page : end] = bytes(message.num_pages)
+                self._claimed.add(message.sequence)
+                self._writers += 1
+                return self.pages[message.first_page : end]
+            self.problem = problem
+            tell = self._must_notify()
+        self._tell(tell)
+        return None
+
+    def _seen(self, sequence: int) -> bool:
+        return sequence < self._next or sequence in self._claimed
+
+    def _problem_with(self, message: OnDataLine) -> Problem | None:
+        if message.layer >= len(self._free):
+            return "sequence", f"there is no layer {message.layer}"
+        end = message.first_page + message.num_pages
+        if end > len(self.pages):
+            return "sequence", f"{message.num_pages} pages from {message.first_page} are more than were granted"
+        if not all(self._free[message.layer][message.first_page : end]):
+            return "sequence", f"layer {message.layer}, page {message.first_page} is here already"
+        return None
+
+    def written(self, message: OnDataLine, problem: Problem | None) -> None:
+        """A claimed message's bytes are in their pages, or `problem` says why they aren't."""
+        with self._lock:
+            self._writers -= 1
+            self.problem = self.problem or problem
+            if problem is None:
+                self._missing -= message.num_pages
+                self._written.add(message.sequence)
+                while self._next in self._written:
+                    self._written.remove(self._next)
+                    self._claimed.remove(self._next)
+                    self._next += 1
+                if message.credit_wanted:
+                    self._credit_wanted = max(self._credit_wanted, message.sequence + 1)
+            tell = self._must_notify()
+        self._tell(tell)
+
+    def _must_notify(self) -> bool:
+        if self._notified or (self._closed and self._writers):
+            return False
+        self._notified = True
+        return True
+
+    def _tell(self, tell: bool) -> None:
+        """Outside of the lock: who is told may look at once."""
+        if tell:
+            self._notify()
+
+    def take_credit(self) -> int | None:
+        """The sequence number to credit up to, where one is due. Called when notified."""
+        with self._lock:
+            self._notified = False
+            if self._next <= self._credited or self._credit_wanted <= self._credited:
+                return None
+            self._credited = self._next
+            return self._next
+
+    @property
+    def num_landed(self) -> int:
+        """Messages before the first that is missing."""
+        with self._lock:
+            return self._next
+
+    def close(self) -> None:
+        """Nothing more is wanted."""
+        with self._lock:
+            self._closed = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether no thread writes to the pages."""
+        with self._lock:
+            return self._writers == 0
+
+    def problem_with_end(self, messages: int) -> Problem | None:
+        """Why `messages` messages can't be all there are, if that is known already."""
+        with self._lock:
+            if self._next > messages or any(sequence >= messages for sequence in self._claimed):
+                return "sequence", f"more messages came than the {messages} that were committed"
+            if self._next == messages and self._missing:
+                return "sequence", "committed before all pages were sent"
+            return None
+
+    def is_complete(self, messages: int) -> bool:
+        """Whether all pages are here, by exactly `messages` messages."""
+        with self._lock:
+            return self._next == messages and self._missing == 0 and self._writers == 0

@@ -1,0 +1,107 @@
+"""Which transport a handoff takes: the receiver chooses, when it grants, the best one that the Offer and itself can do.
+
+| transport  | when                                                 | what a page goes through                     |
+| ---------- | ---------------------------------------------------- | -------------------------------------------- |
+| `local`    | same process, same page pool                         | nothing: it changes owner                    |
+| `cuda_ipc` | same machine and user, both caches on one GPU        | one copy from device memory to device memory |
+| `shm`      | same machine and user, the sender's cache on the CPU | one copy from the sender's memory            |
+| `tcp`      | otherwise                                            | a data line, with a checksum                 |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.kvtransfer.base import PageStore, Source
+from headrace.kvtransfer.host import this_host
+from headrace.kvtransfer.layout import CacheShape
+from headrace.kvtransfer.messages import CudaMemory, Host, Offer, SharedMemory, TransportName
+from headrace.kvtransfer.shm import SharedSource
+
+log = logging.getLogger(__name__)
+
+Memory = SharedMemory | CudaMemory
+
+
+class Exporting(Protocol):
+    """A KV cache that may lie in a memory file."""
+
+    num_pages: int
+    descriptor: int | None
+
+    @property
+    def layout(self) -> CacheShape: ...
+
+    def share(self) -> tuple[str, bytes, int] | None:
+        """On a GPU: its UUID, a handle for other processes, and where the pages begin in what it names."""
+
+
+@dataclass(frozen=True)
+class Exports:
+    """What a sender's Offers say about its memory."""
+
+    host: Host
+    cuda_ipc: CudaMemory | None
+    shm: SharedMemory | None
+
+
+def exports_of(cache: Exporting) -> Exports:
+    """How others can read this cache."""
+    num_blocks = cache.layout.num_layers * cache.num_pages
+    shm, cuda_ipc = None, None
+    if cache.descriptor is not None:
+        shm = SharedMemory(descriptor=cache.descriptor, num_blocks=num_blocks)
+    if (shared := cache.share()) is not None:
+        device, handle, offset = shared
+        cuda_ipc = CudaMemory(device=device, handle=handle, offset=offset, num_blocks=num_blocks)
+    return Exports(this_host(), cuda_ipc, shm)
+
+
+class Transports:
+    """A receiver's choice, and the senders' memory that it has opened."""
+
+    def __init__(self, store: PageStore, refuse: Callable[[str, str], None]) -> None:
+        """`refuse(sender, reason)` counts an offer of memory that can't be used as it says."""
+        self._store = store
+        self._refuse = refuse
+        self._host = this_host()
+        self._opened: dict[str, dict[Memory, Source | None]] = {}
+        """By sender; None where it could not be opened."""
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """See `Choice`."""
+        if offer.host is None or offer.host.machine != self._host.machine:
+            return "tcp", None
+        if offer.cuda_ipc is not None and (source := self._open(sender, offer, offer.cuda_ipc)) is not None:
+            return "cuda_ipc", source
+        if offer.shm is not None and (source := self._open(sender, offer, offer.shm)) is not None:
+            return "shm", source
+        return "tcp", None
+
+    def _open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
+        opened = self._opened.setdefault(sender, {})
+        if memory not in opened:
+            if len(opened) >= 4:
+                self._refuse(sender, "it offers ever new memory")
+                return None
+            opened[memory] = self._try_to_open(sender, offer, memory)
+        return opened[memory]
+
+    def _try_to_open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
+        assert offer.host is not None
+        try:
+            if isinstance(memory, SharedMemory):
+                return SharedSource(offer.host, memory, self._store)
+            return self._store.open(memory.device, memory.handle, memory.offset, memory.num_blocks)
+        except ValueError as error:
+            self._refuse(sender, str(error))
+        except OSError as error:
+            log.warning("the memory of %s can't be read, its pages come over tcp: %s", sender, error)
+        return None
+
+    def forget(self, sender: str) -> None:
+        """See `Choice`."""
+        self._opened.pop(sender, None)

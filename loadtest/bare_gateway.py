@@ -1,0 +1,152 @@
+"""A gateway without HTTP: asks for prompts' tokens, and asks again when a worker fails or leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from headrace.loadtest.keyed_kv import undisturbed
+from headrace.mesh import PeerGone
+from headrace.messages.control import Cancel
+from headrace.messages.request import QueueEntry, SamplingParams
+from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, TokenBatch, TokenEvent
+from headrace.node import Node
+from headrace.queue import DELIVERIES_PER_ATTEMPT
+from headrace.registry import Member
+from headrace.tasks import run_beside
+from headrace.wire import Decoder
+
+SAMPLING = SamplingParams(max_tokens=2)
+SILENCE_SECONDS = 15.0
+"""After which a request is asked anew: its worker died with the news of it."""
+TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(eq=False)
+class _Question:
+    """A prompt that waits for its tokens."""
+
+    request_id: str
+    token_ids: list[int]
+    answer: asyncio.Future[list[int]]
+    asked_at: float = 0.0
+    attempt: int = 0
+    entry_id: str = ""
+    decode_worker: str | None = None
+
+
+@dataclass
+class BareGateway:
+    """Every token that arrives is compared, those of requests that are over too."""
+
+    node: Node
+    wrong: int = 0
+    """Answers with other tokens than the undisturbed ones."""
+    retries: Counter[str] = field(default_factory=Counter)
+    """By what made them necessary."""
+
+    def __post_init__(self) -> None:
+        self._open: dict[str, _Question] = {}
+        self._prompts: dict[str, list[int]] = {}
+        self._again: asyncio.Queue[_Question] = asyncio.Queue()
+        self._decode: Decoder[ToGateway] = Decoder(ToGateway)
+        self.node.registry.on_leave.append(self._member_left)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        await run_beside(self._mailbox_loop(), [self._ask_again_loop(), self._silence_loop()])
+
+    async def ask(self, request_id: str, token_ids: list[int]) -> list[int]:
+        """The output tokens of a prompt. Raises `TimeoutError`, and `CancelledError` where `cancel` came first."""
+        question = _Question(request_id, token_ids, asyncio.get_running_loop().create_future())
+        self._open[request_id] = question
+        self._prompts[request_id] = token_ids
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                await self._put(question)
+                return await question.answer
+        finally:
+            del self._open[request_id]
+
+    async def _put(self, question: _Question) -> None:
+        question.asked_at = time.monotonic()
+        question.decode_worker = None
+        entry = QueueEntry(
+            request_id=question.request_id,
+            attempt=question.attempt,
+            gateway=self.node.id,
+            token_ids=question.token_ids,
+            sampling=SAMPLING,
+            enqueued_at=time.time(),
+            deadline=time.time() + TIMEOUT_SECONDS,
+        )
+        question.entry_id = await self.node.queue.put(entry)
+        if question.answer.done():  # cancelled meanwhile
+            await self.node.queue.remove(question.entry_id)
+
+    async def cancel(self, request_id: str) -> None:
+        """The client goes away; `ask` ends with `CancelledError`. Nothing happens where the answer was faster."""
+        question = self._open.get(request_id)
+        if question is not None and question.answer.cancel():
+            if question.entry_id:
+                await self.node.queue.remove(question.entry_id)
+            self._tell_to_stop(request_id, question.attempt + DELIVERIES_PER_ATTEMPT - 1)
+
+    def _tell_to_stop(self, request_id: str, attempt: int) -> None:
+        for member in [*self.node.registry.tier("prefill"), *self.node.registry.tier("decode")]:
+            try:
+                self.node.mesh.post(member.id, Cancel(request_id=request_id, attempt=attempt))
+            except PeerGone:
+                pass  # and with it what it held
+
+    async def _mailbox_loop(self) -> None:
+        while True:
+            _, message = await self.node.mesh.receive_as(self._decode)
+            match message:
+                case TokenBatch():
+                    for event in message.events:
+                        self._tokens(event)
+                case PrefillReport() if question := self._open.get(message.request_id):
+                    question.decode_worker = message.decode_worker
+                    if message.decode_worker not in self.node.registry.members:
+                        self._retry(question, "decode worker left")
+                case RequestFailed() if question := self._open.get(message.request_id):
+                    if message.attempt >= question.attempt:
+                        self._retry(question, "failed")
+
+    def _tokens(self, event: TokenEvent) -> None:
+        prompt = self._prompts[event.request_id]
+        self.wrong += event.token_ids != undisturbed(prompt)
+        question = self._open.get(event.request_id)
+        if question is None:  # answered or cancelled before: whoever works on it is told
+            self._tell_to_stop(event.request_id, event.attempt)
+        elif not question.answer.done():
+            question.answer.set_result(event.token_ids)
+
+    def _member_left(self, member: Member) -> None:
+        for question in self._open.values():
+            if question.decode_worker == member.id:
+                self._retry(question, "decode worker left")
+
+    def _retry(self, question: _Question, why: str) -> None:
+        self.retries[why] += 1
+        question.asked_at = time.monotonic()
+        question.decode_worker = None
+        question.attempt += DELIVERIES_PER_ATTEMPT
+        self._again.put_nowait(question)
+
+    async def _ask_again_loop(self) -> None:
+        while True:
+            question = await self._again.get()
+            if not question.answer.done():
+                await self.node.queue.remove(question.entry_id)
+                await self._put(question)
+
+    async def _silence_loop(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            for question in self._open.values():
+                if time.monotonic() - question.asked_at > SILENCE_SECONDS:
+                    self._retry(question, "silence")
