@@ -30,12 +30,12 @@ class ForwardBatch:
         queries: torch.Tensor,
         layer_pages: torch.Tensor,
         scaling: float,
-        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+        qkv: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of queries [T, heads, head_dim] over one layer of the cache; returns [T, heads * head_dim].
 
-        `fresh` are the tokens' own keys and values: see `prefill_attention`.
+        `qkv` is the packed projection of the same tokens: see `prefill_attention`.
         """
         if isinstance(self.plan, DecodePlan):
             return decode_attention(queries, layer_pages, self.plan, scaling)
-        return prefill_attention(queries, layer_pages, self.plan, scaling, fresh=fresh)
+        return prefill_attention(queries, layer_pages, self.plan, scaling, qkv=qkv)

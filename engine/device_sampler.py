@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from headrace.kernels.sample import PART, LogitChanges, Penalties, SampleRows, SampleWorkspace, sample
+from headrace.kernels.upload import upload
 
 if TYPE_CHECKING:
     from headrace.engine.sampler import SamplingRow
@@ -20,17 +21,19 @@ class DeviceSampler:
     """Made anew whenever the rows change; one copy, which nothing waits for, brings the parameters to the device."""
 
     def __init__(self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device, *, part: int = PART) -> None:
-        params = [row.params for row in rows]
+        temperature, top_k, top_p, min_p, seed = np.stack([row.record for row in rows], axis=1)
         penalized = [row for row in rows if row.counts is not None]
+        places = np.full(len(rows), -1)
+        if penalized:
+            places[[row.counts is not None for row in rows]] = np.arange(len(penalized))
         changes = [_changes(row, vocab_size) for row in rows]
-        places = np.cumsum([row.counts is not None for row in rows])
         arrays = {
-            "temperature": np.array([p.temperature for p in params], np.float64),
-            "top_k": np.array([p.top_k for p in params], np.int64),
-            "top_p": np.array([p.top_p for p in params], np.float64),
-            "min_p": np.array([p.min_p for p in params], np.float64),
-            "seed": np.array([p.seed for p in params], np.int64),
-            "place": np.array([-1 if row.counts is None else n - 1 for row, n in zip(rows, places, strict=True)]),
+            "temperature": temperature.view(np.float64),
+            "top_k": top_k.view(np.float64),
+            "top_p": top_p.view(np.float64),
+            "min_p": min_p.view(np.float64),
+            "seed": seed,
+            "place": places,
             "presence": np.array([row.params.presence_penalty for row in penalized], np.float64),
             "frequency": np.array([row.params.frequency_penalty for row in penalized], np.float64),
             "repetition": np.array([row.params.repetition_penalty for row in penalized], np.float64),
@@ -39,17 +42,17 @@ class DeviceSampler:
             "values": np.array([value for own in changes for _, value, _ in own], np.float64),
             "until": np.array([until for own in changes for _, _, until in own], np.int64),
         }
-        columns = _to_device(arrays, device)
-        drawn = [p for p in params if p.temperature > 0]
-        filtered = [p for p in drawn if p.top_k or p.top_p < 1 or p.min_p > 0]
+        columns = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
+        drawn = arrays["temperature"] > 0
+        filtered = drawn & ((arrays["top_k"] > 0) | (arrays["top_p"] < 1) | (arrays["min_p"] > 0))
         self._rows = SampleRows(
             **{name: columns[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
             penalties=_penalties(penalized, columns),
             changes=LogitChanges(columns["starts"], columns["tokens"], columns["values"], columns["until"]),
-            any_drawn=bool(drawn),
-            any_filtered=bool(filtered),
+            any_drawn=bool(drawn.any()),
+            any_filtered=bool(filtered.any()),
         )
-        self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=bool(filtered), part=part)
+        self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=self._rows.any_filtered, part=part)
 
     def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `BatchSampler.sample`."""
@@ -59,6 +62,8 @@ class DeviceSampler:
 def _changes(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, int]]:
     """(token, what is added to its logit, until which output position)."""
     params = row.params
+    if not (params.logit_bias or params.min_tokens):
+        return []
     changes = [(token, bias, FOREVER) for token, bias in params.logit_bias.items() if token < vocab_size]
     if params.min_tokens:
         stops = sorted({token for token in params.stop_token_ids if token < vocab_size})
@@ -75,16 +80,3 @@ def _penalties(rows: list[SamplingRow], columns: dict[str, torch.Tensor]) -> Pen
     return Penalties(
         like, columns["presence"], columns["frequency"], columns["repetition"], counts, in_prompt.view(torch.uint8)
     )
-
-
-def _to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Arrays of 8-byte numbers by way of one pinned buffer; each starts at a multiple of 16 bytes, as kernels like."""
-    padded = [np.concatenate((array.view(np.int64), np.zeros(len(array) % 2, np.int64))) for array in arrays.values()]
-    joined = torch.from_numpy(np.concatenate(padded))
-    there = joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
-    columns, first = {}, 0
-    for name, array in arrays.items():
-        column = there[first : first + len(array)]
-        columns[name] = column.view(torch.float64) if array.dtype == np.float64 else column
-        first += len(array) + len(array) % 2
-    return columns

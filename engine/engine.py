@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from headrace.engine.base import LayerAnnounced, Model, Ready
@@ -22,7 +23,8 @@ from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
 from headrace.engine.weights import Progress, load_decoder
-from headrace.kernels.prefill_attention import plan_prefill
+from headrace.kernels.prefill_attention import FEW_TOKENS, plan_prefill
+from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
@@ -126,10 +128,20 @@ class Engine:
         return cls(config, model_config, model, cache, max_model_len)
 
     def warm_up(self) -> None:
-        """Run one token through the model, so that the first request finds everything in place."""
-        pages = self.pool.allocate(1)
-        self.prefill([PrefillChunk([0], 0, 1, pages, SamplingParams(max_tokens=1, temperature=0))])
-        self.pool.release(pages)
+        """Run some tokens through the model, so that the first requests find everything in place.
+
+        On a GPU: few and many tokens, without and with a prefix, greedy and sampled, for each of which kernels are
+        compiled.
+        """
+        greedy = SamplingParams(max_tokens=1, temperature=0)
+        sampled = SamplingParams(max_tokens=1, top_k=2)
+        on_gpu = self.device.type == "cuda"
+        for length in (1, FEW_TOKENS) if on_gpu and self.max_model_len > FEW_TOKENS else (1,):
+            pages = self.pool.allocate(self.pool.pages_for(length + 1))
+            self.prefill([PrefillChunk([0] * length, 0, length, pages, greedy)])
+            if on_gpu:
+                self.prefill([PrefillChunk([0] * (length + 1), 1, length, pages, sampled)])
+            self.pool.release(pages)
         self.cpu_share.rest()
 
     @torch.inference_mode()
@@ -158,7 +170,8 @@ class Engine:
         last = [row for row, chunk in enumerate(chunks) if chunk.is_last and chunk.sampling.max_tokens > 0]
         tokens: dict[int, SampledToken] = {}
         if last:
-            logits = self.model.logits(hidden[[ends[row] - 1 for row in last]])
+            (rows,) = upload([np.array([ends[row] - 1 for row in last])], self.device)
+            logits = self.model.logits(hidden.index_select(0, rows))
             tokens = dict(zip(last, self._sample_first([chunks[row] for row in last], logits), strict=True))
         return [
             PrefillOutput(tokens.get(row), self._prompt_logprobs(chunk, hidden[ends[row] - chunk.length : ends[row]]))
@@ -173,26 +186,27 @@ class Engine:
 
     def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:
         page_size = self.layout.page_size
-        width = max(len(chunk.pages) for chunk in chunks)
-        table = torch.tensor([[*chunk.pages, *[0] * (width - len(chunk.pages))] for chunk in chunks])
-        tokens = torch.tensor([t for c in chunks for t in c.token_ids[c.start : c.start + c.length]])
-        positions = torch.cat([torch.arange(c.start, c.start + c.length) for c in chunks])
-        rows = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor([c.length for c in chunks]))
-        positions, table = positions.to(self.device), table.to(self.device)
+        table = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int64)
+        tokens, positions, slot_pages = [], [], []
+        for row, chunk in enumerate(chunks):
+            table[row, : len(chunk.pages)] = chunk.pages
+            own = np.arange(chunk.start, chunk.start + chunk.length)
+            tokens.append(np.array(chunk.token_ids[chunk.start : chunk.start + chunk.length], np.int64))
+            positions.append(own)
+            slot_pages.append(table[row, own // page_size])
+        at = np.concatenate(positions)
+        packed = (np.concatenate(tokens), at, np.concatenate(slot_pages), at % page_size, table.reshape(-1))
+        token_ids, at_positions, pages, offsets, flat_table = upload(packed, self.device)
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
-        return ForwardBatch(
-            token_ids=tokens.to(self.device),
-            positions=positions,
-            slot_pages=table[rows.to(self.device), positions // page_size],
-            slot_offsets=positions % page_size,
-            plan=plan_prefill(self.cache.layer(0), table, lengths, contexts, self.model_config.num_heads),
-        )
+        heads = self.model_config.num_heads
+        plan = plan_prefill(self.cache.layer(0), flat_table.view(table.shape), lengths, contexts, heads)
+        return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
 
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> list[SampledToken]:
         rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
         sampler = BatchSampler(rows, self.model_config.vocab_size, self.device)
-        positions = torch.tensor([chunk.generated for chunk in chunks], device=self.device)
+        (positions,) = upload([np.array([chunk.generated for chunk in chunks])], self.device)
         return sampler.with_logprobs(sampler.sample(logits, positions), logits)
 
     def sampling_row(self, params: SamplingParams, token_ids: Sequence[int], generated: int) -> SamplingRow:

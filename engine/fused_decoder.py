@@ -21,9 +21,8 @@ from headrace.kernels.rms_norm import add_rms_norm, rms_norm
 from headrace.kernels.rope import RopeTables, apply_rope, rope_tables
 from headrace.kernels.rope_cache import rope_cache
 
-Fresh = tuple[torch.Tensor, torch.Tensor]
-Writer = Callable[[LayerWeights, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Fresh | None]]
-"""Of a layer, its packed projection and its pages; returns queries and, where they may be read, new keys and values."""
+Writer = Callable[[LayerWeights, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of a layer, its packed projection and its pages; returns queries."""
 
 
 class FusedDecoder:
@@ -47,12 +46,12 @@ class FusedDecoder:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
         write = self._writer(batch, residual.dtype)
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
-        for index, layer in enumerate(weights.layers):
-            pages = cache.layer(index)
-            queries, fresh = write(layer, layer.qkv(hidden), pages)
+        for index, (layer, pages) in enumerate(zip(weights.layers, cache.pages, strict=True)):
+            qkv = layer.qkv(hidden)
+            queries = write(layer, qkv, pages)
             if on_layer is not None:
                 on_layer(index)
-            attended = layer.output(batch.attend(queries, pages, self._scale, fresh))
+            attended = layer.output(batch.attend(queries, pages, self._scale, qkv))
             hidden = add_rms_norm(self._group.all_reduce(attended), residual, layer.mlp_norm, config.norm_eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
             last = index + 1 == len(weights.layers)
@@ -77,7 +76,7 @@ class FusedDecoder:
         layer: LayerWeights,
         qkv: torch.Tensor,
         pages: torch.Tensor,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> torch.Tensor:
         """Rotate, one operation at a time, and write to the cache; returns queries [T, heads, head_dim]."""
         config = self._config
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -91,7 +90,7 @@ class FusedDecoder:
             queries_keys = torch.cat(normed, 1)
         queries_keys = apply_rope(queries_keys, cos, sin)
         write_cache(queries_keys[:, heads:], values, pages, batch.slot_pages, batch.slot_offsets)
-        return queries_keys[:, :heads].contiguous(), None
+        return queries_keys[:, :heads].contiguous()
 
     def _write_fused(
         self,
@@ -102,15 +101,11 @@ class FusedDecoder:
         layer: LayerWeights,
         qkv: torch.Tensor,
         pages: torch.Tensor,
-    ) -> tuple[torch.Tensor, Fresh]:
-        """The same in one kernel, and the rotated keys and values [T, kv_heads, head_dim] as they lie in `qkv`."""
-        config = self._config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+    ) -> torch.Tensor:
+        """The same in one kernel; `keep_keys` leaves the rotated keys in `qkv`, too."""
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         slots = (batch.slot_pages, batch.slot_offsets)
-        queries = rope_cache(qkv, rows, rope, norms, config.norm_eps, pages, *slots, keep_keys=keep_keys)
-        by_head = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
-        return queries, (by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :])
+        return rope_cache(qkv, rows, rope, norms, self._config.norm_eps, pages, *slots, keep_keys=keep_keys)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model.logits`."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from headrace.engine.device_sampler import DeviceSampler
@@ -37,6 +39,13 @@ class SamplingRow:
     """[vocabulary] int32: how often each token is in the output."""
     in_prompt: torch.Tensor | None = None
     """[vocabulary] bool."""
+
+    @cached_property
+    def record(self) -> np.ndarray:
+        """What `DeviceSampler` sends of each row, int64: the bits of four float64, and the seed."""
+        params = self.params
+        floats = np.array([params.temperature, params.top_k, params.top_p, params.min_p], np.float64)
+        return np.append(floats.view(np.int64), params.seed)
 
     @classmethod
     def make(

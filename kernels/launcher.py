@@ -29,15 +29,16 @@ class Launcher:
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
     ) -> None:
         """Launch on the current device and stream; `options` are Triton's: num_warps, num_stages."""
-        addresses = 0
+        addresses, device = 0, None
         kinds: list[object] = []
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 addresses |= argument.data_ptr()
                 kinds.append(argument.dtype)
+                device = argument.device
             else:
                 kinds.append(type(argument))
-        key = (constants, *kinds, torch.cuda.current_device() if not INTERPRETED else -1, *options.values())
+        key = (constants, device, *kinds, *options.values())
         compiled = self._compiled.get(key)
         if compiled is not None and addresses % ALIGNMENT == 0:
             compiled[grid](*arguments, *constants)  # type: ignore[index]

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from headrace.kernels.launch import power_of_two
+from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import TensorDescriptor, tl, triton
 from headrace.kernels.paged_attention import gather_rows, soften
+from headrace.kernels.upload import upload
 
 QUERY_BLOCK = 256
 """The torch path computes so many queries at once: bounds the mask, skips keys in the future of all of them."""
@@ -86,14 +88,19 @@ PACKED_TILINGS = {
     256: Tiling(128, 64, 8, 2, descriptors=True),
 }
 PAGED_TILINGS = {64: Tiling(128, 64, 8, 3), 128: Tiling(128, 64, 8, 3), 256: Tiling(128, 32, 8, 2)}
+SHORT_TILINGS = {64: Tiling(64, 64, 4, 3), 128: Tiling(64, 64, 4, 2), 256: Tiling(64, 32, 4, 2)}
 FLOAT32_TILING = Tiling(32, 32, 4, 1)
+MAX_HEAD_DIM, MAX_GROUP = 256, 32
+"""What the tilings are for; other shapes run in torch."""
+FEW_TOKENS = 1024
+"""Below, more and smaller tiles fill the device better, and a descriptor takes longer to make than it saves."""
 
 
-def choose_tiling(head_dim: int, dtype: torch.dtype, has_prefix: bool) -> Tiling:
-    """The table's tiling for a head size, which is padded to a power of two."""
+def choose_tiling(head_dim: int, dtype: torch.dtype, has_prefix: bool, tokens: int) -> Tiling:
+    """The tables' tiling for a head size, which is padded to a power of two, and a number of queries."""
     if dtype == torch.float32:
         return FLOAT32_TILING
-    table = PAGED_TILINGS if has_prefix else PACKED_TILINGS
+    table = SHORT_TILINGS if tokens < FEW_TOKENS else PAGED_TILINGS if has_prefix else PACKED_TILINGS
     return table[max(64, power_of_two(head_dim))]
 
 
@@ -109,11 +116,12 @@ def plan_prefill(
 
     `window` bounds how far back a query sees, itself included; the Triton kernel knows none.
     """
-    if layer_pages.is_cuda and window is None:
-        kv_heads, head_dim = layer_pages.shape[2], layer_pages.shape[4]
+    kv_heads, head_dim = layer_pages.shape[2], layer_pages.shape[4]
+    group = num_heads // kv_heads
+    if layer_pages.is_cuda and window is None and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP:
         has_prefix = list(query_lengths) != list(context_lengths)
-        tiling = choose_tiling(head_dim, layer_pages.dtype, has_prefix)
-        return plan_tiles(block_table, query_lengths, context_lengths, num_heads // kv_heads, tiling)
+        tiling = choose_tiling(head_dim, layer_pages.dtype, has_prefix, sum(query_lengths))
+        return plan_tiles(block_table, query_lengths, context_lengths, group, tiling)
     requests, row = [], 0
     for index, (queries, context) in enumerate(zip(query_lengths, context_lengths, strict=True)):
         gather = gather_rows(block_table[index : index + 1], layer_pages, context)
@@ -140,13 +148,12 @@ def plan_tiles(
     first = (ordinals * tokens).astype(np.int32)
     order = np.argsort(-(first + (contexts - lengths)[requests]), kind="stable")
     starts = np.concatenate((np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)))
-    tiles = np.stack((requests, first), axis=1)[order]
-    packed = _to_device(np.concatenate((starts, contexts, tiles.reshape(-1))), block_table.device)
-    batch = len(lengths)
+    tiles = np.stack((requests, first), axis=1)[order].reshape(-1)
+    on_device = upload((tiles, starts, contexts), block_table.device)
     return TilePlan(
-        tiles=packed[2 * batch + 1 :].view(-1, 2),
-        query_starts=packed[: batch + 1],
-        context_lengths=packed[batch + 1 : 2 * batch + 1],
+        tiles=on_device[0].view(-1, 2),
+        query_starts=on_device[1],
+        context_lengths=on_device[2],
         block_table=block_table.to(torch.int32),
         tiling=tiling,
         has_prefix=bool((contexts != lengths).any()),
@@ -159,40 +166,36 @@ def prefill_attention(
     plan: TorchPlan | TilePlan,
     scaling: float,
     softcap: float | None = None,
-    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    qkv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from queries [T, heads, head_dim] over each request's pages, which hold its new tokens already.
 
-    layer_pages: [pages, 2, kv_heads, page_size, head_dim]. Returns [T, heads * head_dim]. `fresh`: the same tokens'
-    keys and values [T, kv_heads, head_dim], which are read instead of pages where no request has a prefix. Raises
-    `ValueError` where the plan is for the Triton kernel and scores are capped.
+    layer_pages: [pages, 2, kv_heads, page_size, head_dim]. Returns [T, heads * head_dim]. `qkv`: the packed projection
+    with rotated keys (`rope_cache`), which is read instead of pages where no request has a prefix. Raises `ValueError`
+    where the plan is for the Triton kernel and scores are capped.
     """
     if isinstance(plan, TorchPlan):
         return _reference(queries, layer_pages, plan, scaling, softcap)
     if softcap is not None:
         raise ValueError("the Triton kernel caps no scores: plan with a window, which plans for torch")
-    if fresh is not None and not plan.has_prefix:
-        return attend_packed(queries, *fresh, plan, scaling)
+    if qkv is not None and not plan.has_prefix:
+        return attend_packed(queries, qkv, plan, scaling, layer_pages.shape[2])
     return attend_paged(queries, layer_pages, plan, scaling)
 
 
 def attend_packed(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: TilePlan, scaling: float
+    queries: torch.Tensor, qkv: torch.Tensor, plan: TilePlan, scaling: float, kv_heads: int
 ) -> torch.Tensor:
     """Attend among the tokens of each request, none of which has a prefix.
 
-    queries [T, heads, head_dim]; keys, values [T, kv_heads, head_dim]; heads of one token lie side by side, tokens may
-    be any stride apart. Returns [T, heads * head_dim].
+    queries [T, heads, head_dim]; qkv [T, (heads + 2 kv_heads) * head_dim], of which keys and values are read. Returns
+    [T, heads * head_dim].
     """
-    head_dim = queries.shape[2]
     if plan.tiling.specialized:
-        return _launch_specialized(queries, keys, values, plan, scaling)
-    descriptors = plan.tiling.descriptors and head_dim == power_of_two(head_dim)
-    key_rows, value_rows = (_descriptor(x, plan.tiling.block_n) if descriptors else None for x in (keys, values))
-    return _launch(
-        queries, keys, values, key_rows, value_rows, plan, scaling, 1.0,
-        token_strides=(keys.stride(0), values.stride(0)), kv_heads=keys.shape[1], page_size=0,
-    )  # fmt: skip
+        return _launch_specialized(queries, qkv, plan, scaling, kv_heads)
+    _, heads, head_dim = queries.shape
+    places = (heads * head_dim, (heads + kv_heads) * head_dim, qkv.stride(0))
+    return _launch(queries, qkv, plan, scaling, 1.0, kv_heads, places, page_size=0)
 
 
 def attend_paged(
@@ -206,79 +209,81 @@ def attend_paged(
 
     `cache_scales` multiply what is in the cache, K and V, where it is float8. Returns [T, heads * head_dim].
     """
-    keys, values = layer_pages.unbind(1)
-    strides = (layer_pages.stride(0), layer_pages.stride(0))
-    return _launch(
-        queries, keys, values, None, None, plan, scaling * cache_scales[0], cache_scales[1],
-        token_strides=strides, kv_heads=layer_pages.shape[2], page_size=layer_pages.shape[3],
-    )  # fmt: skip
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(array)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-def _descriptor(x: torch.Tensor, block: int) -> Any:
-    tokens, heads, head_dim = x.shape
-    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [block, head_dim])
-
-
-def _launch_specialized(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: TilePlan, scaling: float
-) -> torch.Tensor:
-    tokens, heads, head_dim = queries.shape
-    out = queries.new_empty(tokens, heads * head_dim)
-    tiles, tiling = plan.tiles.shape[0], plan.tiling
-    if tiles == 0:
-        return out
-    _specialized_kernel[(tiles * heads,)](
-        _descriptor(queries, tiling.block_m), _descriptor(keys, tiling.block_n), _descriptor(values, tiling.block_n),
-        out, plan.tiles, plan.query_starts, scaling * LOG2_E, HEADS=heads, GROUP=heads // keys.shape[1],
-        DIM=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
-    return out
+    kv_heads, page_size, head_dim = layer_pages.shape[2:]
+    places = (0, kv_heads * page_size * head_dim, layer_pages.stride(0))
+    key_scale, value_scale = cache_scales
+    return _launch(queries, layer_pages, plan, scaling * key_scale, value_scale, kv_heads, places, page_size)
 
 
 def _launch(
     queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_rows: Any,
-    value_rows: Any,
+    kv: torch.Tensor,
     plan: TilePlan,
     scaling: float,
     value_scale: float,
-    token_strides: tuple[int, int],
     kv_heads: int,
+    places: tuple[int, int, int],
     page_size: int,
 ) -> torch.Tensor:
+    """`places`: the first key and the first value in `kv`, and the stride of its tokens (or pages), in numbers."""
     tokens, heads, head_dim = queries.shape
     out = queries.new_empty(tokens, heads * head_dim)
-    tiles, tiling = plan.tiles.shape[0], plan.tiling
+    tiles, tiling = len(plan.tiles), plan.tiling
     if tiles == 0:
         return out
-    _attention_kernel[(tiles * kv_heads,)](
-        queries, keys, values, key_rows, value_rows, out,
-        plan.tiles, plan.query_starts, plan.context_lengths, plan.block_table,
-        queries.stride(0), *token_strides, plan.block_table.stride(0), scaling * LOG2_E, value_scale,
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=head_dim, DIM_PADDED=max(16, power_of_two(head_dim)),
-        PAGE=page_size, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, DESCRIPTORS=key_rows is not None,
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    descriptors = tiling.descriptors and page_size == 0 and head_dim == power_of_two(head_dim)
+    kv_rows = _descriptor(kv, tiling.block_n, head_dim) if descriptors else None
+    _launch_attention(
+        (tiles * kv_heads, 1, 1),
+        (
+            queries, kv, kv_rows, out, plan.tiles, plan.query_starts, plan.context_lengths, plan.block_table,
+            plan.block_table.stride(0), scaling * LOG2_E, value_scale,
+        ),
+        (
+            queries.stride(0), *places, kv_heads, heads // kv_heads, head_dim, max(16, power_of_two(head_dim)),
+            page_size, tiling.block_m, tiling.block_n, descriptors, _precision(queries.dtype),
+        ),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
     )  # fmt: skip
     return out
 
 
+def _launch_specialized(
+    queries: torch.Tensor, qkv: torch.Tensor, plan: TilePlan, scaling: float, kv_heads: int
+) -> torch.Tensor:
+    tokens, heads, head_dim = queries.shape
+    out = queries.new_empty(tokens, heads * head_dim)
+    tiles, tiling = len(plan.tiles), plan.tiling
+    if tiles == 0:
+        return out
+    query_rows = _descriptor(queries.view(tokens, heads * head_dim), tiling.block_m, head_dim)
+    kv_rows = _descriptor(qkv, tiling.block_n, head_dim)
+    _launch_specialized_attention(
+        (tiles * heads, 1, 1),
+        (query_rows, kv_rows, out, plan.tiles, plan.query_starts, scaling * LOG2_E),
+        (heads, kv_heads, head_dim, tiling.block_m, tiling.block_n, _precision(queries.dtype)),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    return out
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 @triton.jit
-def _addresses(base, at, end, start, table_ptr, stride, head, DIM: tl.constexpr, PAGE: tl.constexpr):
-    """Where the rows of keys (or values) `at` of a request start."""
+def _addresses(base, at, end, start, table_ptr, STRIDE: tl.constexpr, head, DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Where a KV head's tokens `at` of a request start, less where keys or values do."""
     if PAGE == 0:
-        return base + (start + at).to(tl.int64) * stride + head * DIM
+        return base + (start + at).to(tl.int64) * STRIDE + head * DIM
     page = tl.load(table_ptr + at // PAGE, mask=at < end, other=0).to(tl.int64)
-    return base + page * stride + head * (PAGE * DIM) + at % PAGE * DIM
+    return base + page * STRIDE + head * (PAGE * DIM) + at % PAGE * DIM
 
 
 @triton.jit
@@ -295,10 +300,10 @@ def _attend_block(q, k, v, acc, weight, highest, scale, last, at, MASKED: tl.con
     return acc, weight, higher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_rows, v_rows, out_ptr, tiles_ptr, starts_ptr, contexts_ptr, table_ptr,
-    q_stride, k_stride, v_stride, table_stride, scale, value_scale,
+    q_ptr, kv_ptr, kv_rows, out_ptr, tiles_ptr, starts_ptr, contexts_ptr, table_ptr, table_stride, scale, value_scale,
+    Q_STRIDE: tl.constexpr, KEYS_AT: tl.constexpr, VALUES_AT: tl.constexpr, KV_STRIDE: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -321,7 +326,7 @@ def _attention_kernel(
     column = ((head * GROUP + row % GROUP) * DIM)[:, None] + d[None, :]
     place = (start + token).to(tl.int64)[:, None]
     # all loads below are of what the kernels ahead have made
-    q = tl.load(q_ptr + place * q_stride + column, mask=is_row, other=0.0)
+    q = tl.load(q_ptr + place * Q_STRIDE + column, mask=is_row, other=0.0)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
@@ -329,18 +334,17 @@ def _attention_kernel(
     seen_by_all = (context - count + first + 1) // BLOCK_N * BLOCK_N
     for block in tl.range(0, seen_by_all, BLOCK_N):
         if DESCRIPTORS:
-            k = k_rows.load([start + block, head * DIM])
-            v = v_rows.load([start + block, head * DIM])
+            k = kv_rows.load([start + block, KEYS_AT + head * DIM])
+            v = kv_rows.load([start + block, VALUES_AT + head * DIM])
         else:
             at = block + n
-            k_at = _addresses(k_ptr, at, context, start, table_ptr, k_stride, head, DIM, PAGE)
-            v_at = _addresses(v_ptr, at, context, start, table_ptr, v_stride, head, DIM, PAGE)
+            row_at = _addresses(kv_ptr, at, context, start, table_ptr, KV_STRIDE, head, DIM, PAGE)[:, None] + d[None, :]
             if DIM == DIM_PADDED:
-                k = tl.load(k_at[:, None] + d[None, :])
-                v = tl.load(v_at[:, None] + d[None, :])
+                k = tl.load(row_at + KEYS_AT)
+                v = tl.load(row_at + VALUES_AT)
             else:
-                k = tl.load(k_at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-                v = tl.load(v_at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+                k = tl.load(row_at + KEYS_AT, mask=(d < DIM)[None, :], other=0.0)
+                v = tl.load(row_at + VALUES_AT, mask=(d < DIM)[None, :], other=0.0)
         acc, weight, highest = _attend_block(
             q, k.to(q.dtype), v.to(q.dtype), acc, weight, highest, scale, last, block + n, False, PRECISION
         )
@@ -348,10 +352,9 @@ def _attention_kernel(
     for block in tl.range(seen_by_all, end, BLOCK_N):
         at = block + n
         there = (at < end)[:, None] & (d < DIM)[None, :]
-        k_at = _addresses(k_ptr, at, end, start, table_ptr, k_stride, head, DIM, PAGE)
-        v_at = _addresses(v_ptr, at, end, start, table_ptr, v_stride, head, DIM, PAGE)
-        k = tl.load(k_at[:, None] + d[None, :], mask=there, other=0.0)
-        v = tl.load(v_at[:, None] + d[None, :], mask=there, other=0.0)
+        row_at = _addresses(kv_ptr, at, end, start, table_ptr, KV_STRIDE, head, DIM, PAGE)[:, None] + d[None, :]
+        k = tl.load(row_at + KEYS_AT, mask=there, other=0.0)
+        v = tl.load(row_at + VALUES_AT, mask=there, other=0.0)
         acc, weight, highest = _attend_block(
             q, k.to(q.dtype), v.to(q.dtype), acc, weight, highest, scale, last, at, True, PRECISION
         )
@@ -361,8 +364,8 @@ def _attention_kernel(
 
 @triton.jit
 def _specialized_kernel(
-    q_rows, k_rows, v_rows, out_ptr, tiles_ptr, starts_ptr, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_rows, kv_rows, out_ptr, tiles_ptr, starts_ptr, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed prompts: BLOCK_M tokens of one query head.
@@ -372,6 +375,7 @@ def _specialized_kernel(
     """
     tile = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
+    kv_head = head // (HEADS // KV_HEADS)
     request = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
     start = tl.load(starts_ptr + request)
@@ -385,12 +389,16 @@ def _specialized_kernel(
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     end = tl.minimum(first + BLOCK_M, count)
     for block in tl.range(0, end, BLOCK_N, warp_specialize=True):
-        k = k_rows.load([start + block, head // GROUP * DIM])
-        v = v_rows.load([start + block, head // GROUP * DIM])
+        k = kv_rows.load([start + block, (HEADS + kv_head) * DIM])
+        v = kv_rows.load([start + block, (HEADS + KV_HEADS + kv_head) * DIM])
         acc, weight, highest = _attend_block(q, k, v, acc, weight, highest, scale, token, block + n, True, PRECISION)
     d = tl.arange(0, DIM)
     place = (start + token).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
     tl.store(out_ptr + place, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=(token < count)[:, None])
+
+
+_launch_attention = Launcher(_attention_kernel)
+_launch_specialized_attention = Launcher(_specialized_kernel)
 
 
 def _mask(block: int, width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

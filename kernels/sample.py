@@ -37,7 +37,7 @@ class SampleRows:
     temperature: torch.Tensor
     """[R] float64; 0 takes the likeliest token, the first one of equals."""
     top_k: torch.Tensor
-    """[R] int64; 0 keeps all."""
+    """[R] float64, whole numbers; 0 keeps all."""
     top_p: torch.Tensor
     """[R] float64; 1 keeps all."""
     min_p: torch.Tensor
@@ -151,7 +151,7 @@ def _changed_logits(
 @triton.jit
 def _filters(top_k_ptr, top_p_ptr, min_p_ptr, temperature, row):
     """The filters of a row, and whether it has any."""
-    top_k = tl.load(top_k_ptr + row)
+    top_k = tl.load(top_k_ptr + row).to(tl.int64)
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row).to(tl.float32)
     is_filtered = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))

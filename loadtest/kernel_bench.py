@@ -1,7 +1,8 @@
 """Each kernel alone on a GPU: microseconds, TFLOP/s, GB/s; with `--sweep` the tilings of prefill attention, too.
 
 `python -m headrace.loadtest.kernel_bench [--only prefill rope ...] [--sweep] [--head-dims 128 64]` prints a table and
-writes loadtest/results/kernels.json. Without a GPU it runs tiny sizes in Triton's interpreter, to show that it runs.
+writes loadtest/results/kernels.json (kernels-sweep.json). Without a GPU it runs tiny sizes in Triton's interpreter, to
+show that it runs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ BANDWIDTH = 3.05e12
 """Bytes a second that an H100 reads."""
 CALLS, REPLAYS = 10, 5
 COMPILERS = 12
+KINDS = ["packed", "paged"]
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -105,14 +107,18 @@ def all_prompts(head_dims: Sequence[int]) -> Iterator[Prompts]:
 
 def packed_call(prompts: Prompts, tiling: Tiling) -> Callable[[], object]:
     """Attention over packed projections."""
-    tokens = prompts.count * prompts.queries
-    qkv = torch.randn(tokens, prompts.heads + 2 * prompts.kv_heads, prompts.head_dim, device=DEVICE, dtype=DTYPE)
-    heads, kv_heads = prompts.heads, prompts.kv_heads
-    queries, keys, values = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+    tokens, heads, kv_heads, head_dim = (
+        prompts.count * prompts.queries,
+        prompts.heads,
+        prompts.kv_heads,
+        prompts.head_dim,
+    )
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=DEVICE, dtype=DTYPE)
+    queries = torch.randn(tokens, heads, head_dim, device=DEVICE, dtype=DTYPE)
     table = torch.zeros(prompts.count, 1, dtype=torch.int32, device=DEVICE)
     lengths = [prompts.queries] * prompts.count
-    plan = plan_tiles(table, lengths, lengths, prompts.heads // prompts.kv_heads, tiling)
-    return lambda: attend_packed(queries, keys, values, plan, prompts.head_dim**-0.5)
+    plan = plan_tiles(table, lengths, lengths, heads // kv_heads, tiling)
+    return lambda: attend_packed(queries, qkv, plan, head_dim**-0.5, kv_heads)
 
 
 def paged_call(prompts: Prompts, tiling: Tiling, page_size: int = 16) -> Callable[[], object]:
@@ -148,7 +154,9 @@ def bench_prefill(head_dims: Sequence[int]) -> Iterator[Figure]:
     """The tables' tilings, beside torch's own fused attention where the prompts are whole."""
     for prompts in all_prompts(head_dims):
         for kind in ("paged",) if prompts.prefix else ("packed", "paged"):
-            tiling = choose_tiling(prompts.head_dim, DTYPE, has_prefix=kind == "paged")
+            tiling = choose_tiling(
+                prompts.head_dim, DTYPE, has_prefix=kind == "paged", tokens=prompts.count * prompts.queries
+            )
             yield from attention_figures(f"prefill {kind}", prompts, attention_call(prompts, kind, tiling))
         if ON_GPU and not prompts.prefix:
             for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
@@ -192,13 +200,13 @@ def compile_tiling(work: tuple[Prompts, str, Tiling]) -> None:
         print(f"{work[1:]}: {type(error).__name__}")
 
 
-def sweep_prefill(head_dims: Sequence[int]) -> Iterator[Figure]:
-    """Every tiling for one long and many middling prompts; compiled by several processes first."""
+def sweep_prefill(head_dims: Sequence[int], kinds: Sequence[str], lengths: Sequence[int]) -> Iterator[Figure]:
+    """Every tiling for single prompts, whole and the last part of 8,192; compiled by several processes first."""
     work = [
         (prompts, kind, tiling)
         for prompts in all_prompts(head_dims)
-        if not ON_GPU or (prompts.count * prompts.queries, prompts.prefix) in ((2048, 0), (8192, 0), (2048, 6144))
-        for kind in ("paged", "packed")
+        if not ON_GPU or (prompts.count == 1 and prompts.queries in lengths)
+        for kind in kinds
         if not (prompts.prefix and kind == "packed")
         for tiling in all_tilings(prompts.head_dim, kind)
     ]
@@ -317,12 +325,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--sweep", action="store_true", help="time all tilings of prefill attention instead")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of the sweep")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="of the sweep")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
     arguments = parser.parse_args()
     torch.manual_seed(0)
     card = torch.cuda.get_device_name() if ON_GPU else None
     if arguments.sweep:
-        publish(f"kernels-sweep{DRY_RUN}", list(sweep_prefill(arguments.head_dims)), card)
+        publish(
+            f"kernels-sweep{DRY_RUN}",
+            list(sweep_prefill(arguments.head_dims, arguments.kinds, arguments.lengths)),
+            card,
+        )
         return
     benches = [BENCHES[name] for name in arguments.only]
     publish(f"kernels{DRY_RUN}", [figure for bench in benches for figure in bench(arguments.head_dims)], card)

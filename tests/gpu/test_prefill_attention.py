@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.prefill_attention import Tiling, choose_tiling
+from headrace.kernels.prefill_attention import FEW_TOKENS, Tiling, choose_tiling
 from tests.kernels.compare_prefill import CASES, Case, compare_packed, compare_paged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -24,18 +24,20 @@ def _reproducible() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES + LONG, ids=str)
-def test_paged_attention_equals_attention_written_out(case: Case, dtype: torch.dtype) -> None:
+def test_paged_attention_equals_attention_written_out(case: Case, dtype: torch.dtype, tokens: int) -> None:
     """Contexts of less and more than a block, prefixes, several tiles a request."""
-    compare_paged(case, choose_tiling(case.head_dim, dtype, has_prefix=True), dtype, "cuda")
+    compare_paged(case, choose_tiling(case.head_dim, dtype, has_prefix=True, tokens=tokens), dtype, "cuda")
 
 
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES + LONG, ids=str)
-def test_packed_attention_equals_attention_written_out(case: Case, dtype: torch.dtype) -> None:
+def test_packed_attention_equals_attention_written_out(case: Case, dtype: torch.dtype, tokens: int) -> None:
     """The same lengths without prefixes."""
-    compare_packed(case, choose_tiling(case.head_dim, dtype, has_prefix=False), dtype, "cuda")
+    compare_packed(case, choose_tiling(case.head_dim, dtype, has_prefix=False, tokens=tokens), dtype, "cuda")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES + LONG if case.head_dim in (64, 128)], ids=str)
@@ -48,5 +50,5 @@ def test_the_specialized_kernel_equals_attention_written_out(case: Case) -> None
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_a_float8_cache_is_scaled(case: Case) -> None:
     """K's scale goes into the softmax, V's into the sum."""
-    tiling = choose_tiling(case.head_dim, torch.bfloat16, has_prefix=True)
+    tiling = choose_tiling(case.head_dim, torch.bfloat16, has_prefix=True, tokens=FEW_TOKENS)
     compare_paged(case, tiling, torch.bfloat16, "cuda", cache_dtype=torch.float8_e4m3fn)

@@ -76,7 +76,7 @@ def compare_packed(case: Case, tiling: Tiling, dtype: torch.dtype, device: str) 
     table = torch.zeros(len(lengths), 1, dtype=torch.int32, device=device)
     plan = plan_tiles(table, lengths, lengths, case.group, tiling)
     assert not plan.has_prefix
-    got = attend_packed(queries, keys, values, plan, SCALING)
+    got = attend_packed(queries.contiguous(), qkv.flatten(1), plan, SCALING, case.kv_heads)
     for part, q, k, v in zip(*(x.split(lengths) for x in (got, queries, keys, values)), strict=True):
         check(part, expected(q, k, v))
 
