@@ -84,7 +84,7 @@ def fused_decode_attention(
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
         PAGE=layer_pages.shape[3], GROUP_ROWS=group_rows, GROUP_STORED=power_of_two(shape.group),
         DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_batch, BLOCK=workspace.block,
-        STAGES=4 // layer_pages.element_size(),
+        STAGES=2,
         MERGED=MERGED_AT_ONCE, num_warps=2, **dependent_launch(),
     )  # fmt: skip
 

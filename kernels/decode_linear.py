@@ -112,8 +112,6 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue:
     n, k = out.shape[1], x.shape[1]
     block_k = min(power_of_two(k), 4096 if gated and k <= 4096 else 2048)
     block_n = 2 if gated else 8 if k > 8192 else 4
-    if weight.element_size() == 1:
-        block_n *= 2  # as many bytes on their way
     warps = 8 if block_k >= 2048 and block_n * block_k < 2**14 else 4
     _one_row_kernel[(triton.cdiv(n, block_n),)](
         x, weight, out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
