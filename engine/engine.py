@@ -206,7 +206,7 @@ class Engine:
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> list[SampledToken]:
         rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
         sampler = BatchSampler(rows, self.model_config.vocab_size, self.device)
-        (positions,) = upload([np.array([chunk.generated for chunk in chunks])], self.device)
+        (positions,) = upload([np.array([chunk.generated for chunk in chunks], np.int32)], self.device)
         return sampler.with_logprobs(sampler.sample(logits, positions), logits)
 
     def sampling_row(self, params: SamplingParams, token_ids: Sequence[int], generated: int) -> SamplingRow:
