@@ -13,13 +13,11 @@ import torch
 from headrace.engine.engine import Engine
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
 K = TypeVar("K", bound=Hashable)
-
-STAGING_BUFFERS = 3
-"""One is filled, one may be on its way to the device with a step that runs; the third keeps a slip harmless."""
 
 
 @dataclass
@@ -61,8 +59,6 @@ class GraphBatch(Generic[K]):
         self._table_changes: list[tuple[int, int, int]] = []
         """(row, first column, end)."""
         self._members_changed = False
-        self._staging = [_Staging(capacity, engine.device) for _ in range(STAGING_BUFFERS)]
-        self._steps = 0
         self._running: deque[_Running[K]] = deque()
 
     def __len__(self) -> int:
@@ -136,11 +132,9 @@ class GraphBatch(Generic[K]):
     @torch.inference_mode()
     def start(self) -> None:
         """See `RunningBatch`; returns while the device is at work."""
-        assert len(self._running) < STAGING_BUFFERS, "collect a step first"
+        assert self.in_flight <= self.lookahead, "collect a step first"
         rows, decoder = len(self._keys), self._decoder
-        staging = self._staging[self._steps % STAGING_BUFFERS]
-        self._steps += 1
-        self._send_changes(staging)
+        self._send_changes()
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling, self._engine.model_config.vocab_size, self._engine.device)
         logits = decoder.step(rows)
@@ -150,54 +144,34 @@ class GraphBatch(Generic[K]):
         decoder.tokens[:rows] = sampled
         decoder.positions[:rows] += 1
         generated += 1
-        staging.sampled[:rows].copy_(sampled, non_blocking=True)
+        tokens = torch.empty(rows, dtype=torch.int64, pin_memory=sampled.is_cuda)
+        tokens.copy_(sampled, non_blocking=True)
         self._positions[:rows] += 1
         self._generated[:rows] += 1
         done = None
         if sampled.is_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._running.append(_Running(list(self._keys), staging.sampled[:rows], logprobs, done))
+        self._running.append(_Running(list(self._keys), tokens, logprobs, done))
 
-    def _send_changes(self, staging: _Staging) -> None:
-        decoder = self._decoder
+    def _send_changes(self) -> None:
+        decoder, device = self._decoder, self._engine.device
         if self._members_changed:
-            if self._moved:
-                targets = staging.send("targets", np.fromiter(self._moved.keys(), np.int64))
-                decoder.tokens[targets] = decoder.tokens[
-                    staging.send("origins", np.fromiter(self._moved.values(), np.int64))
-                ]
-            if self._new_tokens:
-                targets = staging.send("joined", np.fromiter(self._new_tokens.keys(), np.int64))
-                decoder.tokens[targets] = staging.send("tokens", np.fromiter(self._new_tokens.values(), np.int64))
-            decoder.positions.copy_(staging.send("positions", self._positions))
-            self._device_generated.copy_(staging.send("generated", self._generated))
+            numbers = (self._moved.keys(), self._moved.values(), self._new_tokens.keys(), self._new_tokens.values())
+            columns = [np.array([*column], np.int64) for column in numbers]
+            targets, origins, joined, tokens, positions, generated = upload(
+                [*columns, self._positions, self._generated], device
+            )
+            decoder.tokens[targets] = decoder.tokens[origins]
+            decoder.tokens[joined] = tokens
+            decoder.positions.copy_(positions)
+            self._device_generated.copy_(generated)
             self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
         if self._table_changes:
             width = self._pages.shape[1]
-            cells = np.concatenate(
+            changed = np.concatenate(
                 [np.arange(row * width + first, row * width + end) for row, first, end in self._table_changes]
             )
-            pages = staging.send("pages", self._pages.reshape(-1)[cells])
-            decoder.block_table.view(-1)[staging.send("cells", cells)] = pages
+            cells, pages = upload([changed, self._pages.reshape(-1)[changed]], device)
+            decoder.block_table.view(-1)[cells] = pages
             self._table_changes = []
-
-
-class _Staging:
-    """Pinned host memory that one step's copies to and from the device go through without blocking."""
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self._device = device
-        self._pinned = device.type == "cuda"
-        self._buffers: dict[str, torch.Tensor] = {}
-        self.sampled = torch.zeros(capacity, dtype=torch.int64, pin_memory=self._pinned)
-
-    def send(self, name: str, values: np.ndarray) -> torch.Tensor:
-        """A copy on the device; valid for work that is started before this object's next turn."""
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < len(values):
-            size = 1 << (len(values) - 1).bit_length()
-            buffer = torch.empty(size, dtype=torch.from_numpy(values[:1]).dtype, pin_memory=self._pinned)
-            self._buffers[name] = buffer
-        buffer[: len(values)].numpy()[:] = values
-        return buffer[: len(values)].to(self._device, non_blocking=True, copy=True)

@@ -62,13 +62,9 @@ class GraphDecoder:
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._squares = torch.zeros(2 * config.num_layers + 1, max_batch, dtype=torch.int64, device=device)
         self._residual = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
-        self._qkv = torch.zeros(max_batch, qkv_size, dtype=dtype, device=device)
+        self._qkv = torch.zeros(min(max_batch, MAX_ROWS), qkv_size, dtype=dtype, device=device)
         self._attended = torch.zeros(max_batch, config.num_heads * config.head_dim, dtype=dtype, device=device)
-        self._activated = torch.zeros(max_batch, config.intermediate_size, dtype=dtype, device=device)
-        self._hidden = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
-        widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-        self._rounded = torch.zeros(MAX_ROWS * widest, dtype=torch.float8_e4m3fn, device=device)
-        self._rounded_scale = torch.zeros(MAX_ROWS, dtype=torch.float32, device=device)
+        self._activated = torch.zeros(len(self._qkv), config.intermediate_size, dtype=dtype, device=device)
         self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -116,7 +112,7 @@ class GraphDecoder:
     def _forward_narrow(self, size: int) -> None:
         """Few rows: every projection at the memory's speed, with what surrounds it."""
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
-        qkv, attended, hidden = self._qkv[:size], self._attended[:size], self._hidden[:size]
+        qkv, attended = self._qkv[:size], self._attended[:size]
         head = self._weights.head.weight
         squares = iter(self._squares[:, :size])
         sums = next(squares)
@@ -138,7 +134,7 @@ class GraphDecoder:
             self._project(residual, layer.gate_up, activated, upcoming[2], squares=sums, eps=eps, activation=activation)
             sums = next(squares)
             self._project(activated, layer.down, residual, upcoming[3], residual=True, squares_out=sums)
-        hidden.copy_(rms_norm(residual, self._weights.norm, eps))
+        hidden = rms_norm(residual, self._weights.norm, eps)
         decode_linear(hidden, head, self._logits[:size], Epilogue(), self._linear_workspace)
 
     def _project(
@@ -147,9 +143,7 @@ class GraphDecoder:
         """One projection with its surroundings, see `Epilogue`."""
         x_scale = None
         if projection.weight_scale is not None and len(x) > 1:
-            rows, size = x.shape
-            place = (self._rounded[: rows * size].view(rows, size), self._rounded_scale[:rows])
-            x, x_scale = quantize_rows(x, place)
+            x, x_scale = quantize_rows(x)
         surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
         decode_linear(x, projection.weight, out, surroundings, self._linear_workspace, upcoming)
 

@@ -14,6 +14,7 @@ import torch
 
 from headrace.engine.cuda_memory import device_uuid, open_shared, share
 from headrace.kernels.copy_pages import copy_blocks
+from headrace.kernels.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class KVCache:
             self._copying.synchronize()
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, pin_memory=True).to(self.pages.device, non_blocking=True)
+        return upload([np.array(numbers, np.int64)], self.pages.device)[0]
 
     def share(self) -> tuple[str, bytes, int] | None:
         """For other processes: the UUID of the GPU that the pages lie on, a handle, and where in its memory they begin.

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from headrace.kernels.dealing import owner, share_of
 from headrace.kernels.launch import dependent_launch, num_processors, power_of_two
 from headrace.kernels.rope import RopeTables
 
@@ -140,11 +141,6 @@ def _plan_kernel(positions_ptr, first_units_ptr, batch, BLOCK: tl.constexpr, BAT
 
 
 @triton.jit
-def _owner(unit, programs, total):
-    return ((unit + 1) * programs - 1) // total
-
-
-@triton.jit
 def _rotated(start, d, cos, sin, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl.constexpr):
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
@@ -173,9 +169,7 @@ def _attention_kernel(
     rows = tl.arange(0, BATCH)
     first_units = tl.load(first_units_ptr + rows, mask=rows < batch, other=2**30 // KV_HEADS)
     total = tl.load(first_units_ptr + batch) * KV_HEADS
-    programs = tl.minimum(tl.num_programs(0), total)
-    unit = tl.minimum(pid * total // tl.maximum(programs, 1), total)
-    end = tl.minimum((pid + 1) * total // tl.maximum(programs, 1), total)
+    unit, end, programs = share_of(pid, total)
     g = tl.arange(0, GROUP_ROWS)
     d = tl.arange(0, DIM_PADDED)[None, :]
     token = tl.arange(0, BLOCK)
@@ -235,8 +229,8 @@ def _attention_kernel(
         if last - first == blocks:
             tl.store(out + g[:, None] * DIM + d, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
         else:
-            first_owner = _owner(row_units * KV_HEADS + head * blocks, programs, total)
-            parts = _owner(row_units * KV_HEADS + (head + 1) * blocks - 1, programs, total) - first_owner + 1
+            first_owner = owner(row_units * KV_HEADS + head * blocks, programs, total)
+            parts = owner(row_units * KV_HEADS + (head + 1) * blocks - 1, programs, total) - first_owner + 1
             # a program may have the end of one head's units and the start of another's: two places
             part = partial_ptr + (pid * 2 + tl.where(first == 0, 1, 0)) * part_size
             tl.store(part + g, highest, mask=g < GROUP, cache_modifier=".cg")

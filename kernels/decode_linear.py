@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headrace.kernels.dealing import owner, share_of
 from headrace.kernels.gated_activation import Activation, gated_activation
 from headrace.kernels.launch import INTERPRETED, dependent_launch, num_processors, power_of_two
 
@@ -259,12 +260,6 @@ def _prefetch(lines):
     )
 
 
-@triton.jit
-def _owner(unit, programs, total):
-    """The program that works on a unit, where program p works on p * total // programs up to the next one's."""
-    return ((unit + 1) * programs - 1) // total
-
-
 @triton.jit(do_not_specialize=["M", "next_programs"])
 def _stream_kernel(
     x, weight, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
@@ -277,9 +272,7 @@ def _stream_kernel(
     pid = tl.program_id(0)
     steps = tl.cdiv(K, BLOCK_K)
     total = tl.cdiv(N, BLOCK_N) * steps
-    programs = tl.minimum(tl.num_programs(0), total)
-    unit = tl.minimum(pid * total // programs, total)
-    end = tl.minimum((pid + 1) * total // programs, total)
+    unit, end, programs = share_of(pid, total)
     m = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     if PDL:
@@ -311,8 +304,8 @@ def _stream_kernel(
                     _prefetch(lines + next_n.to(tl.int64) * next_k)
         complete = True
         if last - first < steps:
-            first_owner = _owner(tile * steps, programs, total)
-            parts = _owner(tile * steps + steps - 1, programs, total) - first_owner + 1
+            first_owner = owner(tile * steps, programs, total)
+            parts = owner(tile * steps + steps - 1, programs, total) - first_owner + 1
             size: tl.constexpr = BLOCK_N * BLOCK_M
             width: tl.constexpr = size if ACTIVATION is None else size * 2
             cells = columns[:, None] * BLOCK_M + m[None, :]

@@ -46,16 +46,12 @@ class Fp8Linear:
         return y if self._bias is None else y.add_(self._bias)
 
 
-def quantize_rows(
-    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x [R, D] as float8_e4m3fn and the float32 scales [R] that restore it; in `out`, where given."""
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x [R, D] as float8_e4m3fn and the float32 scales [R] that restore it."""
     if not x.is_cuda:
         return _reference(x)
-    quantized, scale = out or (
-        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
-        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
-    )
+    quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     _quantize_kernel[(x.shape[0],)](
         x, quantized, scale, x.shape[1], LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
         SIZE=power_of_two(x.shape[1]), num_warps=8, **dependent_launch(),

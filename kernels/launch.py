@@ -11,6 +11,9 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on the CPU, for tests; it knows no inline assembly and no dependent launches."""
 
+ALIGNMENT = 16
+"""Bytes: kernels load faster from, and are compiled once for, tensors that start at a multiple of it."""
+
 
 def dependent_launch() -> dict[str, Any]:
     """Arguments for a kernel with a `PDL` flag: programmatic dependent launch, where the device has it.

@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from headrace.kernels.launch import INTERPRETED
-
-ALIGNMENT = 16
-"""Bytes: Triton compiles another kernel for pointers that are not multiples of it."""
+from headrace.kernels.launch import ALIGNMENT, INTERPRETED
 
 
 class Launcher:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-ALIGNMENT = 16
-"""Bytes: kernels load faster from, and are compiled once for, tensors that start at a multiple of it."""
+from headrace.kernels.launch import ALIGNMENT
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
