@@ -195,8 +195,8 @@ class OpenedCache:
 
     def __init__(self, memory: torch.Tensor, copier: PageCopier, num_pages: int) -> None:
         """`memory` is uint8 [blocks, page_bytes]; the copier's target has `num_pages` in each layer."""
+        self.copier = copier
         self._memory = memory
-        self._copier = copier
         self._num_pages = num_pages
 
     def copy(
@@ -206,7 +206,7 @@ class OpenedCache:
 
         Raises `ValueError` where there is no such block.
         """
-        self._copier.submit(self.part(blocks, layer, page_ids, done))
+        self.copier.submit(self.part(blocks, layer, page_ids, done))
 
     def part(
         self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]

@@ -84,12 +84,16 @@ class PageCopier:
 
     def _warm_up(self) -> None:
         """Have the kernel compiled, on other memory than the target, where nothing must be touched."""
-        if self._stream is not None:
-            torch.cuda.set_stream(self._stream)  # of this thread
-            page = torch.zeros(1, self._target.shape[1], dtype=torch.uint8, device=self._target.device)
-            number = torch.zeros(1, dtype=torch.int64, device=self._target.device)
+        if self._stream is None:
+            return
+        torch.cuda.set_stream(self._stream)  # of this thread
+        page = torch.zeros(1, self._target.shape[1], dtype=torch.uint8, device=self._target.device)
+        number = torch.zeros(1, dtype=torch.int64, device=self._target.device)
+        try:
             copy_blocks(page, number, page, number)
             self._stream.synchronize()
+        except Exception:  # each copy will say so again, to those who wait for it
+            log.exception("pages can't be copied on this GPU")
 
     def _try_to_copy(self, parts: Sequence[Part]) -> Exception | None:
         try:
