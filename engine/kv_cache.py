@@ -212,10 +212,13 @@ class OpenedCache:
         self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
     ) -> Part:
         """What the copier is to do. Raises `ValueError`."""
-        numbers = np.array(blocks, np.int64)
-        if numbers.max() >= len(self._memory):
-            raise ValueError(f"page {numbers.max()} of {len(self._memory)} is not in the sender's memory")
-        return Part(self._memory, numbers, np.array(page_ids, np.int64) + layer * self._num_pages, done)
+        moves = np.empty((len(blocks), 2), np.int64)
+        moves[:, 0] = blocks
+        moves[:, 1] = page_ids
+        moves[:, 1] += layer * self._num_pages
+        if max(blocks) >= len(self._memory):
+            raise ValueError(f"page {max(blocks)} of {len(self._memory)} is not in the sender's memory")
+        return Part(self._memory, moves, done)
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -21,16 +21,16 @@ from headrace.kernels.copy_pages import copy_blocks
 log = logging.getLogger(__name__)
 
 MAX_BLOCKS = 65536
-"""Of one launch; an even number."""
+"""Of one launch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Blocks to copy: rows `blocks` (int64) of `source`, uint8 [rows, page_bytes], to rows `places` of the target."""
+    """Blocks to copy out of `source`, uint8 [rows, page_bytes]."""
 
     source: torch.Tensor
-    blocks: np.ndarray
-    places: np.ndarray
+    moves: np.ndarray
+    """int64 [N, 2]: a row of the source, and the row of the target where it belongs; at most `MAX_BLOCKS` of them."""
     done: Callable[[Exception | None], None]
     """Called once, on the copier's thread, with what went wrong."""
 
@@ -44,8 +44,8 @@ class PageCopier:
     def __init__(self, target: torch.Tensor) -> None:
         self._target = target
         on_gpu = target.is_cuda
-        self._here = torch.empty(2 * MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
-        self._numbers = self._here.numpy()
+        self._here = torch.empty(MAX_BLOCKS, 2, dtype=torch.int64, pin_memory=on_gpu)
+        self._moves = self._here.numpy()
         self._there = torch.empty_like(self._here, device=target.device) if on_gpu else self._here
         self._stream = torch.cuda.Stream(target.device, priority=-1) if on_gpu else None  # type: ignore[no-untyped-call]
         self._waiting: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
@@ -88,9 +88,8 @@ class PageCopier:
             return
         torch.cuda.set_stream(self._stream)  # of this thread
         page = torch.zeros(1, self._target.shape[1], dtype=torch.uint8, device=self._target.device)
-        number = torch.zeros(1, dtype=torch.int64, device=self._target.device)
         try:
-            copy_blocks(page, number, page, number)
+            copy_blocks(page, page, torch.zeros(1, 2, dtype=torch.int64, device=self._target.device))
             self._stream.synchronize()
         except Exception:  # each copy will say so again, to those who wait for it
             log.exception("pages can't be copied on this GPU")
@@ -106,18 +105,22 @@ class PageCopier:
     def copy(self, parts: Sequence[Part]) -> None:
         """Copy them all and wait until they are there. For this object's thread (or for who submits nothing)."""
         for source in {id(part.source): part.source for part in parts}.values():
-            blocks = np.concatenate([part.blocks for part in parts if part.source is source])
-            places = np.concatenate([part.places for part in parts if part.source is source])
-            for start in range(0, len(blocks), MAX_BLOCKS):
-                self._copy_some(source, blocks[start : start + MAX_BLOCKS], places[start : start + MAX_BLOCKS])
+            count = 0
+            joined: list[np.ndarray] = []
+            for part in parts:
+                if part.source is not source:
+                    continue
+                if count + len(part.moves) > MAX_BLOCKS:
+                    self._copy_some(source, joined, count)
+                    count, joined = 0, []
+                count += len(part.moves)
+                joined.append(part.moves)
+            self._copy_some(source, joined, count)
 
-    def _copy_some(self, source: torch.Tensor, blocks: np.ndarray, places: np.ndarray) -> None:
-        count = len(blocks)
-        second = count + count % 2  # both begin at a multiple of 16 bytes
-        self._numbers[:count] = blocks
-        self._numbers[second : second + count] = places
+    def _copy_some(self, source: torch.Tensor, joined: list[np.ndarray], count: int) -> None:
+        np.concatenate(joined, out=self._moves[:count])
         if self._stream is not None:
-            self._there[: second + count].copy_(self._here[: second + count], non_blocking=True)
-        copy_blocks(source, self._there[:count], self._target, self._there[second : second + count])
+            self._there[:count].copy_(self._here[:count], non_blocking=True)
+        copy_blocks(source, self._target, self._there[:count])
         if self._stream is not None:
             self._stream.synchronize()

@@ -143,12 +143,9 @@ def copying_process(connection: Connection, case: Case) -> None:
             assert done.get() is None
 
     seconds = median_seconds(copy_all, case)
-    blocks, places = (
-        torch.cat([torch.from_numpy(getattr(part, name)) for part in parts]).to(cache.pages.device)
-        for name in ("blocks", "places")
-    )
+    moves = torch.cat([torch.from_numpy(part.moves) for part in parts]).to(cache.pages.device)
     target = cache.pages.view(num_blocks, -1).view(torch.uint8)
-    kernel = median_seconds(lambda: copy_blocks(parts[0].source, blocks, target, places), case)
+    kernel = median_seconds(lambda: copy_blocks(parts[0].source, target, moves), case)
     sums = checksums(cache, mine)
     connection.send_bytes(json.dumps({"seconds": seconds, "kernel": kernel, "sums": sums}).encode())
     connection.recv_bytes()

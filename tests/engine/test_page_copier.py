@@ -46,8 +46,8 @@ def test_what_comes_while_a_copy_runs_is_copied_together(monkeypatch: pytest.Mon
     started, may_end = threading.Semaphore(0), threading.Semaphore(0)
     launches: list[int] = []
 
-    def copy_blocks(source: torch.Tensor, blocks: torch.Tensor, target: torch.Tensor, places: torch.Tensor) -> None:
-        launches.append(len(blocks))
+    def copy_blocks(source: torch.Tensor, target: torch.Tensor, moves: torch.Tensor) -> None:
+        launches.append(len(moves))
         started.release()
         assert may_end.acquire(timeout=10)
 
@@ -91,6 +91,6 @@ def test_closing_copies_what_waits() -> None:
     copier = PageCopier(target)
     source = some_memory(4)
     for page in range(4):
-        copier.submit(Part(source, np.array([page]), np.array([page]), lambda error: None))
+        copier.submit(Part(source, np.array([[page, page]]), lambda error: None))
     copier.close()
     assert torch.equal(target[:4], source)

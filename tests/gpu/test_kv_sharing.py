@@ -28,9 +28,8 @@ def test_blocks_arrive_at_their_places(size: int) -> None:
     """Less and more than a program's share, and nothing else changes."""
     source = torch.randint(256, (7, size), dtype=torch.uint8, device="cuda")
     target = torch.zeros(9, size, dtype=torch.uint8, device="cuda")
-    blocks, places = torch.tensor([6, 0, 3], device="cuda"), torch.tensor([8, 1, 2], device="cuda")
-    copy_blocks(source, blocks, target, places)
-    assert torch.equal(target[places], source[blocks])
+    copy_blocks(source, target, torch.tensor([[6, 8], [0, 1], [3, 2]], device="cuda"))
+    assert torch.equal(target[[8, 1, 2]], source[[6, 0, 3]])
     assert not target[[0, 3, 4, 5, 6, 7]].any()
 
 
