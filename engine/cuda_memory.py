@@ -14,6 +14,8 @@ import torch
 
 HANDLE_BYTES = 64
 LAZY_PEER_ACCESS = 1
+PORTABLE = 1
+"""CU_MEMHOSTREGISTER_PORTABLE: pinned for all contexts of this process."""
 
 
 class _Handle(ctypes.Structure):
@@ -62,6 +64,21 @@ def open_shared(handle: bytes, offset: int, size: int, device: torch.device) -> 
         _driver().cuIpcCloseMemHandle(base)
         raise ValueError(f"{offset + size} bytes were announced, the allocation has {allocated}")
     return torch.as_tensor(_Opened(base, offset, size), device=device)
+
+
+def pin(memory: torch.Tensor, device: torch.device) -> None:
+    """Lock host memory in its place, so that copy engines reach it. Raises `OSError` where that is not allowed."""
+    torch.empty(1, device=device)  # makes the device's context this thread's
+    result = _driver().cuMemHostRegister_v2(
+        ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(PORTABLE)
+    )
+    _check(result, "cuMemHostRegister")
+
+
+def unpin(memory: torch.Tensor, device: torch.device) -> None:
+    """The other way; harmless where it was not pinned."""
+    torch.empty(1, device=device)
+    _driver().cuMemHostUnregister(ctypes.c_void_p(memory.data_ptr()))
 
 
 class _Opened:

@@ -181,7 +181,9 @@ class Engine:
     def _recorded_event(self) -> Ready | None:
         if self.device.type != "cuda":
             return None
-        event: Ready = torch.cuda.current_stream(self.device).record_event()
+        # One that a thread waits for asleep: several of them that spin would take cores from the one that launches.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, State
 from headrace.kvtransfer.messages import Abort, Commit, Refuse, Renew, ToSender
+from headrace.kvtransfer.staging import Staging
 from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.mesh import PeerGone
 from headrace.wire import Message
@@ -34,10 +35,12 @@ class Departures(Protocol):
 class Sender:
     """All handoffs that leave one worker."""
 
-    def __init__(self, send: Send, departures: Departures) -> None:
+    def __init__(self, send: Send, departures: Departures, staging_blocks: int = 0) -> None:
+        """`staging_blocks` is what the store's memory file has room for, where `shm` does not read the cache itself."""
         self.stats = TransferStats()
         self._send = send
         self._departures = departures
+        self._staging = Staging(staging_blocks) if staging_blocks else None
         self._open: dict[tuple[str, int], Handoff] = {}
         self._flights: defaultdict[str, Flight] = defaultdict(lambda: Flight(FLIGHT_BYTES))
 
@@ -61,7 +64,7 @@ class Sender:
             while handoff.state is not State.DONE:
                 if handoff.state is State.UNPLACED:
                     receiver = await choose(handoff)
-                    await self._send(receiver, handoff.offer_to(receiver, self._flights[receiver]))
+                    await self._send(receiver, handoff.offer_to(receiver, self._flights[receiver], self._staging))
                 await self._send_what_is_ready(handoff)
                 await handoff.changed()
         except PeerGone as error:
@@ -106,10 +109,10 @@ class Sender:
             self._wake(receiver)
 
     def _wake(self, receiver: str) -> None:
-        """Bytes may have landed: handoffs that share the way go on."""
-        if self._flights[receiver].size:
+        """Bytes may have landed: handoffs that share the way, or the staging memory, go on."""
+        if self._flights[receiver].size or self._staging is not None:
             for handoff in self._open.values():
-                if handoff.receiver == receiver:
+                if handoff.receiver == receiver or self._staging is not None:
                     handoff.wake()
 
     def receiver_left(self, receiver: str) -> None:
@@ -131,6 +134,8 @@ class Sender:
         To be called every `RENEW_SECONDS`.
         """
         messages: list[tuple[str, Message]] = []
+        for handoff in self._open.values() if self._staging is not None else ():
+            handoff.wake()  # a data line's thread, or a receiver that left, may have freed staging memory
         under_way = defaultdict(list)
         for handoff in self._open.values():
             renewal = handoff.renewal()

@@ -1,11 +1,12 @@
 """Which transport a handoff takes: the receiver chooses, when it grants, the best one that the Offer and itself can do.
 
-| transport  | when                                                 | what a page goes through                     |
-| ---------- | ---------------------------------------------------- | -------------------------------------------- |
-| `local`    | same process, same page pool                         | nothing: it changes owner                    |
-| `cuda_ipc` | same machine and user, both caches on one GPU        | one copy from device memory to device memory |
-| `shm`      | same machine and user, the sender's cache on the CPU | one copy from the sender's memory            |
-| `tcp`      | otherwise                                            | a data line, with a checksum                 |
+| transport  | when                                          | what a page goes through                       |
+| ---------- | --------------------------------------------- | ---------------------------------------------- |
+| `local`    | same process, same page pool                  | nothing: it changes owner                      |
+| `cuda_ipc` | same machine and user, both caches on one GPU | one copy from device memory to device memory   |
+| `shm`      | same machine and user otherwise               | one copy from the sender's memory (from a GPU: |
+|            |                                               | pinned memory, to which it was copied before)  |
+| `tcp`      | otherwise                                     | a data line, with a checksum                   |
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ Memory = SharedMemory | CudaMemory
 
 
 class Exporting(Protocol):
-    """A KV cache that may lie in a memory file."""
+    """A KV cache that may lie in a memory file, or copy its pages to one."""
 
     num_pages: int
     descriptor: int | None
+    staging_blocks: int
+    """What the memory file has room for, where it is not the cache itself; else 0."""
 
     @property
     def layout(self) -> CacheShape: ...
@@ -53,7 +56,7 @@ def exports_of(cache: Exporting) -> Exports:
     num_blocks = cache.layout.num_layers * cache.num_pages
     shm, cuda_ipc = None, None
     if cache.descriptor is not None:
-        shm = SharedMemory(descriptor=cache.descriptor, num_blocks=num_blocks)
+        shm = SharedMemory(descriptor=cache.descriptor, num_blocks=cache.staging_blocks or num_blocks)
     if (shared := cache.share()) is not None:
         device, handle, offset = shared
         cuda_ipc = CudaMemory(device=device, handle=handle, offset=offset, num_blocks=num_blocks)

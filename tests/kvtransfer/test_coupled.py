@@ -1,13 +1,13 @@
 """Both sides of the handoff joined by a network that repeats, loses, reorders and damages messages, by workers that
 die, and by threads that write while all that goes on.
 
-The first prefill worker's pages travel; the second one's are read in place.
+The first prefill worker's pages travel; the second one's are read in place, the third one's in staging memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -21,7 +21,8 @@ from headrace.kvtransfer.arrivals import Source
 from headrace.kvtransfer.handoff import Flight, Handoff, Outgoing, Segment, State
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import Abort, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
-from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import LEASE_SECONDS, WINDOWS_IN_PLACE, ReceivedRequest, Receiver
+from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message
 from tests.kvtransfer.parts import (
     LAYOUT,
@@ -37,8 +38,9 @@ from tests.kvtransfer.parts import (
 
 DECODE_PAGES = 9
 WINDOW = 4 * PAGE_BYTES
-SENDERS = ("prefill-1", "prefill-2")
+SENDERS = ("prefill-1", "prefill-2", "prefill-3")
 FLIGHT = 6 * PAGE_BYTES
+STAGING_BLOCKS = 5
 Frame = tuple[bytes, bytes]
 """Header and payload on a data line."""
 decode: Decoder[OnDataLine] = Decoder(OnDataLine)
@@ -52,10 +54,10 @@ prompts = st.tuples(st.sampled_from([0, 100]), st.integers(1, 5 * PAGE_SIZE)).ma
 class Job:
     """A handoff and how far its prompt is computed. It has a store of its own: page i of the prompt is page i."""
 
-    def __init__(self, tokens: list[int], request_id: str, attempt: int) -> None:
+    def __init__(self, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None) -> None:
         self.tokens = tokens
         self.num_pages = -(-len(tokens) // PAGE_SIZE)
-        self.store = MemoryStore(self.num_pages)
+        self.store = MemoryStore(self.num_pages, staged)
         self.computed = 0
         offer = make_offer(tokens, request_id, attempt)
         self.handoff = Handoff(offer, list(range(self.num_pages)), self.store)
@@ -85,13 +87,30 @@ class InPlace:
         self.job = job
         self.store = store
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
+    def read(self, block: int) -> bytes:
+        """One block of the memory."""
+        layer, page = divmod(block, self.job.num_pages)
+        if layer >= NUM_LAYERS:
+            raise ValueError("no such block")
+        return self.job.store.data[layer][page]
+
+    def copy(
+        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
+    ) -> None:
         """See `Source`."""
         for block, page in zip(blocks, page_ids, strict=True):
-            from_layer, from_page = divmod(block, self.job.num_pages)
-            if from_layer >= NUM_LAYERS:
-                raise ValueError("no such block")
-            self.store.data[layer][page] = self.job.store.data[from_layer][from_page]
+            self.store.data[layer][page] = self.read(block)
+        done(None)
+
+
+class InStaging(InPlace):
+    """Another one: what a sender put there."""
+
+    def read(self, block: int) -> bytes:
+        """One block of the memory."""
+        if block >= STAGING_BLOCKS:
+            raise ValueError("no such block")
+        return self.job.store.staged[block]
 
 
 @dataclass
@@ -101,7 +120,8 @@ class Write:
     landing: Landing
     message: OnDataLine
     pages: list[int]
-    content: list[bytes]
+    content: Callable[[], list[bytes]]
+    """What it reads, at its end."""
 
 
 class Handoffs(RuleBasedStateMachine):
@@ -119,6 +139,8 @@ class Handoffs(RuleBasedStateMachine):
         self.on_lines: dict[str, list[Frame]] = {sender: [] for sender in SENDERS}
         self.writes: list[Write] = []
         self.flights = {sender: Flight(FLIGHT) for sender in SENDERS}
+        self.staging = Staging(STAGING_BLOCKS)
+        self.staged = dict.fromkeys(range(STAGING_BLOCKS), bytes(PAGE_BYTES))
         self.to_sender: dict[str, deque[Message]] = {sender: deque() for sender in SENDERS}
         self.newest_attempt: dict[str, int] = {}
         self.decoding: list[ReceivedRequest] = []
@@ -138,7 +160,17 @@ class Handoffs(RuleBasedStateMachine):
         if sender == SENDERS[0]:
             return "tcp", None
         jobs = [j for j in self.jobs[sender] if j.handoff.key == (offer.request_id, offer.attempt)]
-        return "shm", InPlace(jobs[0] if jobs else Job([1], "gone", 0), self.store)
+        source = InPlace if sender == SENDERS[1] else InStaging
+        return "shm", source(jobs[0] if jobs else self.make_job(sender, [1], "gone", 0), self.store)
+
+    def make_job(self, sender: str, tokens: list[int], request_id: str, attempt: int) -> Job:
+        """A prompt of this sender."""
+        return Job(tokens, request_id, attempt, self.staged if sender == SENDERS[2] else None)
+
+    def offer(self, sender: str, job: Job) -> None:
+        """To the only receiver."""
+        staging = self.staging if sender == SENDERS[2] else None
+        self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender], staging))
 
     def forget(self, sender: str) -> None:
         """See `Choice`."""
@@ -166,16 +198,16 @@ class Handoffs(RuleBasedStateMachine):
         self.newest_attempt[request] = max(attempt, self.newest_attempt.get(request, 0))
         if any(job.handoff.key == (request, attempt) for job in self.jobs[sender]):
             return
-        job = Job(tokens, request, attempt)
+        job = self.make_job(sender, tokens, request, attempt)
         self.jobs[sender].append(job)
-        self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender]))
+        self.offer(sender, job)
 
     @rule(sender=any_sender, index=any_index)
     def offer_again(self, sender: str, index: int) -> None:
         """A refused handoff tries once more."""
         job = self.job(sender, index)
         if job and job.handoff.state is State.UNPLACED:
-            self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender]))
+            self.offer(sender, job)
 
     @rule(sender=any_sender, index=any_index, count=st.integers(1, 3))
     def compute(self, sender: str, index: int, count: int) -> None:
@@ -219,11 +251,11 @@ class Handoffs(RuleBasedStateMachine):
             return
         if isinstance(message, Pages):
             content = [payload[start : start + PAGE_BYTES] for start in range(0, len(payload), PAGE_BYTES)]
+            self.writes.append(Write(arriving.landing, message, pages, lambda: content))
         else:
-            assert isinstance(arriving.source, InPlace)
-            data, width = arriving.source.job.store.data, arriving.source.job.num_pages
-            content = [data[block // width][block % width] for block in message.blocks]
-        self.writes.append(Write(arriving.landing, message, pages, content))
+            source, blocks = arriving.source, message.blocks
+            assert isinstance(source, InPlace)
+            self.writes.append(Write(arriving.landing, message, pages, lambda: [source.read(b) for b in blocks]))
 
     @precondition(lambda self: self.writes)
     @rule(index=any_index)
@@ -232,7 +264,7 @@ class Handoffs(RuleBasedStateMachine):
         write = self.writes.pop(index % len(self.writes))
         decoding = {page for request in self.decoding for page in request.pages}
         assert not decoding & set(write.pages)
-        for page, content in zip(write.pages, write.content, strict=True):
+        for page, content in zip(write.pages, write.content(), strict=True):
             assert self.pool._references[page] > 0
             self.store.data[write.message.layer][page] = content
         write.landing.written(write.message, None)
@@ -298,6 +330,8 @@ class Handoffs(RuleBasedStateMachine):
         self.on_lines[sender].clear()
         self.to_sender[sender].clear()
         self.flights[sender] = Flight(FLIGHT)
+        if sender == SENDERS[2]:
+            self.staging = Staging(STAGING_BLOCKS)
         self.receiver.sender_left(sender)
         assert all(incoming.sender != sender for incoming in self.receiver._incoming.values())
 
@@ -344,12 +378,17 @@ class Handoffs(RuleBasedStateMachine):
     @invariant()
     def the_window_is_respected(self) -> None:
         """No more is on the way than was granted."""
-        for job in (job for jobs in self.jobs.values() for job in jobs):
-            sizes = [size for _, size in job.handoff._on_the_way]
-            assert sum(sizes) <= WINDOW
         for sender, jobs in self.jobs.items():
-            on_the_way = sum(size for job in jobs for _, size in job.handoff._on_the_way)
-            assert on_the_way == self.flights[sender].size <= FLIGHT
+            sizes = [sum(size for _, size in job.handoff._on_the_way) for job in jobs]
+            assert max(sizes, default=0) <= (WINDOW if sender == SENDERS[0] else WINDOWS_IN_PLACE * WINDOW)
+            assert sum(sizes) == self.flights[sender].size <= FLIGHT
+
+    @invariant()
+    def staging_memory_is_conserved(self) -> None:
+        """What is not free is on the way."""
+        self.staging.check_integrity()
+        on_the_way = sum(size for job in self.jobs[SENDERS[2]] for _, size in job.handoff._on_the_way)
+        assert self.staging.num_free == STAGING_BLOCKS - on_the_way // PAGE_BYTES
 
     def end_leases(self) -> None:
         """All of them; the first look of the reaper finds what has landed since its last one."""
@@ -379,7 +418,7 @@ def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
     """Without accidents every prompt arrives, large steps after small ones among them, within the window."""
     machine = Handoffs()
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
-        sender = SENDERS[number % 2]
+        sender = SENDERS[number % 3]
         machine.begin(sender, "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
         for step in [*steps, *[1] * 20]:
             machine.flow(sender, step, 1)
