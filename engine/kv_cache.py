@@ -102,7 +102,7 @@ class KVCache:
             if self._copier is not None:
                 self._copier.close()
             if self._staging_is_ready:
-                unpin(self._staging, self.pages.device)
+                unpin(self._staging)
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
@@ -157,7 +157,7 @@ class KVCache:
                 return
             self._staging_is_ready = True
             try:
-                pin(self._staging, self.pages.device)
+                pin(self._staging)
             except OSError as error:
                 log.warning("memory can't be pinned, handing pages over by shm will be slow: %s", error)
 
@@ -212,7 +212,7 @@ class OpenedCache:
         self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
     ) -> Part:
         """What the copier is to do. Raises `ValueError`."""
-        moves = np.empty((len(blocks), 2), np.int64)
+        moves = np.empty((len(blocks), 2), np.int32)
         moves[:, 0] = blocks
         moves[:, 1] = page_ids
         moves[:, 1] += layer * self._num_pages

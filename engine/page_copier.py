@@ -30,7 +30,7 @@ class Part:
 
     source: torch.Tensor
     moves: np.ndarray
-    """int64 [N, 2]: a row of the source, and the row of the target where it belongs; at most `MAX_BLOCKS` of them."""
+    """int32 [N, 2]: a row of the source, and the row of the target where it belongs; at most `MAX_BLOCKS` of them."""
     done: Callable[[Exception | None], None]
     """Called once, on the copier's thread, with what went wrong."""
 
@@ -44,7 +44,7 @@ class PageCopier:
     def __init__(self, target: torch.Tensor) -> None:
         self._target = target
         on_gpu = target.is_cuda
-        self._here = torch.empty(MAX_BLOCKS, 2, dtype=torch.int64, pin_memory=on_gpu)
+        self._here = torch.empty(MAX_BLOCKS, 2, dtype=torch.int32, pin_memory=on_gpu)
         self._moves = self._here.numpy()
         self._there = torch.empty_like(self._here, device=target.device) if on_gpu else self._here
         self._stream = torch.cuda.Stream(target.device, priority=-1) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ class PageCopier:
         torch.cuda.set_stream(self._stream)  # of this thread
         page = torch.zeros(1, self._target.shape[1], dtype=torch.uint8, device=self._target.device)
         try:
-            copy_blocks(page, page, torch.zeros(1, 2, dtype=torch.int64, device=self._target.device))
+            copy_blocks(page, page, torch.zeros(1, 2, dtype=torch.int32, device=self._target.device))
             self._stream.synchronize()
         except Exception:  # each copy will say so again, to those who wait for it
             log.exception("pages can't be copied on this GPU")
