@@ -50,7 +50,7 @@ class SharedSource:
         for first, end in joint_runs(blocks, page_ids):
             views = self._store.host_views(layer, page_ids[first:end])
             if views is None:  # on a GPU, all of a message's pages in one go
-                self._store.write_pages(layer, page_ids, self._pages[blocks].reshape(-1).data)
+                self._store.write_blocks(layer, page_ids, self._pages, np.asarray(blocks))
                 break
             source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
             np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)

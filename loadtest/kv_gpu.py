@@ -300,7 +300,7 @@ def main() -> None:
     for way in case.ways:
         figures += asyncio.run(handoff_figures(engine, case, way))
     engine.cache.close()
-    publish("kv_gpu_quick" if quick else "kv_gpu", figures, card=None if quick else torch.cuda.get_device_name())
+    publish("kv_gpu-quick" if quick else "kv_gpu", figures, card=None if quick else torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":
