@@ -133,9 +133,10 @@ class DecodeScheduler:
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
         plan.leaves = [key for key in self._leaving if key not in joined]
-        plan.new_pages = {
-            key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
-        }
+        if joined or plan.preempted:
+            plan.new_pages = {
+                key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
+            }
         self._leaving = []
         return plan
 

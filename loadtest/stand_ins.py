@@ -133,10 +133,11 @@ class Tokens:
                     pass
 
     async def until(self, requests: list[str], tokens: int) -> float:
-        """When each of these has so many tokens."""
-        while min(self.counts[request] for request in requests) < tokens:
-            self._arrived.clear()
-            await self._arrived.wait()
+        """When each of these has so many tokens. Raises `TimeoutError`."""
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            while min(self.counts[request] for request in requests) < tokens:
+                self._arrived.clear()
+                await self._arrived.wait()
         return self.last_at
 
     async def window(self, requests: list[str], extent: Extent) -> tuple[float, list[int]]:
