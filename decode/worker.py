@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 REAP_SECONDS = 1.0
+STATS_SECONDS = 0.1
+"""Between two looks at the figures while steps run."""
 
 
 class DecodeWorker:
@@ -62,6 +65,7 @@ class DecodeWorker:
         )
         self._listener = listener
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
+        self._stats_at = 0.0
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
@@ -156,15 +160,16 @@ class DecodeWorker:
         """Take one more token of a request and queue it for its gateway. Returns whether the request goes on."""
         sequence.append(token_id)
         reason = sequence.finish_reason(self._engine.max_model_len)
+        request_id, attempt = sequence.key
         event = TokenEvent(
-            request_id=sequence.offer.request_id,
-            attempt=sequence.offer.attempt,
-            position=sequence.generated - 1,
-            token_ids=[token_id],
-            logprobs=[logprobs] if logprobs is not None else None,
-            finish_reason=reason,
+            request_id,
+            attempt,
+            sequence.generated - 1,
+            [token_id],
+            [logprobs] if logprobs is not None else None,
+            reason,
         )
-        self._outbox[sequence.offer.gateway].append(event)
+        self._outbox[sequence.gateway].append(event)
         if reason is not None:
             self._scheduler.remove(sequence.key)
         return reason is None
@@ -189,7 +194,9 @@ class DecodeWorker:
             self._work.clear()
             self._engine.cpu_share.rest()
             self._idle.set()
-        self._publish_stats()
+            self._publish_stats()
+        elif time.monotonic() - self._stats_at > STATS_SECONDS:
+            self._publish_stats()
 
     def _post(self, peer: str, message: Message) -> None:
         try:
@@ -238,6 +245,7 @@ class DecodeWorker:
             self._cancel([s.key for s in self._scheduler.sequences() if s.offer.gateway == member.id])
 
     def _publish_stats(self) -> None:
+        self._stats_at = time.monotonic()
         pool = self._engine.pool
         stats: dict[str, float] = {
             "kv_pages_in_use": pool.num_in_use,
