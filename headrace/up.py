@@ -79,16 +79,17 @@ async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
 def _children(settings: Settings, folder: Path) -> list[Child]:
     """In the order in which they are stopped: the gateway first, so that nothing new comes in."""
     cpu_share = folder / "cpu-share"
-    cpu_share.write_bytes(bytes(settings.prefill + settings.decode))
+    tiers = {"colocate": 1} if settings.colocate else {"prefill": settings.prefill, "decode": settings.decode}
+    cpu_share.write_bytes(bytes(sum(tiers.values())))
     environment = settings.as_environment()
     children = [Child("gateway", "gateway", environment)]
-    for tier, count in (("prefill", settings.prefill), ("decode", settings.decode)):
+    for tier, count in tiers.items():
         for index in range(count):
             name = f"{tier}-{index}"
             own = {
                 "GOMP_SPINCOUNT": SPIN_COUNT,
                 "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_COPIES),
-                "HEADRACE_WORKER_ID": name,
+                "HEADRACE_WORKER_ID": str(index) if settings.colocate else name,
                 "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
             }
             children.append(Child(name, tier, environment | own))

@@ -188,6 +188,11 @@ class Receiver:
         """Handoffs that have not been committed yet, those that wait among them."""
         return len(self._incoming)
 
+    @property
+    def pages_wanted(self) -> int:
+        """At most so many the next of those will take."""
+        return next((self._pages_needed(incoming.offer) for incoming in self._waiting.values()), 0)
+
     def handle(self, sender: str, message: ToReceiver) -> None:
         """Apply one message."""
         match message:
@@ -265,7 +270,7 @@ class Receiver:
             held = self._pool.match_prefix(incoming.hashes)
             missing = self._pages_needed(incoming.offer) - len(held)
             if missing + self.reserve_pages > self._pool.num_free:
-                self._pool.release(held)
+                self._pool.put_back(held)
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)

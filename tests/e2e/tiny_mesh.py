@@ -22,6 +22,7 @@ from headrace.kvtransfer.layout import layout_of
 from headrace.loadtest.shapes import TINY, model_folder
 from headrace.models.locate import locate_model
 from headrace.node import ModelIdentity, join_mesh
+from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 from headrace.tasks import end_task
@@ -102,7 +103,7 @@ async def tiny_mesh(
                         engine,
                         device_thread,
                         layout,
-                        token_budget=64,
+                        turns=OwnDevice(64),
                         max_jobs=8,
                         lease_seconds=settings.lease_seconds,
                         lines=lines,
