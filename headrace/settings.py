@@ -63,6 +63,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field("auto", "type of weights and activations", WORKER)
     quantization: Literal["none", "fp8"] = _field("none", "8-bit weights of a GPU's fused path", WORKER)
     kv_cache_dtype: Literal["auto", "fp8"] = _field("auto", "type of the KV cache; `auto` is --dtype", WORKER)
+    load_format: Literal["auto", "dummy"] = _field("auto", "`dummy` makes random weights, to measure speed", WORKER)
     model_impl: Literal["auto", "fused", "transformers"] = _field("auto", "which path runs the model", WORKER)
     max_model_len: int | None = _field(
         None, "longest prompt + output in tokens (default: the model's own)", WORKER, ge=16
@@ -87,7 +88,7 @@ class Settings(BaseModel):
 
     itl_target: float | None = _field(
         None,
-        "milliseconds between two tokens beside which prompts are computed (default: 12 on a GPU, 60 on a CPU)",
+        "milliseconds between two tokens beside which prompts are computed (default: 12 on a GPU, 200 on a CPU)",
         ("up", "colocate"),
         gt=0,
     )
