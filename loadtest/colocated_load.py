@@ -1,10 +1,10 @@
 """A colocated mesh under Poisson arrivals of streaming requests: how late tokens are, and how many requests a second
 are served in time.
 
-Starts `headrace up --colocate` with random weights in the shape of Llama 3.1 8B, sends 1,024 tokens in and asks for 128
-out at fixed rates, then looks for the highest rate at which 90 % of the requests see their first token within 200 ms and
-no gap of more than 20 ms. The client is this process; the mesh's are others. Flags that are not this script's go to
-`headrace up`.
+Starts `headrace up --colocate` with random weights in the shape of Llama 3.1 8B, sends 1,024 tokens in and asks for
+128 out at fixed rates, then looks for the highest rate at which 90 % of the requests see their first token within
+200 ms and no gap of more than 20 ms. The client is this process; the mesh's are others. Flags that are not this
+script's go to `headrace up`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -180,7 +181,7 @@ class Client:
         watching = asyncio.create_task(_watch_lag(lags))
         started = time.perf_counter()
         tasks: list[asyncio.Task[Stream]] = []
-        allowed = (1 - self.plan.good_share) * requests if may_cut_off else requests
+        allowed = requests - math.ceil(self.plan.good_share * requests) if may_cut_off else requests
         try:
             for at, body in zip(itertools.accumulate(pauses), bodies, strict=True):
                 await asyncio.sleep(max(started + at - time.perf_counter(), 0))
@@ -231,11 +232,10 @@ def figures_of(run: Run, plan: Plan) -> Iterator[Figure]:
     yield Figure(f"{name}, output", sum(stream.tokens for stream in served) / run.seconds, "tokens/s")
 
 
-async def sweep(client: Client, mesh: LocalMesh) -> Iterator[Figure]:
+async def sweep(client: Client, mesh: LocalMesh) -> list[Figure]:
     """Bisect for the highest rate that is served in time."""
     plan = client.plan
-    best, low, high = 0.0, 0.0, plan.highest_rate
-    found = []
+    low, high, found = 0.0, plan.highest_rate, []
     for _ in range(plan.sweep_runs):
         rate = (low + high) / 2
         requests = max(int(rate * plan.sweep_seconds), 10)
@@ -243,13 +243,12 @@ async def sweep(client: Client, mesh: LocalMesh) -> Iterator[Figure]:
         share = run.good_share(plan, requests)
         print(f"{rate:.2f} req/s: {share:.0%} in time{', cut off' if run.was_cut_off else ''}", flush=True)
         if share >= plan.good_share:
-            best = low = rate
+            low = rate
             found.append(Figure(f"sweep, {rate:.2f} req/s", share, "in time"))
         else:
             high = rate
         await mesh.until_no_page_is_used(30)
-    name = f"highest rate with {plan.good_share:.0%} in time"
-    return iter([*found, Figure(name, best, "req/s")])
+    return [*found, Figure(f"highest rate with {plan.good_share:.0%} in time", low, "req/s")]
 
 
 async def measure(plan: Plan, flags: Sequence[str], folder: Path) -> list[Figure]:
@@ -286,9 +285,7 @@ def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model on the CPU: does it run at all?")
-    parser.add_argument(
-        "--redis-server", type=Path, metavar="FILE", help="the server to start, where none is installed"
-    )
+    parser.add_argument("--redis-server", type=Path, metavar="FILE", help="server to start if none is installed")
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.redis_server is not None:

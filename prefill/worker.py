@@ -285,9 +285,10 @@ class PrefillWorker:
                 loop.call_soon_threadsafe(self._layer_computed, layer, ready, step)
 
             inputs = [job.chunk(chunk) for job, chunk in step]
+            announce = on_layer if any(job.wants_layers for job, _ in step) else None
             self._computing = {job.key for job, _ in step}
             try:
-                outputs = await loop.run_in_executor(self._device_thread, self._compute, inputs, on_layer)
+                outputs = await loop.run_in_executor(self._device_thread, self._compute, inputs, announce)
             except Exception as error:
                 log.exception("a prefill step failed")
                 self._fail_jobs([job for job, _ in step], error)
@@ -300,7 +301,7 @@ class PrefillWorker:
     def _is_handing_over(self) -> bool:
         return any(job.computed.done() for job in self._jobs.values())
 
-    def _compute(self, inputs: list[PrefillChunk], on_layer: LayerAnnounced) -> list[PrefillOutput]:
+    def _compute(self, inputs: list[PrefillChunk], on_layer: LayerAnnounced | None) -> list[PrefillOutput]:
         with self._turns.computing(sum(chunk.length for chunk in inputs)):
             return self._engine.prefill(inputs, on_layer)
 
