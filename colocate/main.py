@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -47,11 +47,16 @@ prompt's kernels."""
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
+    async with loaded_model(settings, decodes=True) as model:
+        await serve(settings, model, until_stopped())
+
+
+async def serve(settings: Settings, model: LoadedModel, stopped: Awaitable[None]) -> None:
+    """Both workers, until `stopped` is done and what they hold is finished."""
     name = settings.worker_id or secrets.token_hex(3)
     as_prefill = settings.model_copy(update={"worker_id": f"prefill-{name}"})
     as_decode = settings.model_copy(update={"worker_id": f"decode-{name}"})
     async with (
-        loaded_model(settings, decodes=True) as model,
         data_listener(settings.bind, settings.mesh_key) as listener,
         join_mesh(as_decode, "decode", model.identity, listener.address) as decode_node,
         join_mesh(as_prefill, "prefill", model.identity) as prefill_node,
@@ -86,7 +91,7 @@ async def run(settings: Settings) -> None:
                 on_step=pacing.stepped,
             )
             async with asyncio.TaskGroup() as group:
-                prefilling = group.create_task(prefill.run(until_stopped(), settings.drain_timeout))
+                prefilling = group.create_task(prefill.run(stopped, settings.drain_timeout))
                 # decode stops last: what the other one still holds is handed over to it
                 group.create_task(decode.run(_end_of(prefilling), settings.drain_timeout))
 

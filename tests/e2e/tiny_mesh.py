@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+from headrace.colocate.main import serve
 from headrace.data_lines import DataLines, data_listener
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.startup import LoadedModel
 from headrace.gateway.main import serving
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.kvtransfer.layout import layout_of
 from headrace.loadtest.shapes import TINY, model_folder
-from headrace.models.locate import locate_model
+from headrace.models.locate import ModelFolder, locate_model
 from headrace.node import ModelIdentity, join_mesh
 from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
@@ -60,9 +62,18 @@ def tiny_engine(folder: Path, num_pages: int) -> Engine:
     return engine
 
 
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
+
+
 @asynccontextmanager
 async def tiny_mesh(
-    redis_url: str, folder: Path, *, prefill_pages: list[int], decode_pages: list[int]
+    redis_url: str,
+    folder: Path,
+    *,
+    prefill_pages: Sequence[int] = (),
+    decode_pages: Sequence[int] = (),
+    colocate_pages: Sequence[int] = (),
 ) -> AsyncIterator[TinyMesh]:
     """A worker for each number of pages. All share one thread that computes."""
     values: dict[str, Any] = {"redis": redis_url, "namespace": f"tiny-{next(_namespaces)}", "port": 0}
@@ -79,7 +90,7 @@ async def tiny_mesh(
 
         async def stop() -> None:
             stopped.set()
-            await asyncio.wait(running, timeout=10)
+            await asyncio.wait(running, timeout=20)
             for task in running:
                 await end_task(task)
                 task.result()
@@ -109,6 +120,11 @@ async def tiny_mesh(
                         lines=lines,
                         wire_dtype="auto",
                     )
-                running.append(asyncio.create_task(worker.run(stopped.wait(), 5.0)))
+                running.append(asyncio.create_task(worker.run(_until(stopped), 5.0)))
+        for index, num_pages in enumerate(colocate_pages):
+            engine = mesh.engines[f"colocate-{index}"] = tiny_engine(folder, num_pages)
+            model = LoadedModel(ModelFolder(folder, MODEL, "tiny"), engine, device_thread, identity)
+            own = settings.model_copy(update={"worker_id": f"c{index}", "drain_timeout": 5.0})
+            running.append(asyncio.create_task(serve(own, model, _until(stopped))))
         stack.push_async_callback(stop)
         yield mesh
