@@ -20,7 +20,7 @@ from headrace.errors import StartError
 from headrace.models.locate import locate_model
 from headrace.node import until_stopped
 from headrace.redis_server import private_redis
-from headrace.settings import Settings
+from headrace.settings import Settings, SettingsError
 from headrace.supervisor import Child, Supervisor
 
 READY_TIMEOUT_SECONDS = 900.0
@@ -37,6 +37,11 @@ caches, which is half as fast again."""
 async def run(settings: Settings) -> None:
     """Start everything, say where it is, and stop everything again. Raises `StartError`."""
     started = time.monotonic()
+    if settings.colocate and (settings.prefill, settings.decode) != (1, 1):
+        raise SettingsError(
+            "--colocate starts one worker that is both tiers: leave --prefill and --decode away, and add others with "
+            "`headrace prefill` and `headrace decode`"
+        )
     console = Console(stderr=True, highlight=False)
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:

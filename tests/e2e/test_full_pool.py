@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -77,3 +80,34 @@ async def test_clients_that_leave_a_colocated_worker_free_its_one_pool(redis_url
             while pool.num_in_use:
                 await freed.wait()
                 freed.clear()
+
+
+async def test_pages_that_a_step_writes_to_stay_taken_when_their_client_leaves(redis_url: str, tmp_path: Path) -> None:
+    """In one pool, a request that is decoded could have them otherwise while the step still runs."""
+    async with tiny_mesh(redis_url, tmp_path, colocate_pages=[24]) as mesh, StreamClient(mesh.url, MODEL) as client:
+        engine = mesh.engines["colocate-0"]
+        pool, compute = engine.pool, engine.prefill
+        await client.complete([7], 2)  # the gateway's own first request is over, too
+        loop, computing, freed, may_end = (
+            asyncio.get_running_loop(),
+            asyncio.Event(),
+            asyncio.Event(),
+            threading.Event(),
+        )
+
+        def slow(*arguments: Any) -> Any:
+            loop.call_soon_threadsafe(computing.set)
+            assert may_end.wait(20)
+            return compute(*arguments)
+
+        with mock.patch.object(engine, "prefill", slow):
+            asking = asyncio.create_task(client.complete(list(range(70)), 20))
+            await asyncio.wait_for(computing.wait(), 20)
+            worker_tasks = [task for task in asyncio.all_tasks() if task.get_name().startswith("serve ")]
+            asking.cancel()
+            await asyncio.wait(worker_tasks, timeout=20)
+            assert pool.num_in_use == pool.pages_for(70)
+            pool.on_freed.append(freed.set)
+            may_end.set()
+            await asyncio.wait_for(freed.wait(), 20)
+        assert pool.num_in_use == 0
