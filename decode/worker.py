@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_line import Listener
@@ -18,7 +18,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
-from headrace.kvtransfer.transports import Transports
+from headrace.kvtransfer.transports import Beside, Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
 from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent
@@ -45,7 +45,10 @@ class DecodeWorker:
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
+        beside: Beside | None = None,
+        on_step: Callable[[int, bool], None] = lambda running, ended: None,
     ) -> None:
+        """`on_step` is told, on the device's thread, how many requests run and whether a step has just ended."""
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
@@ -59,11 +62,13 @@ class DecodeWorker:
             engine.pool.num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(engine.cache, node.mesh.refuse_from),
+            choice=Transports(engine.cache, node.mesh.refuse_from, beside),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
         )
         self._listener = listener
+        self._on_step = on_step
+        engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._stats_at = 0.0
         self._work = asyncio.Event()
@@ -123,6 +128,7 @@ class DecodeWorker:
         self._scheduler.abandon_steps()
         self._scheduler.schedule()
         self._batch = None
+        self._on_step(0, False)
 
     def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
         """On the device's own thread: start the planned step, then collect the oldest one, if it is due.
@@ -132,7 +138,11 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        batch = self._batch
+        tokens = self._run(self._batch, plan)
+        self._on_step(len(self._batch), tokens is not None)
+        return tokens
+
+    def _run(self, batch: RunningBatch[Key], plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
         if plan is None:
             return batch.collect()
         for key in plan.leaves:
@@ -191,8 +201,7 @@ class DecodeWorker:
         for gateway, events in self._outbox.items():
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
-        self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.grant_waiting()
+        self._grant()
         if not self._scheduler.has_work:
             self._work.clear()
             self._engine.cpu_share.rest()
@@ -200,6 +209,19 @@ class DecodeWorker:
             self._publish_stats()
         elif time.monotonic() - self._stats_at > STATS_SECONDS:
             self._publish_stats()
+
+    def _grant(self) -> None:
+        """Free pages for those who wait, but for one that each running request may grow into.
+
+        Who computes prompts in the same pool leaves alone what the first of those needs, too.
+        """
+        self._receiver.reserve_pages = self._scheduler.num_running
+        self._receiver.grant_waiting()
+        self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
+
+    def _pages_came_free(self) -> None:
+        if self._receiver.num_waiting:
+            asyncio.get_running_loop().call_soon(self._grant)
 
     def _post(self, peer: str, message: Message) -> None:
         try:
@@ -236,6 +258,7 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             self._receiver.reap()
+            self._grant()
             self._idle.set()
             self._publish_stats()
 

@@ -87,7 +87,10 @@ class PrefillOutput:
 
 
 class Engine:
-    """Not thread-safe: `prefill` and decode steps belong on one thread. The pool may be used on another one."""
+    """`prefill` belongs on one thread, and so do decode steps: on a CPU on the same one.
+
+    The pool may be used on another one.
+    """
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int
@@ -143,6 +146,11 @@ class Engine:
                 self.prefill([PrefillChunk([0] * (length + 1), 1, length, pages, sampled)])
             self.pool.release(pages)
         self.cpu_share.rest()
+
+    def synchronize(self) -> None:
+        """Wait for all that this thread has started on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     @torch.inference_mode()
     def prepare_decode(self, progress: Progress) -> None:

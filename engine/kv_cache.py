@@ -127,8 +127,12 @@ class KVCache:
         if self._array is not None:
             self._array[layer][page_ids] = source
             return
-        pinned = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
-        np.copyto(pinned.numpy(), source)
+        self.write_blocks(layer, page_ids, source, np.arange(len(page_ids)))
+
+    def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
+        """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
+        pinned = torch.empty(len(page_ids), self.page_bytes, dtype=torch.uint8, pin_memory=True)
+        np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
         # Run by run, which a copy engine does: a kernel would take processors away from decode steps, and wait for its
         # turn where another process computes on this GPU.
         with torch.cuda.stream(self._copying):

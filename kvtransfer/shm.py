@@ -48,12 +48,12 @@ class SharedSource:
         if max(blocks) >= self._num_blocks:
             raise ValueError(f"page {max(blocks)} of {self._num_blocks} is not in the sender's memory")
         for first, end in joint_runs(blocks, page_ids):
-            source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
             views = self._store.host_views(layer, page_ids[first:end])
-            if views is None:
-                self._store.write_pages(layer, page_ids[first:end], source.data)
-            else:
-                np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
+            if views is None:  # on a GPU, all of a message's pages in one go
+                self._store.write_blocks(layer, page_ids, self._pages, np.asarray(blocks))
+                break
+            source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
+            np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
         done(None)
 
 

@@ -60,6 +60,9 @@ class Only:
         self._transport = config.transport
         self._transports = Transports(store, _refuse)
 
+    def pages_here(self, sender: str, offer: Offer) -> None:
+        """See `Choice`."""
+
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
         if self._transport == "tcp":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, Outgoing
 from headrace.kvtransfer.messages import Layout, Offer
@@ -46,6 +48,10 @@ class MemoryStore:
         assert len(data) == len(page_ids) * PAGE_BYTES
         for index, page in enumerate(page_ids):
             self.data[layer][page] = bytes(data[index * PAGE_BYTES : (index + 1) * PAGE_BYTES])
+
+    def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
+        """See `PageStore`."""
+        self.write_pages(layer, page_ids, source[blocks].reshape(-1).data)
 
     def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
         """See `PageStore`."""

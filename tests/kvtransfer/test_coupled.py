@@ -1,7 +1,8 @@
 """Both sides of the handoff joined by a network that repeats, loses, reorders and damages messages, by workers that
 die, and by threads that write while all that goes on.
 
-The first prefill worker's pages travel; the second one's are read in place, the third one's in staging memory.
+The first prefill worker's pages travel; the second one's are read in place, the third one's in staging memory; the
+fourth one's are of the decode worker's own pool.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.engine.page_pool import PagePool
+from headrace.engine.page_pool import OutOfPages, PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.arrivals import Source
 from headrace.kvtransfer.handoff import Flight, Handoff, Outgoing, Segment, State
@@ -38,7 +39,8 @@ from tests.kvtransfer.parts import (
 
 DECODE_PAGES = 9
 WINDOW = 4 * PAGE_BYTES
-SENDERS = ("prefill-1", "prefill-2", "prefill-3")
+SENDERS = ("prefill-1", "prefill-2", "prefill-3", "prefill-4")
+LOCAL = SENDERS[3]
 FLIGHT = 6 * PAGE_BYTES
 STAGING_BLOCKS = 5
 Frame = tuple[bytes, bytes]
@@ -54,13 +56,19 @@ prompts = st.tuples(st.sampled_from([0, 100]), st.integers(1, 5 * PAGE_SIZE)).ma
 class Job:
     """A handoff and how far its prompt is computed. It has a store of its own: page i of the prompt is page i."""
 
-    def __init__(self, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None) -> None:
+    def __init__(
+        self, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None = None
+    ) -> None:
+        self.staged = staged
         self.tokens = tokens
         self.num_pages = -(-len(tokens) // PAGE_SIZE)
-        self.store = MemoryStore(self.num_pages, staged)
         self.computed = 0
-        offer = make_offer(tokens, request_id, attempt)
-        self.handoff = Handoff(offer, list(range(self.num_pages)), self.store)
+        self.store, pages = self.take_pages()
+        self.handoff = Handoff(make_offer(tokens, request_id, attempt), pages, self.store)
+
+    def take_pages(self) -> tuple[MemoryStore, list[int]]:
+        """Where the prompt's KV goes."""
+        return MemoryStore(self.num_pages, self.staged), list(range(self.num_pages))
 
     def free_pages(self) -> None:
         """Others have them now."""
@@ -71,13 +79,36 @@ class Job:
         """One prefill step over up to `count` pages."""
         end = min(self.computed + count, self.num_pages)
         for layer in range(NUM_LAYERS):
-            for page in range(self.computed, end):
-                self.store.data[layer][page] = kv_bytes(layer, self.tokens, page)
+            for index in range(self.computed, end):
+                self.store.data[layer][self.handoff.pages[index]] = kv_bytes(layer, self.tokens, index)
             if end > self.computed:
                 self.handoff.layer_ready(Segment(layer, self.computed, end - self.computed))
         self.computed = end
         if end == self.num_pages:
             self.handoff.finish(1, None)
+
+
+class LocalJob(Job):
+    """Its pages are the decode worker's, those of a known prefix among them."""
+
+    def __init__(self, tokens: list[int], request_id: str, attempt: int, store: MemoryStore, pool: PagePool) -> None:
+        self.pool = pool
+        self.shared_store = store
+        super().__init__(tokens, request_id, attempt)
+
+    def take_pages(self) -> tuple[MemoryStore, list[int]]:
+        """Raises `OutOfPages`, taking none."""
+        held = self.pool.match_prefix(self.pool.hashes(self.tokens)[: (len(self.tokens) - 1) // PAGE_SIZE])
+        self.computed = len(held)
+        try:
+            return self.shared_store, held + self.pool.allocate(self.num_pages - len(held))
+        except OutOfPages:
+            self.pool.release(held)
+            raise
+
+    def free_pages(self) -> None:
+        """This worker needs them no more; the decode worker may."""
+        self.pool.release(self.handoff.pages)
 
 
 class InPlace:
@@ -155,16 +186,25 @@ class Handoffs(RuleBasedStateMachine):
             choice=self,
         )
 
+    def pages_here(self, sender: str, offer: Offer) -> list[int] | None:
+        """See `Choice`."""
+        if sender != LOCAL:
+            return None
+        jobs = [j for j in self.jobs[LOCAL] if j.handoff.key == (offer.request_id, offer.attempt)]
+        return list(jobs[0].handoff.pages) if jobs else None
+
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
         if sender == SENDERS[0]:
             return "tcp", None
         jobs = [j for j in self.jobs[sender] if j.handoff.key == (offer.request_id, offer.attempt)]
-        source = InPlace if sender == SENDERS[1] else InStaging
-        return "shm", source(jobs[0] if jobs else self.make_job(sender, [1], "gone", 0), self.store)
+        source = InStaging if sender == SENDERS[2] else InPlace
+        return "shm", source(jobs[0] if jobs else Job([1], "gone", 0, self.staged), self.store)
 
     def make_job(self, sender: str, tokens: list[int], request_id: str, attempt: int) -> Job:
-        """A prompt of this sender."""
+        """A prompt of this sender. Raises `OutOfPages`."""
+        if sender == LOCAL:
+            return LocalJob(tokens, request_id, attempt, self.store, self.pool)
         return Job(tokens, request_id, attempt, self.staged if sender == SENDERS[2] else None)
 
     def offer(self, sender: str, job: Job) -> None:
@@ -198,7 +238,10 @@ class Handoffs(RuleBasedStateMachine):
         self.newest_attempt[request] = max(attempt, self.newest_attempt.get(request, 0))
         if any(job.handoff.key == (request, attempt) for job in self.jobs[sender]):
             return
-        job = self.make_job(sender, tokens, request, attempt)
+        try:
+            job = self.make_job(sender, tokens, request, attempt)
+        except OutOfPages:
+            return
         self.jobs[sender].append(job)
         self.offer(sender, job)
 
@@ -320,11 +363,14 @@ class Handoffs(RuleBasedStateMachine):
                 abort = Abort(request_id=request_id, attempt=attempt, cause="sender_failed")
                 self.to_receiver[sender].append(abort)
             else:
+                job.free_pages()
                 self.jobs[sender].remove(job)
 
     @rule(sender=any_sender)
     def die(self, sender: str) -> None:
         """A prefill worker is gone with all that it had on the way."""
+        for job in self.jobs[sender]:
+            job.free_pages()
         self.jobs[sender] = []
         self.to_receiver[sender].clear()
         self.on_lines[sender].clear()
@@ -401,6 +447,8 @@ class Handoffs(RuleBasedStateMachine):
         self.window.stop()
         while self.writes:
             self.end_write(0)
+        for job in self.jobs[LOCAL]:
+            job.free_pages()
         self.end_leases()
         while self.receiver.num_waiting or self.decoding:
             while self.decoding:
@@ -418,7 +466,7 @@ def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
     """Without accidents every prompt arrives, large steps after small ones among them, within the window."""
     machine = Handoffs()
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
-        sender = SENDERS[number % 3]
+        sender = SENDERS[number % len(SENDERS)]
         machine.begin(sender, "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
         for step in [*steps, *[1] * 20]:
             machine.flow(sender, step, 1)
