@@ -21,7 +21,7 @@ from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.transports import Beside, Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
-from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent, TokenLogprobs
+from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
@@ -160,36 +160,39 @@ class DecodeWorker:
         if tokens is None:
             return
         self._scheduler.collected()
-        for key, token in tokens:
-            sequence = self._scheduler.running(key)
-            if sequence is not None:  # or it ended while this step ran
-                sequence.in_flight -= 1
-                self._add_token(sequence, token.token_id, token.logprobs)
+        running = self._scheduler.running
+        made = [(sequence, token) for key, token in tokens if (sequence := running(key)) is not None]
+        for sequence, _ in made:
+            sequence.in_flight -= 1
+        self._add_tokens(made)
 
-    def _add_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> bool:
-        """Take one more token of a request and queue it for its gateway. Returns whether the request goes on."""
-        sequence.append(token_id)
-        reason = sequence.finish_reason(self._engine.max_model_len)
-        request_id, attempt = sequence.key
-        event = TokenEvent(
-            request_id,
-            attempt,
-            sequence.generated - 1,
-            [token_id],
-            [logprobs] if logprobs is not None else None,
-            reason,
-        )
-        self._outbox[sequence.gateway].append(event)
-        if reason is not None:
-            self._scheduler.remove(sequence.key)
-        return reason is None
+    def _add_tokens(self, made: list[tuple[Sequence, SampledToken]]) -> None:
+        """Take one more token of each of these requests and queue it for its gateway. Those that end are let go of."""
+        outbox, longest = self._outbox, self._engine.max_model_len
+        for sequence, token in made:
+            token_id, logprobs, reason = token.token_id, token.logprobs, None
+            sequence.append(token_id)
+            generated = sequence.generated
+            # Looked at here, as it is seldom so: a call for each token would take as long as its event.
+            if (
+                token_id in sequence.stop_token_ids
+                or generated >= sequence.max_tokens
+                or len(sequence.token_ids) >= longest
+            ):
+                reason = sequence.finish_reason(longest)
+            request_id, attempt = sequence.key
+            scores = None if logprobs is None else [logprobs]
+            outbox[sequence.gateway].append(TokenEvent(request_id, attempt, generated - 1, [token_id], scores, reason))
+            if reason is not None:
+                self._scheduler.remove(sequence.key)
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token is on its way to the client before any step runs."""
         offer = received.offer
         sequence = Sequence(offer, list(offer.token_ids), received.pages, offer.generated)
         self._scheduler.add(sequence)
-        if self._add_token(sequence, received.commit.token_id, received.commit.logprobs):
+        self._add_tokens([(sequence, SampledToken(received.commit.token_id, received.commit.logprobs))])
+        if self._scheduler.has_work:
             self._work.set()
         self._publish()
 

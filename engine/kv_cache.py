@@ -133,12 +133,9 @@ class KVCache:
         """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
         pinned = torch.empty(len(page_ids), self.page_bytes, dtype=torch.uint8, pin_memory=True)
         np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
-        # Run by run, which a copy engine does: a kernel would take processors away from decode steps, and wait for its
-        # turn where another process computes on this GPU.
         with torch.cuda.stream(self._copying):
-            for start, end in _runs(page_ids):
-                place = self._bytes[layer, page_ids[start] : page_ids[start] + end - start]
-                place.copy_(pinned[start:end], non_blocking=True)
+            arrived = pinned.to(self.pages.device, non_blocking=True)
+            self._bytes[layer].index_copy_(0, self._index(page_ids), arrived)
             written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             written.record()
         written.synchronize()
