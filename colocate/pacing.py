@@ -6,8 +6,7 @@ wants each gap between the ends of two steps to stay within a target:
     gap = base + tokens * seconds_a_token <= target
 
 `base` is what a gap takes without a chunk; `seconds_a_token` is what the worst gap beside the last chunk took more than
-that, divided by the chunk's tokens. So it holds for a CPU, where chunk and step alternate, and for a GPU, where they
-share the chip on two streams: there a chunk may cost a step little, and is allowed to grow.
+that, divided by the chunk's tokens.
 """
 
 from __future__ import annotations

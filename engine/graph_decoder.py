@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from headrace.engine.device import urgent_stream
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import DecoderWeights, LayerWeights, Progress
@@ -71,7 +70,6 @@ class GraphDecoder:
         self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._capturing = urgent_stream(device) if device.type == "cuda" else None
 
     def capture_all(self, progress: Progress) -> None:
         """Compile the kernels and capture every batch size, the largest first, whose memory the others then share."""
@@ -95,7 +93,7 @@ class GraphDecoder:
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
             # a graph's kernels keep the priority of the stream that they were captured on
-            with torch.cuda.graph(graph, pool=pool, stream=self._capturing):
+            with torch.cuda.graph(graph, pool=pool):
                 self._forward(size)
             self._graphs[size] = graph
         return self._graphs[size]
