@@ -1,0 +1,204 @@
+"""Vectors of 256 bits, atomics and semaphores for kernels that numba compiles for a processor with AVX2.
+
+numba turns loops into vectors by itself, but not into the products of 8-bit integers that packed weights need. An
+intrinsic here is one or two instructions; indices count elements of a one-dimensional array and are not checked.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+from numba.np import arrayobj
+
+LANES = 8
+"""float32 in a vector."""
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(*of) for of in ((I8, 32), (I16, 16), (I32, 8), (F32, 8)))
+
+
+class Vectors(types.Type):
+    """Some vectors of one kind, kept in registers."""
+
+    def __init__(self, of: ir.VectorType, count: int = 1) -> None:
+        self.ir = of if count == 1 else ir.ArrayType(of, count)
+        super().__init__(f"{count}x[{of}]")
+
+
+@register_model(Vectors)
+class _VectorsModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, kind.ir)
+
+
+float32x8 = Vectors(FLOATS)
+
+
+def pointer(context, builder, array_type, array, index, to):
+    """A pointer to `to` at element `index` of an array."""
+    data = arrayobj.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
+
+
+def load(builder, address):
+    """Load from an address that may be odd."""
+    value = builder.load(address)
+    value.align = 1
+    return value
+
+
+def store(builder, value, address):
+    """Store to an address that may be odd."""
+    builder.store(value, address).align = 1
+
+
+def splat(builder, value, vector):
+    """All lanes the same."""
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count))
+
+
+def call(builder, name, result, *arguments):
+    """Call an intrinsic of LLVM's."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def fused_multiply_add(builder, a, b, c):
+    """a * b + c, rounded once."""
+    return call(builder, "llvm.fma.v8f32", FLOATS, a, b, c)
+
+
+@intrinsic
+def zeros(typing):
+    """Eight times 0."""
+    return float32x8(), lambda context, builder, signature, given: ir.Constant(FLOATS, [0.0] * LANES)
+
+
+@intrinsic
+def load_floats(typing, array, index):
+    """Eight float32 of an array from `index` on."""
+
+    def generate(context, builder, signature, given):
+        return load(builder, pointer(context, builder, signature.args[0], *given, FLOATS))
+
+    return float32x8(array, types.intp), generate
+
+
+@intrinsic
+def store_floats(typing, array, index, value):
+    """Eight float32 into an array from `index` on."""
+
+    def generate(context, builder, signature, given):
+        store(builder, given[2], pointer(context, builder, signature.args[0], given[0], given[1], FLOATS))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, float32x8), generate
+
+
+@intrinsic
+def broadcast(typing, value):
+    """Eight times one float32."""
+    return float32x8(types.float32), lambda context, builder, signature, given: splat(builder, given[0], FLOATS)
+
+
+@intrinsic
+def multiply_add(typing, a, b, c):
+    """a * b + c."""
+    return float32x8(float32x8, float32x8, float32x8), (
+        lambda context, builder, signature, given: fused_multiply_add(builder, *given)
+    )
+
+
+@intrinsic
+def sum_lanes(typing, a):
+    """The sum of the eight, in whatever order is fastest: always the same one."""
+
+    def generate(context, builder, signature, given):
+        half = given[0]
+        for count in (4, 2, 1):
+            lanes = [ir.Constant(ir.VectorType(I32, count), list(range(at, at + count))) for at in (0, count)]
+            low, high = (builder.shuffle_vector(half, half, lane) for lane in lanes)
+            half = builder.fadd(low, high)
+        return builder.extract_element(half, I32(0))
+
+    return types.float32(float32x8), generate
+
+
+@intrinsic
+def float_of_bits(typing, bits):
+    """The float32 with these bits."""
+    return types.float32(types.int32), lambda context, builder, signature, given: builder.bitcast(given[0], F32)
+
+
+@intrinsic
+def bits_of_half(typing, value):
+    """The bits of the float16 nearest to a float32."""
+
+    def generate(context, builder, signature, given):
+        return builder.bitcast(builder.fptrunc(given[0], ir.HalfType()), I16)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def load_acquire(typing, array, index):
+    """An int64 that another thread stored with all that it wrote before."""
+
+    def generate(context, builder, signature, given):
+        return builder.load_atomic(pointer(context, builder, signature.args[0], *given, I64), "acquire", 8)
+
+    return types.int64(array, types.intp), generate
+
+
+@intrinsic
+def store_release(typing, array, index, value):
+    """Store an int64 for `load_acquire`."""
+
+    def generate(context, builder, signature, given):
+        builder.store_atomic(
+            given[2], pointer(context, builder, signature.args[0], given[0], given[1], I64), "release", 8
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), generate
+
+
+@intrinsic
+def add_atomic(typing, array, index, value):
+    """Add to an int64; returns what it was."""
+
+    def generate(context, builder, signature, given):
+        address = pointer(context, builder, signature.args[0], given[0], given[1], I64)
+        return builder.atomic_rmw("add", address, given[2], "acq_rel")
+
+    return types.int64(array, types.intp, types.int64), generate
+
+
+@intrinsic
+def compare_and_swap(typing, array, index, old, new):
+    """Replace an int64 if it is still `old`; returns whether it was."""
+
+    def generate(context, builder, signature, given):
+        address = pointer(context, builder, signature.args[0], given[0], given[1], I64)
+        found = builder.cmpxchg(address, given[2], given[3], "acq_rel", "acquire")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(array, types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def pause(typing):
+    """Tell the processor that this is a loop that waits."""
+
+    def generate(context, builder, signature, given):
+        call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+wait_semaphore = types.ExternalFunction("sem_wait", types.int32(types.uintp))
+post_semaphore = types.ExternalFunction("sem_post", types.int32(types.uintp))
+yield_processor = types.ExternalFunction("sched_yield", types.int32())
