@@ -30,7 +30,7 @@ def fused_engine(built_in_folder: Path) -> Iterator[Engine]:
     gc.collect()
 
 
-def load(folder: Path, model_impl: str, max_model_len: int) -> Engine:
+def load(folder: Path, model_impl: str, max_model_len: int, quantization: str = "none") -> Engine:
     """A small float32 engine on the CPU, with one thread: two that wait for a busy core are slower than one."""
     return Engine.load(
         EngineConfig(
@@ -41,6 +41,7 @@ def load(folder: Path, model_impl: str, max_model_len: int) -> Engine:
             max_model_len=max_model_len,
             max_num_seqs=16,
             cpu_threads=1,
+            quantization=quantization,
         )
     )
 
