@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from headrace.kernels.packed_linear import BLOCK, RECORD, multiply, quantize
+from headrace.kernels.packed_linear import BLOCK, ORDER_KEPT, RECORD, multiply, quantize
 from headrace.kernels.simd import (
     LANES,
     add_atomic,
@@ -145,7 +145,7 @@ def _part(chunk, chunks, whole):
     return whole * chunk // chunks, whole * (chunk + 1) // chunks
 
 
-@njit(nogil=True, fastmath=True)
+@njit(nogil=True)
 def _exp(x):
     """e to the x to 7 digits, in steps that compile to vectors."""
     power = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(126))
@@ -161,13 +161,14 @@ def _exp(x):
     return value * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@njit(nogil=True, fastmath=True)
+@njit(nogil=True)
 def _normalize(values, weight, eps, out):
     """See `rms_norm`."""
-    squares = np.float32(0)
-    for i in range(len(values)):
-        squares += values[i] * values[i]
-    scale = np.float32(1) / np.sqrt(squares / np.float32(len(values)) + np.float32(eps))
+    squares = zeros()
+    for i in range(0, len(values), LANES):
+        some = load_floats(values, i)
+        squares = multiply_add(some, some, squares)
+    scale = np.float32(1) / np.sqrt(sum_lanes(squares) / np.float32(len(values)) + np.float32(eps))
     for i in range(len(values)):
         out[i] = values[i] * scale * weight[i]
 
@@ -239,15 +240,20 @@ def _scores(queries, query, pages, keys, count, size, scores, at):
         scores[at + key] = sum_lanes(even) + sum_lanes(odd)
 
 
-@njit(nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=ORDER_KEPT)
 def _softmax(scores, scaling):
     """Exponentials in place; returns one over their sum."""
     highest = np.float32(-np.inf)
     for i in range(len(scores)):
         highest = max(highest, scores[i])
-    total = np.float32(0)
     for i in range(len(scores)):
         scores[i] = _exp((scores[i] - highest) * scaling)
+    totals, one = zeros(), broadcast(np.float32(1))
+    whole = len(scores) // LANES * LANES
+    for i in range(0, whole, LANES):
+        totals = multiply_add(load_floats(scores, i), one, totals)
+    total = sum_lanes(totals)
+    for i in range(whole, len(scores)):
         total += scores[i]
     return np.float32(1) / total
 
@@ -308,7 +314,7 @@ def _attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
         )
 
 
-@njit(nogil=True, fastmath=True)
+@njit(nogil=True)
 def _activate(gate, up):
     """SiLU of the gate, times up, in place of the gate."""
     for i in range(len(gate)):

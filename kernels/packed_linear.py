@@ -42,6 +42,9 @@ RECORD = 160
 STEPS = 4
 """32 bytes of codes at a time."""
 MAX_TILE = 8
+ORDER_KEPT = {"nnan", "nsz"}
+"""What a maximum needs to compile to vectors. Sums are never reordered: each place that a function is compiled into
+would have its own order, and a batch its own results."""
 TOLERANCE = 2e-3
 """A weight counts as one of 4 bits where it is so near to its code's value, in steps."""
 
@@ -129,7 +132,7 @@ def _codes_of_8_bits(values, codes, scales):
     return True
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True, fastmath=ORDER_KEPT)
 def quantize(values, scale, codes, scales, sums):
     """Round float32 [n] times `scale` to int8, each block to its own scale; `sums` gets the blocks' sums of values."""
     for block in range(len(scales)):
