@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-
 VARIABLE = "HEADRACE_CPU_SHARE"
 """`FILE:INDEX`: the shared file and this engine's byte in it. Without it, an engine takes itself to be alone."""
 

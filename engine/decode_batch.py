@@ -11,7 +11,7 @@ import torch
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
-from headrace.kernels.paged_attention import PagedPlan, plan_decode
+from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
@@ -145,8 +145,10 @@ class DecodeBatch(Generic[K]):
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling, engine.model_config.vocab_size, engine.device)
         positions, table = self._positions[:rows], self._block_table[:rows, : max(self._num_pages)]
-        follows = engine.model.follows_tables
-        plan = PagedPlan(table, self._rows[:rows]) if follows else plan_decode(engine.cache.layer(0), table, self._lengths)
+        if engine.model.follows_tables:
+            plan: PagedPlan | DecodePlan = PagedPlan(table, self._rows[:rows])
+        else:
+            plan = plan_decode(engine.cache.layer(0), table, self._lengths)
         batch = ForwardBatch(
             token_ids=self._tokens[:rows],
             positions=positions,

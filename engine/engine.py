@@ -202,8 +202,8 @@ class Engine:
         contexts = [chunk.start + chunk.length for chunk in chunks]
         heads = self.model_config.num_heads
         if self.model.follows_tables:
-            plan = PagedPlan(flat_table.view(table.shape), np.repeat(np.arange(len(chunks)), lengths))
-            return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
+            paged = PagedPlan(flat_table.view(table.shape), np.repeat(np.arange(len(chunks)), lengths))
+            return ForwardBatch(token_ids, at_positions, pages, offsets, paged)
         plan = plan_prefill(self.cache.layer(0), flat_table.view(table.shape), lengths, contexts, heads)
         return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
 

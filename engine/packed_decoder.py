@@ -19,7 +19,7 @@ from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import Checkpoint, Progress
 from headrace.kernels import packed_decoder as kernels
 from headrace.kernels.packed_decoder import Buffers, Inputs, Shape, Weights
-from headrace.kernels.packed_linear import BLOCK, LANES, aligned, pack
+from headrace.kernels.packed_linear import BLOCK, aligned, pack
 from headrace.kernels.paged_attention import PagedPlan
 
 FIRST_ROWS = 16
@@ -191,6 +191,7 @@ class _Team:
 
     def __init__(self, weights: Weights, shape: Shape, rows: int, threads: int) -> None:
         self.control = np.zeros(kernels.CONTROL_SIZE, np.int64)
+        self.control[kernels.TICKET] = kernels.NO_PHASE << 16
         self.inputs = Inputs(
             np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows * shape.table_width, np.int64)
         )
@@ -204,7 +205,7 @@ class _Team:
         ctypes.CDLL(None).sem_init(ctypes.c_void_p(self._semaphore.ctypes.data), 0, 0)
         self._arguments = (self._semaphore.ctypes.data, self.control, weights, shape, self.inputs, buffers)
         self._threads = [
-            threading.Thread(target=kernels.help_out, args=(number, *self._arguments), name="team", daemon=True)
+            threading.Thread(target=kernels.take_part, args=(number, 0, *self._arguments), name="team", daemon=True)
             for number in range(1, threads)
         ]
         for thread in self._threads:
@@ -214,7 +215,8 @@ class _Team:
     def run(self, first_phase: int, end_phase: int, threads: int) -> None:
         """Run phases `first_phase` to `end_phase` on this thread and up to `threads` - 1 others."""
         helpers = min(threads - 1, len(self._threads))
-        kernels.run(first_phase, end_phase, helpers, *self._arguments)
+        kernels.open_phases(self.control, first_phase, end_phase)
+        kernels.take_part(0, helpers, *self._arguments)
 
 
 def _stop(control: np.ndarray, semaphore: np.ndarray, threads: list[threading.Thread]) -> None:

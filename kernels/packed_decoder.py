@@ -1,8 +1,8 @@
 """A whole decoder of Llama's shape with packed weights on a CPU: one call of a compiled function for all layers.
 
-The work is a list of *phases*, eight a layer and three for the logits, each cut into *chunks*. Threads take chunks of the
-current phase from one counter, and whoever ends the last one opens the next phase. So nobody waits for a thread that
-does not run, be it that another process has its core: the others do its part.
+The work is a list of *phases*, eight a layer and three for the logits, each cut into *chunks*. Threads take chunks of
+the current phase from one counter, and whoever ends the last one opens the next phase. So nobody waits for a thread
+that does not run, be it that another process has its core: the others do its part.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _chunks(phase, shape, control):
             return -(-(shape.vocabulary // LANES) // HEAD_GROUPS)
         return of_rows if after == LAST_NORM else min(control[OUTPUT_ROWS], ROW_CHUNKS)
     kind = phase % PHASES_OF_LAYER
-    if kind == INPUT_NORM or kind == ROPE or kind == MLP_NORM:
+    if kind in (INPUT_NORM, ROPE, MLP_NORM):
         return of_rows
     if kind == ATTENTION:
         return of_rows * shape.kv_heads
@@ -147,7 +147,7 @@ def _part(chunk, chunks, whole):
 
 @njit(nogil=True)
 def _exp(x):
-    """e to the x to 7 digits, in steps that compile to vectors."""
+    """Exponential to 7 digits, in steps that compile to vectors."""
     power = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(126))
     whole = np.rint(power)
     part = (power - whole) * np.float32(0.6931471805599453)
@@ -329,9 +329,7 @@ def _gate_up(first, end, layer, weights, shape, rows, buffers):
     inputs = (buffers.codes, buffers.scales, buffers.sums)
     width, inner_blocks = 2 * shape.inner, shape.inner // BLOCK
     column = first * 2 * BLOCK
-    multiply(
-        weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, False
-    )
+    multiply(weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, False)
     for row in range(rows):
         for block in range(first, end):
             at = row * width + block * 2 * BLOCK
@@ -449,21 +447,26 @@ def _work(thread, control, weights, shape, inputs, buffers):
 
 
 @njit(nogil=True, cache=True)
-def run(first_phase, end_phase, helpers, semaphore, control, weights, shape, inputs, buffers):
-    """Run phases `first_phase` to `end_phase` with up to `helpers` other threads."""
-    control[END] = end_phase
-    control[STEP] = (control[STEP] + 1) & 0x3FFFFFFF
-    store_release(control, TICKET, (control[STEP] << 32) | (first_phase << 16))
+def take_part(thread, helpers, semaphore, control, weights, shape, inputs, buffers):
+    """Thread 0 wakes `helpers` others and works until the phases that `open_phases` named are over.
+
+    The others take part in each run that wakes them, until told to stop. (One function, so that all run the same code.)
+    """
     for _ in range(helpers):
         post_semaphore(semaphore)
-    _work(0, control, weights, shape, inputs, buffers)
+    while True:
+        if thread != 0:
+            wait_semaphore(semaphore)
+            if load_acquire(control, STOP) != 0:
+                return
+        _work(thread, control, weights, shape, inputs, buffers)
+        if thread == 0:
+            return
 
 
 @njit(nogil=True, cache=True)
-def help_out(thread, semaphore, control, weights, shape, inputs, buffers):
-    """What another thread does: take part in each `run` that wakes it, until told to stop."""
-    while True:
-        wait_semaphore(semaphore)
-        if load_acquire(control, STOP) != 0:
-            return
-        _work(thread, control, weights, shape, inputs, buffers)
+def open_phases(control, first, end):
+    """Let `take_part` work on phases `first` to `end`, once the last ones are over."""
+    control[END] = end
+    control[STEP] = (control[STEP] + 1) & 0x3FFFFFFF
+    store_release(control, TICKET, (control[STEP] << 32) | (first << 16))

@@ -1,9 +1,9 @@
 """x @ weight.T for weights of 4 bits, each block of 32 inputs with its own scale and minimum (GGUF's Q4_1), on a CPU.
 
 Inputs are rounded to 8 bits, each block with its own scale, as llama.cpp does (Q8_1), so that a product is one of
-integers. Eight outputs (a *group*) share a vector, so that nothing is summed across lanes. A *record* holds what a group
-has for a block of inputs: scales, minima (8 float16 each), and 128 bytes of codes; byte 4 * row + i of the jth 32 bytes has
-input 4 * j + i in its low half, 16 + 4 * j + i in its high half.
+integers. Eight outputs (a *group*) share a vector, so that nothing is summed across lanes. A *record* holds what a
+group has for a block of inputs: scales, minima (8 float16 each), and 128 bytes of codes; byte 4 * row + i of the jth 32
+bytes has input 4 * j + i in its low half, 16 + 4 * j + i in its high half.
 
 A weight of 8 bits (Q8_0) is the sum of two of 4 bits: 16 times its high half, and its low half. Its records for the
 high halves come before those for the low ones, and its inputs are there twice.
@@ -42,6 +42,8 @@ RECORD = 160
 STEPS = 4
 """32 bytes of codes at a time."""
 MAX_TILE = 8
+CACHED_BYTES = 12288
+"""Records that stay in the first cache while they meet many rows."""
 ORDER_KEPT = {"nnan", "nsz"}
 """What a maximum needs to compile to vectors. Sums are never reordered: each place that a function is compiled into
 would have its own order, and a batch its own results."""
@@ -58,13 +60,14 @@ class PackedWeight:
 
 
 def pack(weight: np.ndarray) -> PackedWeight | None:
-    """Pack float32 [out, in] without loss; None where a block has more values than 4, or evenly spaced 8 bits can tell."""
+    """Pack float32 [out, in] without loss; None where a block is neither of 4 nor of 8 bits, or sizes do not fit."""
     rows, inputs = weight.shape
     if rows % LANES or inputs % BLOCK:
         return None
     flat = np.ascontiguousarray(weight, np.float32).reshape(-1)
     blocks = rows * inputs // BLOCK
-    codes, scales, minima = np.empty(rows * inputs, np.uint8), np.empty(blocks, np.float16), np.empty(blocks, np.float16)
+    codes = np.empty(rows * inputs, np.uint8)
+    scales, minima = np.empty((2, blocks), np.float16)
     bits = (scales.view(np.uint16), minima.view(np.uint16))
     if _codes_of_4_bits(flat, codes, *bits):
         return PackedWeight(_records(codes, scales, minima, rows), 1)
@@ -280,6 +283,15 @@ def multiply(records, base, blocks, groups, inputs, rows, out, column, width, is
     inputs: int8 codes [rows, blocks * 32], float32 scales and sums [rows, blocks], see `quantize`; to out [rows, width]
     from `column` on, added to what is there if `is_sum`. All arrays flat.
     """
+    few = max(CACHED_BYTES // (blocks * RECORD), 1) if rows > MAX_TILE else groups
+    for first in range(0, groups, few):
+        start = base + first * blocks * RECORD
+        place = column + first * LANES
+        _multiply_few(records, start, blocks, min(few, groups - first), inputs, rows, out, place, width, is_sum)
+
+
+@njit(nogil=True)
+def _multiply_few(records, base, blocks, groups, inputs, rows, out, column, width, is_sum):
     row = 0
     while rows - row >= MAX_TILE:
         _tile_of_8(records, base, blocks, groups, inputs, row, out, column, width, is_sum, STEPS)

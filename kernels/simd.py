@@ -18,7 +18,7 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(*of) for of in ((I8, 32), (I16, 16), (I32, 8), (F32, 8)))
 
 
-class Vectors(types.Type):
+class Vectors(types.Type):  # type: ignore[misc]
     """Some vectors of one kind, kept in registers."""
 
     def __init__(self, of: ir.VectorType, count: int = 1) -> None:
@@ -27,7 +27,7 @@ class Vectors(types.Type):
 
 
 @register_model(Vectors)
-class _VectorsModel(models.PrimitiveModel):
+class _VectorsModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager, kind):
         super().__init__(manager, kind, kind.ir)
 
@@ -66,7 +66,7 @@ def call(builder, name, result, *arguments):
 
 
 def fused_multiply_add(builder, a, b, c):
-    """a * b + c, rounded once."""
+    """The sum a * b + c, rounded once."""
     return call(builder, "llvm.fma.v8f32", FLOATS, a, b, c)
 
 
@@ -81,7 +81,7 @@ def load_floats(typing, array, index):
     """Eight float32 of an array from `index` on."""
 
     def generate(context, builder, signature, given):
-        return load(builder, pointer(context, builder, signature.args[0], *given, FLOATS))
+        return load(builder, pointer(context, builder, signature.args[0], given[0], given[1], FLOATS))
 
     return float32x8(array, types.intp), generate
 
@@ -105,7 +105,7 @@ def broadcast(typing, value):
 
 @intrinsic
 def multiply_add(typing, a, b, c):
-    """a * b + c."""
+    """The sum a * b + c."""
     return float32x8(float32x8, float32x8, float32x8), (
         lambda context, builder, signature, given: fused_multiply_add(builder, *given)
     )
@@ -147,7 +147,8 @@ def load_acquire(typing, array, index):
     """An int64 that another thread stored with all that it wrote before."""
 
     def generate(context, builder, signature, given):
-        return builder.load_atomic(pointer(context, builder, signature.args[0], *given, I64), "acquire", 8)
+        address = pointer(context, builder, signature.args[0], given[0], given[1], I64)
+        return builder.load_atomic(address, "acquire", 8)
 
     return types.int64(array, types.intp), generate
 
