@@ -21,6 +21,7 @@ from headrace.kernels import packed_decoder as kernels
 from headrace.kernels.packed_decoder import Buffers, Inputs, Shape, Weights
 from headrace.kernels.packed_linear import BLOCK, aligned, pack
 from headrace.kernels.paged_attention import PagedPlan
+from headrace.kernels.simd import LANES
 
 FIRST_ROWS = 16
 """Rows that buffers are made for at first; they double when a batch has more."""
@@ -169,6 +170,7 @@ class PackedDecoder:
 
     def _shape(self, cache: KVCache) -> Shape:
         config, page_size = self._config, cache.layout.page_size
+        table_width = -(-self._longest // page_size) + 1
         return Shape(
             layers=config.num_layers,
             hidden=config.hidden_size,
@@ -180,8 +182,8 @@ class PackedDecoder:
             head_copies=self._weights.head_copies,
             num_pages=cache.num_pages,
             page_size=page_size,
-            table_width=-(-self._longest // page_size) + 1,
-            longest=self._longest,
+            table_width=table_width,
+            longest=-(-table_width * page_size // LANES) * LANES,
             eps=config.norm_eps,
         )
 

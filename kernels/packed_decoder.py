@@ -13,21 +13,30 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from headrace.kernels.packed_linear import BLOCK, ORDER_KEPT, RECORD, multiply, quantize
+from headrace.kernels.packed_linear import BLOCK, RECORD, project, quantize
 from headrace.kernels.simd import (
     LANES,
+    add,
     add_atomic,
     broadcast,
     compare_and_swap,
-    float_of_bits,
+    divide,
+    larger,
+    largest_lane,
     load_acquire,
     load_floats,
+    multiply,
     multiply_add,
     pause,
     post_semaphore,
+    rounded,
+    smaller,
     store_floats,
+    store_four_sums,
     store_release,
+    subtract,
     sum_lanes,
+    times_power_of_two,
     wait_semaphore,
     yield_processor,
     zeros,
@@ -84,7 +93,7 @@ class Shape(NamedTuple):
     page_size: int
     table_width: int
     longest: int
-    """Tokens of a context at most."""
+    """Room for the scores of a context, whole pages and a multiple of 8."""
     eps: float
 
 
@@ -147,46 +156,42 @@ def _part(chunk, chunks, whole):
 
 @njit(nogil=True)
 def _exp(x):
-    """Exponential to 7 digits, in steps that compile to vectors."""
-    power = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(126))
-    whole = np.rint(power)
-    part = (power - whole) * np.float32(0.6931471805599453)
-    value = np.float32(1.0 / 720)
-    value = value * part + np.float32(1.0 / 120)
-    value = value * part + np.float32(1.0 / 24)
-    value = value * part + np.float32(1.0 / 6)
-    value = value * part + np.float32(0.5)
-    value = value * part + np.float32(1)
-    value = value * part + np.float32(1)
-    return value * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
+    """Exponentials of eight, to 7 digits."""
+    power = multiply(x, broadcast(np.float32(1.4426950408889634)))
+    power = smaller(larger(power, broadcast(np.float32(-126))), broadcast(np.float32(126)))
+    whole = rounded(power)
+    part = multiply(subtract(power, whole), broadcast(np.float32(0.6931471805599453)))
+    value = broadcast(np.float32(1 / 720))
+    value = multiply_add(value, part, broadcast(np.float32(1 / 120)))
+    value = multiply_add(value, part, broadcast(np.float32(1 / 24)))
+    value = multiply_add(value, part, broadcast(np.float32(1 / 6)))
+    value = multiply_add(value, part, broadcast(np.float32(0.5)))
+    value = multiply_add(value, part, broadcast(np.float32(1)))
+    value = multiply_add(value, part, broadcast(np.float32(1)))
+    return times_power_of_two(value, whole)
 
 
 @njit(nogil=True)
-def _normalize(values, weight, eps, out):
+def _normalize(row, size, residual, weights, weight, eps, out):
     """See `rms_norm`."""
     squares = zeros()
-    for i in range(0, len(values), LANES):
-        some = load_floats(values, i)
+    for i in range(row * size, (row + 1) * size, LANES):
+        some = load_floats(residual, i)
         squares = multiply_add(some, some, squares)
-    scale = np.float32(1) / np.sqrt(sum_lanes(squares) / np.float32(len(values)) + np.float32(eps))
-    for i in range(len(values)):
-        out[i] = values[i] * scale * weight[i]
+    scale = broadcast(np.float32(1) / np.sqrt(sum_lanes(squares) / np.float32(size) + np.float32(eps)))
+    for i in range(0, size, LANES):
+        normed = multiply(load_floats(residual, row * size + i), scale)
+        store_floats(out, row * size + i, multiply(normed, load_floats(weights, weight + i)))
 
 
 @njit(nogil=True)
-def _normalize_rows(first, end, weights, at, shape, buffers):
+def _normalize_rows(first, end, weights, weight, shape, buffers):
     """RMS norm of the residual stream, rounded for the projection that follows."""
-    size, blocks = shape.hidden, shape.hidden // BLOCK
+    size, blocks, one = shape.hidden, shape.hidden // BLOCK, np.float32(1)
     for row in range(first, end):
-        normed = buffers.hidden[row * size : (row + 1) * size]
-        _normalize(buffers.residual[row * size : (row + 1) * size], weights[at : at + size], shape.eps, normed)
-        quantize(
-            normed,
-            np.float32(1),
-            buffers.codes[row * size : (row + 1) * size],
-            buffers.scales[row * blocks : (row + 1) * blocks],
-            buffers.sums[row * blocks : (row + 1) * blocks],
-        )
+        _normalize(row, size, buffers.residual, weights, weight, shape.eps, buffers.hidden)
+        at = row * size
+        quantize(buffers.hidden, at, size, one, buffers.codes, at, buffers.scales, buffers.sums, row * blocks)
 
 
 @njit(nogil=True)
@@ -208,117 +213,144 @@ def _rotate_and_write(first, end, layer, weights, shape, inputs, buffers):
     width = (shape.heads + 2 * shape.kv_heads) * size
     for row in range(first, end):
         position = inputs.positions[row]
-        cosines, sines = buffers.cosines[row * half : (row + 1) * half], buffers.sines[row * half : (row + 1) * half]
+        angles = row * half
         if layer == 0:
             for i in range(half):
                 angle = np.float32(position) * weights.inverse_frequencies[i]
-                cosines[i], sines[i] = math.cos(angle), math.sin(angle)
+                buffers.cosines[angles + i], buffers.sines[angles + i] = math.cos(angle), math.sin(angle)
         for head in range(shape.heads + shape.kv_heads):
             at = row * width + head * size
-            ones, others = buffers.qkv[at : at + half], buffers.qkv[at + half : at + size]
-            for i in range(half):
-                one, other = ones[i], others[i]
-                ones[i] = one * cosines[i] - other * sines[i]
-                others[i] = other * cosines[i] + one * sines[i]
+            for i in range(0, half, LANES):
+                one, other = load_floats(buffers.qkv, at + i), load_floats(buffers.qkv, at + half + i)
+                cos, sin = load_floats(buffers.cosines, angles + i), load_floats(buffers.sines, angles + i)
+                store_floats(buffers.qkv, at + i, subtract(multiply(one, cos), multiply(other, sin)))
+                store_floats(buffers.qkv, at + half + i, add(multiply(other, cos), multiply(one, sin)))
         page, slot = _page_of(row, position, shape, inputs), position % shape.page_size
         for values in range(2):
             for head in range(shape.kv_heads):
                 at = row * width + (shape.heads + values * shape.kv_heads + head) * size
                 to = _page_at(layer, page, values, head, shape) + slot * size
-                weights.pages[to : to + size] = buffers.qkv[at : at + size]
+                for i in range(0, size, LANES):
+                    store_floats(weights.pages, to + i, load_floats(buffers.qkv, at + i))
 
 
 @njit(nogil=True)
-def _scores(queries, query, pages, keys, count, size, scores, at):
-    """Products of one query with `count` keys that lie one after the other."""
-    for key in range(count):
-        even, odd = zeros(), zeros()
-        for i in range(0, size, 2 * LANES):
-            place = keys + key * size + i
-            even = multiply_add(load_floats(queries, query + i), load_floats(pages, place), even)
-            odd = multiply_add(load_floats(queries, query + i + LANES), load_floats(pages, place + LANES), odd)
-        scores[at + key] = sum_lanes(even) + sum_lanes(odd)
+def _scores(queries, query, pages, keys, count, page_size, size, scores, at):
+    """Products of one query with `count` keys of a page, and with up to three more that nobody looks at."""
+    key = 0
+    while key < count:
+        place = keys + key * size
+        if key + 4 <= page_size:
+            a, b, c, d = zeros(), zeros(), zeros(), zeros()
+            for i in range(0, size, LANES):
+                some = load_floats(queries, query + i)
+                a = multiply_add(some, load_floats(pages, place + i), a)
+                b = multiply_add(some, load_floats(pages, place + size + i), b)
+                c = multiply_add(some, load_floats(pages, place + 2 * size + i), c)
+                d = multiply_add(some, load_floats(pages, place + 3 * size + i), d)
+            store_four_sums(scores, at + key, a, b, c, d)
+            key += 4
+        else:
+            a = zeros()
+            for i in range(0, size, LANES):
+                a = multiply_add(load_floats(queries, query + i), load_floats(pages, place + i), a)
+            scores[at + key] = sum_lanes(a)
+            key += 1
 
 
-@njit(nogil=True, fastmath=ORDER_KEPT)
-def _softmax(scores, scaling):
-    """Exponentials in place; returns one over their sum."""
-    highest = np.float32(-np.inf)
-    for i in range(len(scores)):
-        highest = max(highest, scores[i])
-    for i in range(len(scores)):
-        scores[i] = _exp((scores[i] - highest) * scaling)
-    totals, one = zeros(), broadcast(np.float32(1))
-    whole = len(scores) // LANES * LANES
-    for i in range(0, whole, LANES):
-        totals = multiply_add(load_floats(scores, i), one, totals)
-    total = sum_lanes(totals)
-    for i in range(whole, len(scores)):
-        total += scores[i]
-    return np.float32(1) / total
+@njit(nogil=True)
+def _softmax(scores, at, count, scaling):
+    """Exponentials in place; returns one over their sum. Scores up to the next multiple of 8 are overwritten."""
+    for i in range(at + count, at + -(-count // LANES) * LANES):
+        scores[i] = -np.inf
+    highest = broadcast(scores[at])
+    for i in range(at, at + count, LANES):
+        highest = larger(load_floats(scores, i), highest)
+    highest, factor, total = broadcast(largest_lane(highest)), broadcast(scaling), zeros()
+    for i in range(at, at + count, LANES):
+        some = _exp(multiply(subtract(load_floats(scores, i), highest), factor))
+        store_floats(scores, i, some)
+        total = add(total, some)
+    return np.float32(1) / sum_lanes(total)
 
 
 @njit(nogil=True)
 def _add_values(scores, at, pages, values, count, size, out, to):
-    """Add `count` values that lie one after the other, each times its weight, 32 numbers at a time."""
-    for i in range(to, to + size, 4 * LANES):
-        a, b = load_floats(out, i), load_floats(out, i + LANES)
-        c, d = load_floats(out, i + 2 * LANES), load_floats(out, i + 3 * LANES)
+    """Add `count` values that lie one after the other, each times its weight, 64 numbers at a time, or 32."""
+    i = 0
+    while size - i >= 8 * LANES:
+        a, b = load_floats(out, to + i), load_floats(out, to + i + LANES)
+        c, d = load_floats(out, to + i + 2 * LANES), load_floats(out, to + i + 3 * LANES)
+        e, f = load_floats(out, to + i + 4 * LANES), load_floats(out, to + i + 5 * LANES)
+        g, h = load_floats(out, to + i + 6 * LANES), load_floats(out, to + i + 7 * LANES)
         for key in range(count):
-            weight, place = broadcast(scores[at + key]), values + key * size + i - to
+            weight, place = broadcast(scores[at + key]), values + key * size + i
             a = multiply_add(weight, load_floats(pages, place), a)
             b = multiply_add(weight, load_floats(pages, place + LANES), b)
             c = multiply_add(weight, load_floats(pages, place + 2 * LANES), c)
             d = multiply_add(weight, load_floats(pages, place + 3 * LANES), d)
-        store_floats(out, i, a)
-        store_floats(out, i + LANES, b)
-        store_floats(out, i + 2 * LANES, c)
-        store_floats(out, i + 3 * LANES, d)
+            e = multiply_add(weight, load_floats(pages, place + 4 * LANES), e)
+            f = multiply_add(weight, load_floats(pages, place + 5 * LANES), f)
+            g = multiply_add(weight, load_floats(pages, place + 6 * LANES), g)
+            h = multiply_add(weight, load_floats(pages, place + 7 * LANES), h)
+        store_floats(out, to + i, a)
+        store_floats(out, to + i + LANES, b)
+        store_floats(out, to + i + 2 * LANES, c)
+        store_floats(out, to + i + 3 * LANES, d)
+        store_floats(out, to + i + 4 * LANES, e)
+        store_floats(out, to + i + 5 * LANES, f)
+        store_floats(out, to + i + 6 * LANES, g)
+        store_floats(out, to + i + 7 * LANES, h)
+        i += 8 * LANES
+    while i < size:
+        a = load_floats(out, to + i)
+        for key in range(count):
+            place = values + key * size + i
+            a = multiply_add(broadcast(scores[at + key]), load_floats(pages, place), a)
+        store_floats(out, to + i, a)
+        i += LANES
 
 
 @njit(nogil=True)
 def _attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
     """All query heads of a row that share a KV head, over all tokens up to the row's own; rounded for the output."""
-    size, group = shape.head_dim, shape.heads // shape.kv_heads
+    size, group, page_size = shape.head_dim, shape.heads // shape.kv_heads, shape.page_size
     context, longest = inputs.positions[row] + 1, shape.longest
     query = (row * (shape.heads + 2 * shape.kv_heads) + kv_head * group) * size
     scores = thread * group * longest
-    for first in range(0, context, shape.page_size):
-        count = min(shape.page_size, context - first)
+    for first in range(0, context, page_size):
+        count = min(page_size, context - first)
         keys = _page_at(layer, _page_of(row, first, shape, inputs), 0, kv_head, shape)
         for head in range(group):
             at = scores + head * longest + first
-            _scores(buffers.qkv, query + head * size, weights.pages, keys, count, size, buffers.scores, at)
+            _scores(buffers.qkv, query + head * size, weights.pages, keys, count, page_size, size, buffers.scores, at)
     out = (row * shape.heads + kv_head * group) * size
-    buffers.attended[out : out + group * size] = np.float32(0)
+    for i in range(out, out + group * size, LANES):
+        store_floats(buffers.attended, i, zeros())
     scaling = np.float32(1 / math.sqrt(size))
-    shares = buffers.shares[thread * group : (thread + 1) * group]
     for head in range(group):
-        at = scores + head * longest
-        shares[head] = _softmax(buffers.scores[at : at + context], scaling)
-    for first in range(0, context, shape.page_size):
-        count = min(shape.page_size, context - first)
+        share = _softmax(buffers.scores, scores + head * longest, context, scaling)
+        buffers.shares[thread * group + head] = share
+    for first in range(0, context, page_size):
+        count = min(page_size, context - first)
         values = _page_at(layer, _page_of(row, first, shape, inputs), 1, kv_head, shape)
         for head in range(group):
             at = scores + head * longest + first
             _add_values(buffers.scores, at, weights.pages, values, count, size, buffers.attended, out + head * size)
+    codes, scales, sums = buffers.inner_codes, buffers.inner_scales, buffers.inner_sums
     for head in range(group):
-        at = out + head * size
-        block, end = at // BLOCK, (at + size) // BLOCK
-        quantize(
-            buffers.attended[at : at + size],
-            shares[head],
-            buffers.inner_codes[at : at + size],
-            buffers.inner_scales[block:end],
-            buffers.inner_sums[block:end],
-        )
+        at, share = out + head * size, buffers.shares[thread * group + head]
+        quantize(buffers.attended, at, size, share, codes, at, scales, sums, at // BLOCK)
 
 
 @njit(nogil=True)
-def _activate(gate, up):
-    """SiLU of the gate, times up, in place of the gate."""
-    for i in range(len(gate)):
-        gate[i] = gate[i] / (np.float32(1) + _exp(-gate[i])) * up[i]
+def _activate(gate_up, gate, up):
+    """SiLU of a block of the gate, times up, in place of the gate."""
+    one = broadcast(np.float32(1))
+    for i in range(0, BLOCK, LANES):
+        x = load_floats(gate_up, gate + i)
+        sigmoid = divide(one, add(one, _exp(subtract(zeros(), x))))
+        store_floats(gate_up, gate + i, multiply(multiply(x, sigmoid), load_floats(gate_up, up + i)))
 
 
 @njit(nogil=True)
@@ -329,20 +361,14 @@ def _gate_up(first, end, layer, weights, shape, rows, buffers):
     inputs = (buffers.codes, buffers.scales, buffers.sums)
     width, inner_blocks = 2 * shape.inner, shape.inner // BLOCK
     column = first * 2 * BLOCK
-    multiply(weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, False)
+    codes, scales, sums = buffers.inner_codes, buffers.inner_scales, buffers.inner_sums
+    project(weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, False)
     for row in range(rows):
         for block in range(first, end):
             at = row * width + block * 2 * BLOCK
-            gate, up = buffers.gate_up[at : at + BLOCK], buffers.gate_up[at + BLOCK : at + 2 * BLOCK]
-            _activate(gate, up)
+            _activate(buffers.gate_up, at, at + BLOCK)
             to = row * inner_blocks + block
-            quantize(
-                gate,
-                np.float32(1),
-                buffers.inner_codes[to * BLOCK : (to + 1) * BLOCK],
-                buffers.inner_scales[to : to + 1],
-                buffers.inner_sums[to : to + 1],
-            )
+            quantize(buffers.gate_up, at, BLOCK, np.float32(1), codes, to * BLOCK, scales, sums, to)
 
 
 @njit(nogil=True)
@@ -350,7 +376,7 @@ def _project(first, end, layer, records, outputs, size, inputs, rows, out, is_su
     """Groups `first` to `end` of a projection of all rows."""
     blocks = size // BLOCK
     base = (layer * outputs // LANES + first) * blocks * RECORD
-    multiply(records, base, blocks, end - first, inputs, rows, out, first * LANES, outputs, is_sum)
+    project(records, base, blocks, end - first, inputs, rows, out, first * LANES, outputs, is_sum)
 
 
 @njit(nogil=True)
@@ -389,20 +415,14 @@ def _run_after_layers(kind, chunk, chunks, weights, shape, buffers, rows, output
     if kind == LAST_NORM:
         first, end = _part(chunk, chunks, rows)
         for row in range(first, end):
-            at, to = row * size, (row + 1) * size
-            _normalize(buffers.residual[at:to], weights.norm, shape.eps, buffers.hidden[at:to])
+            _normalize(row, size, buffers.residual, weights.norm, 0, shape.eps, buffers.hidden)
     elif kind == HEAD_INPUT:
         first, end = _part(chunk, chunks, output_rows)
-        blocks = size // BLOCK
+        blocks, one = size // BLOCK, np.float32(1)
+        codes, scales, sums = buffers.codes, buffers.scales, buffers.sums
         for row in range(first, end):
             for copy in range(row * copies, (row + 1) * copies):
-                quantize(
-                    buffers.hidden[row * size : (row + 1) * size],
-                    np.float32(1),
-                    buffers.codes[copy * size : (copy + 1) * size],
-                    buffers.scales[copy * blocks : (copy + 1) * blocks],
-                    buffers.sums[copy * blocks : (copy + 1) * blocks],
-                )
+                quantize(buffers.hidden, row * size, size, one, codes, copy * size, scales, sums, copy * blocks)
     else:
         groups = shape.vocabulary // LANES
         first = chunk * HEAD_GROUPS

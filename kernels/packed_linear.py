@@ -27,13 +27,23 @@ from headrace.kernels.simd import (
     LANES,
     SHORTS,
     Vectors,
+    absolute,
+    add,
     bits_of_half,
+    broadcast,
     call,
     fused_multiply_add,
+    larger,
+    largest_lane,
     load,
+    load_floats,
+    multiply,
     pointer,
+    rounded,
     splat,
     store,
+    store_codes,
+    sum_lanes,
 )
 
 BLOCK = 32
@@ -44,9 +54,6 @@ STEPS = 4
 MAX_TILE = 8
 CACHED_BYTES = 12288
 """Records that stay in the first cache while they meet many rows."""
-ORDER_KEPT = {"nnan", "nsz"}
-"""What a maximum needs to compile to vectors. Sums are never reordered: each place that a function is compiled into
-would have its own order, and a batch its own results."""
 TOLERANCE = 2e-3
 """A weight counts as one of 4 bits where it is so near to its code's value, in steps."""
 
@@ -135,24 +142,28 @@ def _codes_of_8_bits(values, codes, scales):
     return True
 
 
-@njit(nogil=True, fastmath=ORDER_KEPT)
-def quantize(values, scale, codes, scales, sums):
-    """Round float32 [n] times `scale` to int8, each block to its own scale; `sums` gets the blocks' sums of values."""
-    for block in range(len(scales)):
-        part = values[block * BLOCK : (block + 1) * BLOCK]
-        rounded = codes[block * BLOCK : (block + 1) * BLOCK]
-        largest = np.float32(0)
-        for i in range(BLOCK):
-            largest = max(largest, abs(part[i]))
-        inverse = np.float32(127) / largest if largest > 0 else np.float32(0)
-        total = np.int32(0)
-        for i in range(BLOCK):
-            code = np.int32(np.rint(part[i] * inverse))
-            rounded[i] = np.int8(code)
-            total += code
-        step = largest * scale / np.float32(127)
+@njit(nogil=True)
+def quantize(values, at, size, factor, codes, code, scales, sums, block):
+    """Round `size` float32 from `at` on, times `factor`, to int8, each block to a scale of its own.
+
+    Writes codes from `code` on and, from `block` on, scales and the blocks' sums.
+    """
+    for first in range(0, size, BLOCK):
+        place = at + first
+        a, b = load_floats(values, place), load_floats(values, place + LANES)
+        c, d = load_floats(values, place + 2 * LANES), load_floats(values, place + 3 * LANES)
+        largest = largest_lane(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
+        inverse = broadcast(np.float32(127) / largest if largest > np.float32(0) else np.float32(0))
+        a, b = rounded(multiply(a, inverse)), rounded(multiply(b, inverse))
+        c, d = rounded(multiply(c, inverse)), rounded(multiply(d, inverse))
+        store_codes(codes, code + first, a)
+        store_codes(codes, code + first + LANES, b)
+        store_codes(codes, code + first + 2 * LANES, c)
+        store_codes(codes, code + first + 3 * LANES, d)
+        step = largest * factor / np.float32(127)
         scales[block] = step
-        sums[block] = step * np.float32(total)
+        sums[block] = step * sum_lanes(add(add(a, b), add(c, d)))
+        block += 1
 
 
 def _tile(rows):
@@ -277,7 +288,7 @@ _tile_of_1, _tile_of_2, _tile_of_4, _tile_of_8 = (_tile(rows) for rows in (1, 2,
 
 
 @njit(nogil=True)
-def multiply(records, base, blocks, groups, inputs, rows, out, column, width, is_sum):
+def project(records, base, blocks, groups, inputs, rows, out, column, width, is_sum):
     """`groups` groups of outputs of all rows, from the records at `base` on.
 
     inputs: int8 codes [rows, blocks * 32], float32 scales and sums [rows, blocks], see `quantize`; to out [rows, width]
@@ -287,11 +298,11 @@ def multiply(records, base, blocks, groups, inputs, rows, out, column, width, is
     for first in range(0, groups, few):
         start = base + first * blocks * RECORD
         place = column + first * LANES
-        _multiply_few(records, start, blocks, min(few, groups - first), inputs, rows, out, place, width, is_sum)
+        _project_few(records, start, blocks, min(few, groups - first), inputs, rows, out, place, width, is_sum)
 
 
 @njit(nogil=True)
-def _multiply_few(records, base, blocks, groups, inputs, rows, out, column, width, is_sum):
+def _project_few(records, base, blocks, groups, inputs, rows, out, column, width, is_sum):
     row = 0
     while rows - row >= MAX_TILE:
         _tile_of_8(records, base, blocks, groups, inputs, row, out, column, width, is_sum, STEPS)

@@ -111,25 +111,119 @@ def multiply_add(typing, a, b, c):
     )
 
 
+def _of_two(operation):
+    """An intrinsic of two vectors."""
+
+    @intrinsic
+    def apply(typing, a, b):
+        return float32x8(float32x8, float32x8), (
+            lambda context, builder, signature, given: operation(builder, given[0], given[1])
+        )
+
+    return apply
+
+
+add = _of_two(lambda builder, a, b: builder.fadd(a, b))
+subtract = _of_two(lambda builder, a, b: builder.fsub(a, b))
+multiply = _of_two(lambda builder, a, b: builder.fmul(a, b))
+divide = _of_two(lambda builder, a, b: builder.fdiv(a, b))
+larger = _of_two(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+smaller = _of_two(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+
+
+def _pairs(builder, a, b, combine):
+    """Neighbours combined: two of a, two of b, and so on, as `vhaddps` does."""
+    even, odd = (
+        builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, 8), [at + i for i in (0, 2, 8, 10, 4, 6, 12, 14)]))
+        for at in (0, 1)
+    )
+    return combine(builder, even, odd)
+
+
+def _halves(builder, a, combine):
+    """The lower four lanes combined with the upper four."""
+    lower, upper = (
+        builder.shuffle_vector(a, a, ir.Constant(ir.VectorType(I32, 4), list(range(at, at + 4)))) for at in (0, 4)
+    )
+    return combine(builder, lower, upper)
+
+
+def _across(combine):
+    """An intrinsic that combines eight lanes, neighbours first: always in the same order."""
+
+    @intrinsic
+    def apply(typing, a):
+        def generate(context, builder, signature, given):
+            once = _pairs(builder, given[0], given[0], combine)
+            whole = _halves(builder, _pairs(builder, once, once, combine), combine)
+            return builder.extract_element(whole, I32(0))
+
+        return types.float32(float32x8), generate
+
+    return apply
+
+
+sum_lanes = _across(lambda builder, a, b: builder.fadd(a, b))
+largest_lane = _across(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
 @intrinsic
-def sum_lanes(typing, a):
-    """The sum of the eight, in whatever order is fastest: always the same one."""
+def store_four_sums(typing, array, index, a, b, c, d):
+    """Store `sum_lanes` of four vectors one after the other."""
 
     def generate(context, builder, signature, given):
-        half = given[0]
-        for count in (4, 2, 1):
-            lanes = [ir.Constant(ir.VectorType(I32, count), list(range(at, at + count))) for at in (0, count)]
-            low, high = (builder.shuffle_vector(half, half, lane) for lane in lanes)
-            half = builder.fadd(low, high)
-        return builder.extract_element(half, I32(0))
+        array, index, *vectors = given
 
-    return types.float32(float32x8), generate
+        def plus(builder, a, b):
+            return builder.fadd(a, b)
+
+        a, b, c, d = vectors
+        first, second = _pairs(builder, a, b, plus), _pairs(builder, c, d, plus)
+        sums = _halves(builder, _pairs(builder, first, second, plus), plus)
+        store(builder, sums, pointer(context, builder, signature.args[0], array, index, sums.type))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, float32x8, float32x8, float32x8, float32x8), generate
 
 
 @intrinsic
-def float_of_bits(typing, bits):
-    """The float32 with these bits."""
-    return types.float32(types.int32), lambda context, builder, signature, given: builder.bitcast(given[0], F32)
+def absolute(typing, a):
+    """Without their signs."""
+    return float32x8(float32x8), (
+        lambda context, builder, signature, given: call(builder, "llvm.fabs.v8f32", FLOATS, given[0])
+    )
+
+
+@intrinsic
+def rounded(typing, a):
+    """The nearest integers, as float32."""
+    return float32x8(float32x8), (
+        lambda context, builder, signature, given: call(builder, "llvm.rint.v8f32", FLOATS, given[0])
+    )
+
+
+@intrinsic
+def times_power_of_two(typing, a, exponents):
+    """Times 2 to the whole numbers -126 to 127 in `exponents`."""
+
+    def generate(context, builder, signature, given):
+        biased = builder.add(builder.fptosi(given[1], INTS), ir.Constant(INTS, [127] * LANES))
+        power = builder.shl(biased, ir.Constant(INTS, [23] * LANES))
+        return builder.fmul(given[0], builder.bitcast(power, FLOATS))
+
+    return float32x8(float32x8, float32x8), generate
+
+
+@intrinsic
+def store_codes(typing, array, index, value):
+    """Store whole numbers -128 to 127 as int8."""
+
+    def generate(context, builder, signature, given):
+        codes = builder.trunc(builder.fptosi(given[2], INTS), ir.VectorType(I8, LANES))
+        store(builder, codes, pointer(context, builder, signature.args[0], given[0], given[1], codes.type))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, float32x8), generate
 
 
 @intrinsic

@@ -10,7 +10,7 @@ from headrace.engine.device import can_pack
 if not can_pack():
     pytest.skip("packed weights need numba and AVX2", allow_module_level=True)
 
-from headrace.kernels.packed_linear import BLOCK, multiply, pack, quantize
+from headrace.kernels.packed_linear import BLOCK, pack, project, quantize
 
 SHAPES = [(8, 32), (64, 96), (120, 576), (72, 1536)]
 
@@ -41,7 +41,7 @@ def rounded(x: np.ndarray, copies: int) -> tuple[tuple[np.ndarray, np.ndarray, n
     scales, sums = (np.empty((rows, copies, size // BLOCK), np.float32) for _ in range(2))
     for row in range(rows):
         for copy in range(copies):
-            quantize(x[row], np.float32(1), codes[row, copy], scales[row, copy], sums[row, copy])
+            quantize(x[row], 0, size, np.float32(1), codes[row, copy], 0, scales[row, copy], sums[row, copy], 0)
     values = codes[:, 0].reshape(rows, -1, BLOCK).astype(np.float64) * scales[:, 0, :, None]
     return (codes.reshape(-1), scales.reshape(-1), sums.reshape(-1)), values.reshape(rows, size)
 
@@ -59,7 +59,7 @@ def test_products_are_those_of_the_weights(make: object, shape: tuple[int, int],
     out = np.ones((rows, shape[0] + 8), np.float32)
     records, blocks, width = packed.records.reshape(-1), packed.records.shape[1], out.shape[1]
     for is_sum in (False, True):
-        multiply(records, 0, blocks, shape[0] // 8, inputs, rows, out.reshape(-1), 8, width, is_sum)
+        project(records, 0, blocks, shape[0] // 8, inputs, rows, out.reshape(-1), 8, width, is_sum)
     expected = 2 * (values @ weight.T.astype(np.float64))
     size = np.abs(values) @ np.abs(weight.T)
     assert (np.abs(out[:, 8:] - expected) / size).max() < 1e-5
@@ -76,7 +76,7 @@ def test_a_row_gives_the_same_bits_in_any_company(rows: int) -> None:
     def product(some: np.ndarray) -> np.ndarray:
         out = np.empty((len(some), 64), np.float32)
         inputs = rounded(some, 1)[0]
-        multiply(packed.records.reshape(-1), 0, 18, 8, inputs, len(some), out.reshape(-1), 0, 64, False)
+        project(packed.records.reshape(-1), 0, 18, 8, inputs, len(some), out.reshape(-1), 0, 64, False)
         return out
 
     together = product(x)
@@ -100,7 +100,7 @@ def test_constant_blocks_and_zeros_are_packed() -> None:
     assert packed is not None
     inputs, values = rounded(np.ones((1, 64), np.float32), packed.copies)
     out = np.empty((1, 8), np.float32)
-    multiply(packed.records.reshape(-1), 0, 2 * packed.copies, 1, inputs, 1, out.reshape(-1), 0, 8, False)
+    project(packed.records.reshape(-1), 0, 2 * packed.copies, 1, inputs, 1, out.reshape(-1), 0, 8, False)
     assert np.allclose(out, values @ weight.T, atol=1e-4)
 
 
