@@ -23,7 +23,7 @@ def main() -> None:
     gguf, port, streams = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
-    params.hostname = "127.0.0.1"
+    params.hostnames = ["127.0.0.1"]
     params.port = port
     params.n_parallel = streams
     params.n_ctx = CONTEXT * streams
