@@ -29,6 +29,8 @@ class Model(Protocol):
 
     follows_tables: bool
     """Its plans are `PagedPlan`s."""
+    cache_dtype: torch.dtype | None
+    """What it stores K and V in, where that is not the type of its activations."""
 
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         """Compute the batch and return the final, normalised hidden states [T, H].

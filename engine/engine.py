@@ -116,7 +116,7 @@ class Engine:
         max_model_len = min(config.max_model_len or limit, limit)
         with torch.inference_mode():
             model = _load_model(config, model_config, device, dtype, max_model_len, progress)
-        cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+        cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else model.cache_dtype or dtype
         layout = CacheLayout(
             str(cache_dtype).removeprefix("torch."),
             model_config.num_layers,

@@ -29,6 +29,7 @@ class FusedDecoder:
     """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
 
     follows_tables = False
+    cache_dtype: torch.dtype | None = None
 
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup, *, norms_are_folded: bool = False

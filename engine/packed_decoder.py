@@ -23,6 +23,8 @@ from headrace.kernels.packed_linear import BLOCK, aligned, pack
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.simd import LANES
 
+LAYERS_AT_ONCE = 5
+"""Layers between two calls of `on_layer`: for each, the thread must wait for the interpreter's lock."""
 FIRST_ROWS = 16
 """Rows that buffers are made for at first; they double when a batch has more."""
 
@@ -94,6 +96,7 @@ class PackedDecoder:
     """See `Model`. Its batches' plans are `PagedPlan`s."""
 
     follows_tables = True
+    cache_dtype: torch.dtype | None = torch.float16
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, max_model_len: int) -> None:
         self._config = config
@@ -126,12 +129,15 @@ class PackedDecoder:
         if on_layer is None:
             team.run(0, end, self._threads)
         else:
-            for layer in range(layers):
-                # the layer before this one ends with the phases that make this one's K and V
-                first = layer * phases - (0 if layer == 0 else phases - kernels.ROPE - 1)
-                team.run(first, layer * phases + kernels.ROPE + 1, self._threads)
-                on_layer(layer)
-            team.run((layers - 1) * phases + kernels.ROPE + 1, end, self._threads)
+            done = 0
+            for first in range(0, layers, LAYERS_AT_ONCE):
+                last = min(first + LAYERS_AT_ONCE, layers) - 1
+                written = last * phases + kernels.ROPE + 1
+                team.run(done, written, self._threads)
+                done = written
+                for layer in range(first, last + 1):
+                    on_layer(layer)
+            team.run(done, end, self._threads)
         return team.hidden[:rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -165,7 +171,7 @@ class PackedDecoder:
             norm=norms["norm"],
             head=records["head"],
             inverse_frequencies=self._frequencies,
-            pages=cache.pages.view(-1).numpy(),
+            pages=cache.pages.view(torch.int16).view(-1).numpy(),
         )
 
     def _shape(self, cache: KVCache) -> Shape:

@@ -25,6 +25,7 @@ from headrace.kernels.simd import (
     largest_lane,
     load_acquire,
     load_floats,
+    load_halves,
     multiply,
     multiply_add,
     pause,
@@ -33,6 +34,7 @@ from headrace.kernels.simd import (
     smaller,
     store_floats,
     store_four_sums,
+    store_halves,
     store_release,
     subtract,
     sum_lanes,
@@ -75,7 +77,7 @@ class Weights(NamedTuple):
     head: np.ndarray
     inverse_frequencies: np.ndarray
     pages: np.ndarray
-    """The KV cache, float32 [layers, pages, 2, KV heads, page size, head size]."""
+    """The KV cache, bits of float16 [layers, pages, 2, KV heads, page size, head size]."""
 
 
 class Shape(NamedTuple):
@@ -148,13 +150,13 @@ def _chunks(phase, shape, control):
     return min(shape.hidden // LANES, CHUNKS)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _part(chunk, chunks, whole):
     """Where a chunk's part of something begins and ends."""
     return whole * chunk // chunks, whole * (chunk + 1) // chunks
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _exp(x):
     """Exponentials of eight, to 7 digits."""
     power = multiply(x, broadcast(np.float32(1.4426950408889634)))
@@ -171,7 +173,7 @@ def _exp(x):
     return times_power_of_two(value, whole)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _normalize(row, size, residual, weights, weight, eps, out):
     """See `rms_norm`."""
     squares = zeros()
@@ -194,12 +196,12 @@ def _normalize_rows(first, end, weights, weight, shape, buffers):
         quantize(buffers.hidden, at, size, one, buffers.codes, at, buffers.scales, buffers.sums, row * blocks)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _page_of(row, position, shape, inputs):
     return inputs.tables[inputs.request[row] * shape.table_width + position // shape.page_size]
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _page_at(layer, page, values, kv_head, shape):
     """Where the keys (`values` 0) or values (1) of a head begin in a page."""
     block = ((layer * shape.num_pages + page) * 2 + values) * shape.kv_heads + kv_head
@@ -231,10 +233,10 @@ def _rotate_and_write(first, end, layer, weights, shape, inputs, buffers):
                 at = row * width + (shape.heads + values * shape.kv_heads + head) * size
                 to = _page_at(layer, page, values, head, shape) + slot * size
                 for i in range(0, size, LANES):
-                    store_floats(weights.pages, to + i, load_floats(buffers.qkv, at + i))
+                    store_halves(weights.pages, to + i, load_floats(buffers.qkv, at + i))
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _scores(queries, query, pages, keys, count, page_size, size, scores, at):
     """Products of one query with `count` keys of a page, and with up to three more that nobody looks at."""
     key = 0
@@ -244,21 +246,21 @@ def _scores(queries, query, pages, keys, count, page_size, size, scores, at):
             a, b, c, d = zeros(), zeros(), zeros(), zeros()
             for i in range(0, size, LANES):
                 some = load_floats(queries, query + i)
-                a = multiply_add(some, load_floats(pages, place + i), a)
-                b = multiply_add(some, load_floats(pages, place + size + i), b)
-                c = multiply_add(some, load_floats(pages, place + 2 * size + i), c)
-                d = multiply_add(some, load_floats(pages, place + 3 * size + i), d)
+                a = multiply_add(some, load_halves(pages, place + i), a)
+                b = multiply_add(some, load_halves(pages, place + size + i), b)
+                c = multiply_add(some, load_halves(pages, place + 2 * size + i), c)
+                d = multiply_add(some, load_halves(pages, place + 3 * size + i), d)
             store_four_sums(scores, at + key, a, b, c, d)
             key += 4
         else:
             a = zeros()
             for i in range(0, size, LANES):
-                a = multiply_add(load_floats(queries, query + i), load_floats(pages, place + i), a)
+                a = multiply_add(load_floats(queries, query + i), load_halves(pages, place + i), a)
             scores[at + key] = sum_lanes(a)
             key += 1
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _softmax(scores, at, count, scaling):
     """Exponentials in place; returns one over their sum. Scores up to the next multiple of 8 are overwritten."""
     for i in range(at + count, at + -(-count // LANES) * LANES):
@@ -274,7 +276,7 @@ def _softmax(scores, at, count, scaling):
     return np.float32(1) / sum_lanes(total)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _add_values(scores, at, pages, values, count, size, out, to):
     """Add `count` values that lie one after the other, each times its weight, 64 numbers at a time, or 32."""
     i = 0
@@ -285,14 +287,14 @@ def _add_values(scores, at, pages, values, count, size, out, to):
         g, h = load_floats(out, to + i + 6 * LANES), load_floats(out, to + i + 7 * LANES)
         for key in range(count):
             weight, place = broadcast(scores[at + key]), values + key * size + i
-            a = multiply_add(weight, load_floats(pages, place), a)
-            b = multiply_add(weight, load_floats(pages, place + LANES), b)
-            c = multiply_add(weight, load_floats(pages, place + 2 * LANES), c)
-            d = multiply_add(weight, load_floats(pages, place + 3 * LANES), d)
-            e = multiply_add(weight, load_floats(pages, place + 4 * LANES), e)
-            f = multiply_add(weight, load_floats(pages, place + 5 * LANES), f)
-            g = multiply_add(weight, load_floats(pages, place + 6 * LANES), g)
-            h = multiply_add(weight, load_floats(pages, place + 7 * LANES), h)
+            a = multiply_add(weight, load_halves(pages, place), a)
+            b = multiply_add(weight, load_halves(pages, place + LANES), b)
+            c = multiply_add(weight, load_halves(pages, place + 2 * LANES), c)
+            d = multiply_add(weight, load_halves(pages, place + 3 * LANES), d)
+            e = multiply_add(weight, load_halves(pages, place + 4 * LANES), e)
+            f = multiply_add(weight, load_halves(pages, place + 5 * LANES), f)
+            g = multiply_add(weight, load_halves(pages, place + 6 * LANES), g)
+            h = multiply_add(weight, load_halves(pages, place + 7 * LANES), h)
         store_floats(out, to + i, a)
         store_floats(out, to + i + LANES, b)
         store_floats(out, to + i + 2 * LANES, c)
@@ -306,7 +308,7 @@ def _add_values(scores, at, pages, values, count, size, out, to):
         a = load_floats(out, to + i)
         for key in range(count):
             place = values + key * size + i
-            a = multiply_add(broadcast(scores[at + key]), load_floats(pages, place), a)
+            a = multiply_add(broadcast(scores[at + key]), load_halves(pages, place), a)
         store_floats(out, to + i, a)
         i += LANES
 
@@ -343,7 +345,7 @@ def _attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
         quantize(buffers.attended, at, size, share, codes, at, scales, sums, at // BLOCK)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def _activate(gate_up, gate, up):
     """SiLU of a block of the gate, times up, in place of the gate."""
     one = broadcast(np.float32(1))

@@ -142,7 +142,7 @@ def _codes_of_8_bits(values, codes, scales):
     return True
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def quantize(values, at, size, factor, codes, code, scales, sums, block):
     """Round `size` float32 from `at` on, times `factor`, to int8, each block to a scale of its own.
 

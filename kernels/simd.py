@@ -98,6 +98,31 @@ def store_floats(typing, array, index, value):
 
 
 @intrinsic
+def load_halves(typing, array, index):
+    """Eight float16 as float32."""
+
+    def generate(context, builder, signature, given):
+        kind = ir.VectorType(ir.HalfType(), LANES)
+        return builder.fpext(
+            load(builder, pointer(context, builder, signature.args[0], given[0], given[1], kind)), FLOATS
+        )
+
+    return float32x8(array, types.intp), generate
+
+
+@intrinsic
+def store_halves(typing, array, index, value):
+    """Eight float32 as float16."""
+
+    def generate(context, builder, signature, given):
+        halves = builder.fptrunc(given[2], ir.VectorType(ir.HalfType(), LANES))
+        store(builder, halves, pointer(context, builder, signature.args[0], given[0], given[1], halves.type))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, float32x8), generate
+
+
+@intrinsic
 def broadcast(typing, value):
     """Eight times one float32."""
     return float32x8(types.float32), lambda context, builder, signature, given: splat(builder, given[0], FLOATS)
