@@ -271,6 +271,10 @@ def _load_packed(folder: Path, model_config: ModelConfig, max_model_len: int, pr
     """The model with packed weights, where they, the processor and what is installed allow it."""
     if not can_pack():
         return None
+    from headrace.engine.compiled_kernels import keep_compiled
+
+    if not keep_compiled():
+        progress("compiling kernels, once on a machine", 0.0)
     from headrace.engine.packed_decoder import PackedDecoder, load_packed
 
     weights = load_packed(folder, model_config, progress)

