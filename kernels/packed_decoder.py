@@ -364,7 +364,9 @@ def _gate_up(first, end, layer, weights, shape, rows, buffers):
     width, inner_blocks = 2 * shape.inner, shape.inner // BLOCK
     column = first * 2 * BLOCK
     codes, scales, sums = buffers.inner_codes, buffers.inner_scales, buffers.inner_sums
-    project(weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, False)
+    project(
+        weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, np.int64(0)
+    )
     for row in range(rows):
         for block in range(first, end):
             at = row * width + block * 2 * BLOCK
@@ -399,7 +401,7 @@ def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, bu
     elif kind == QKV:
         outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         first, end = _part(chunk, chunks, outputs // LANES)
-        _project(first, end, layer, weights.qkv, outputs, shape.hidden, hidden_inputs, rows, buffers.qkv, False)
+        _project(first, end, layer, weights.qkv, outputs, shape.hidden, hidden_inputs, rows, buffers.qkv, np.int64(0))
     elif kind == GATE_UP:
         first, end = _part(chunk, chunks, shape.inner // BLOCK)
         _gate_up(first, end, layer, weights, shape, rows, buffers)
@@ -408,7 +410,7 @@ def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, bu
         records, size = weights.down, shape.inner
         if kind == OUTPUT:
             records, size = weights.output, shape.heads * shape.head_dim
-        _project(first, end, layer, records, shape.hidden, size, inner_inputs, rows, buffers.residual, True)
+        _project(first, end, layer, records, shape.hidden, size, inner_inputs, rows, buffers.residual, np.int64(1))
 
 
 @njit(nogil=True)
@@ -431,7 +433,16 @@ def _run_after_layers(kind, chunk, chunks, weights, shape, buffers, rows, output
         end = min(first + HEAD_GROUPS, groups)
         inputs = (buffers.codes, buffers.scales, buffers.sums)
         _project(
-            first, end, 0, weights.head, shape.vocabulary, size * copies, inputs, output_rows, buffers.logits, False
+            first,
+            end,
+            np.int64(0),
+            weights.head,
+            shape.vocabulary,
+            size * copies,
+            inputs,
+            output_rows,
+            buffers.logits,
+            np.int64(0),
         )
 
 

@@ -256,14 +256,15 @@ def _tile(rows):
 
         def generate(context, builder, signature, given):
             totals, out, first, stride, is_sum = given
+            adds = builder.icmp_signed("!=", is_sum, is_sum.type(0))
             for row, total in enumerate(parts(builder, totals)):
                 where = builder.add(first, builder.mul(stride, stride.type(row)))
                 address = pointer(context, builder, signature.args[1], out, where, FLOATS)
                 added = builder.fadd(total, load(builder, address))
-                store(builder, builder.select(is_sum, added, total), address)
+                store(builder, builder.select(adds, added, total), address)
             return context.get_dummy_value()
 
-        return types.void(floats, out, types.intp, types.intp, types.boolean), generate
+        return types.void(floats, out, types.intp, types.intp, types.int64), generate
 
     @njit(nogil=True)
     def tile(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps):
@@ -292,7 +293,7 @@ def project(records, base, blocks, groups, inputs, rows, out, column, width, is_
     """`groups` groups of outputs of all rows, from the records at `base` on.
 
     inputs: int8 codes [rows, blocks * 32], float32 scales and sums [rows, blocks], see `quantize`; to out [rows, width]
-    from `column` on, added to what is there if `is_sum`. All arrays flat.
+    from `column` on, added to what is there if `is_sum` is not 0. All arrays flat.
     """
     few = max(CACHED_BYTES // (blocks * RECORD), 1) if rows > MAX_TILE else groups
     for first in range(0, groups, few):
@@ -303,15 +304,16 @@ def project(records, base, blocks, groups, inputs, rows, out, column, width, is_
 
 @njit(nogil=True)
 def _project_few(records, base, blocks, groups, inputs, rows, out, column, width, is_sum):
-    row = 0
-    while rows - row >= MAX_TILE:
-        _tile_of_8(records, base, blocks, groups, inputs, row, out, column, width, is_sum, STEPS)
-        row += MAX_TILE
+    # Not a constant to the compiler, which would unroll the loop over it and then run out of registers.
+    steps = min(STEPS, blocks * STEPS)
+    row = rows // MAX_TILE * MAX_TILE
+    for first in range(0, row, MAX_TILE):
+        _tile_of_8(records, base, blocks, groups, inputs, first, out, column, width, is_sum, steps)
     if rows - row >= 4:
-        _tile_of_4(records, base, blocks, groups, inputs, row, out, column, width, is_sum, STEPS)
+        _tile_of_4(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps)
         row += 4
     if rows - row >= 2:
-        _tile_of_2(records, base, blocks, groups, inputs, row, out, column, width, is_sum, STEPS)
+        _tile_of_2(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps)
         row += 2
     if rows > row:
-        _tile_of_1(records, base, blocks, groups, inputs, row, out, column, width, is_sum, STEPS)
+        _tile_of_1(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps)

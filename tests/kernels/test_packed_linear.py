@@ -58,7 +58,7 @@ def test_products_are_those_of_the_weights(make: object, shape: tuple[int, int],
     inputs, values = rounded(x, packed.copies)
     out = np.ones((rows, shape[0] + 8), np.float32)
     records, blocks, width = packed.records.reshape(-1), packed.records.shape[1], out.shape[1]
-    for is_sum in (False, True):
+    for is_sum in (0, 1):
         project(records, 0, blocks, shape[0] // 8, inputs, rows, out.reshape(-1), 8, width, is_sum)
     expected = 2 * (values @ weight.T.astype(np.float64))
     size = np.abs(values) @ np.abs(weight.T)
@@ -76,7 +76,7 @@ def test_a_row_gives_the_same_bits_in_any_company(rows: int) -> None:
     def product(some: np.ndarray) -> np.ndarray:
         out = np.empty((len(some), 64), np.float32)
         inputs = rounded(some, 1)[0]
-        project(packed.records.reshape(-1), 0, 18, 8, inputs, len(some), out.reshape(-1), 0, 64, False)
+        project(packed.records.reshape(-1), 0, 18, 8, inputs, len(some), out.reshape(-1), 0, 64, 0)
         return out
 
     together = product(x)
@@ -100,7 +100,7 @@ def test_constant_blocks_and_zeros_are_packed() -> None:
     assert packed is not None
     inputs, values = rounded(np.ones((1, 64), np.float32), packed.copies)
     out = np.empty((1, 8), np.float32)
-    project(packed.records.reshape(-1), 0, 2 * packed.copies, 1, inputs, 1, out.reshape(-1), 0, 8, False)
+    project(packed.records.reshape(-1), 0, 2 * packed.copies, 1, inputs, 1, out.reshape(-1), 0, 8, 0)
     assert np.allclose(out, values @ weight.T, atol=1e-4)
 
 
