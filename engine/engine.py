@@ -250,7 +250,8 @@ def _load_model(
 
         progress("loading through transformers", 0.0)
         return GeneralModel(config.model_folder, device, dtype, max_model_len)
-    if config.quantization == "auto" and dtype == torch.float32 and device.type == "cpu" and not config.random_weights:
+    packs = config.quantization == "auto" and config.dtype == "auto" and device.type == "cpu"
+    if packs and not config.random_weights:
         packed = _load_packed(config.model_folder, model_config, max_model_len, progress)
         if packed is not None:
             return packed

@@ -36,7 +36,7 @@ def load(folder: Path, model_impl: str, max_model_len: int, quantization: str = 
         EngineConfig(
             folder,
             device="cpu",
-            dtype="float32",
+            dtype="float32" if quantization == "none" else "auto",
             model_impl=model_impl,
             max_model_len=max_model_len,
             max_num_seqs=16,
