@@ -18,8 +18,8 @@ from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import Checkpoint, Progress
 from headrace.kernels import packed_decoder as kernels
-from headrace.kernels.packed_decoder import Buffers, Inputs, Shape, Weights
 from headrace.kernels.packed_linear import BLOCK, aligned, pack
+from headrace.kernels.packed_state import Buffers, Inputs, Shape, Weights
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.simd import LANES
 

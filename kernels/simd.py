@@ -6,8 +6,9 @@ intrinsic here is one or two instructions; indices count elements of a one-dimen
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 from numba.np import arrayobj
@@ -237,6 +238,23 @@ def times_power_of_two(typing, a, exponents):
         return builder.fmul(given[0], builder.bitcast(power, FLOATS))
 
     return float32x8(float32x8, float32x8), generate
+
+
+@njit(nogil=True, forceinline=True)
+def exponential(x):
+    """Exponentials of eight, to 7 digits."""
+    power = multiply(x, broadcast(np.float32(1.4426950408889634)))
+    power = smaller(larger(power, broadcast(np.float32(-126))), broadcast(np.float32(126)))
+    whole = rounded(power)
+    part = multiply(subtract(power, whole), broadcast(np.float32(0.6931471805599453)))
+    value = broadcast(np.float32(1 / 720))
+    value = multiply_add(value, part, broadcast(np.float32(1 / 120)))
+    value = multiply_add(value, part, broadcast(np.float32(1 / 24)))
+    value = multiply_add(value, part, broadcast(np.float32(1 / 6)))
+    value = multiply_add(value, part, broadcast(np.float32(0.5)))
+    value = multiply_add(value, part, broadcast(np.float32(1)))
+    value = multiply_add(value, part, broadcast(np.float32(1)))
+    return times_power_of_two(value, whole)
 
 
 @intrinsic
