@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
-from headrace.kernels.paged_attention import plan_decode
+from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
@@ -79,6 +80,7 @@ class DecodeBatch(Generic[K]):
         self._sampler: BatchSampler | None = None
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
+        self._rows = np.arange(capacity)
         self._tokens = torch.zeros(capacity, dtype=torch.int64, device=engine.device)
         self._positions = torch.zeros_like(self._tokens)
         self._generated = torch.zeros_like(self._tokens)
@@ -143,12 +145,16 @@ class DecodeBatch(Generic[K]):
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling, engine.model_config.vocab_size, engine.device)
         positions, table = self._positions[:rows], self._block_table[:rows, : max(self._num_pages)]
+        if engine.model.follows_tables:
+            plan: PagedPlan | DecodePlan = PagedPlan(table, self._rows[:rows])
+        else:
+            plan = plan_decode(engine.cache.layer(0), table, self._lengths)
         batch = ForwardBatch(
             token_ids=self._tokens[:rows],
             positions=positions,
             slot_pages=table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1),
             slot_offsets=positions % page_size,
-            plan=plan_decode(engine.cache.layer(0), table, self._lengths),
+            plan=plan,
         )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         tokens = self._sampler.sample(logits, self._generated[:rows])

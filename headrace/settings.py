@@ -61,7 +61,11 @@ class Settings(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "where the model runs", WORKER)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field("auto", "type of weights and activations", WORKER)
-    quantization: Literal["none", "fp8"] = _field("none", "8-bit weights of a GPU's fused path", WORKER)
+    quantization: Literal["auto", "none", "fp8"] = _field(
+        "auto",
+        "`fp8`: 8-bit weights of a GPU's fused path; `auto`: on a CPU with --dtype auto, weights of 4 bits stay packed",
+        WORKER,
+    )
     kv_cache_dtype: Literal["auto", "fp8"] = _field("auto", "type of the KV cache; `auto` is --dtype", WORKER)
     load_format: Literal["auto", "dummy"] = _field("auto", "`dummy` makes random weights, to measure speed", WORKER)
     model_impl: Literal["auto", "fused", "transformers"] = _field("auto", "which path runs the model", WORKER)
