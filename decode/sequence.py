@@ -29,9 +29,12 @@ class Sequence:
         """(request id, attempt)."""
         return self.offer.request_id, self.offer.attempt
 
-    def pages_missing(self, page_size: int) -> int:
-        """Pages that must be added before the next step can write the KV of the token before it."""
-        return max(-(-(len(self.token_ids) + self.in_flight) // page_size) - len(self.pages), 0)
+    def pages_missing(self, page_size: int, drafted: int = 0) -> int:
+        """Pages that must be added before the next step can write the KV of the token before it, and of its draft.
+
+        Negative where a refused draft has left some that are not needed.
+        """
+        return -(-(len(self.token_ids) + self.in_flight + drafted) // page_size) - len(self.pages)
 
     def append(self, token_id: int) -> None:
         """Take a token."""

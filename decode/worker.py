@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable
@@ -12,6 +13,7 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
+from headrace.decode.speculator import Speculator
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
@@ -20,7 +22,7 @@ from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.transports import Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
-from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent, TokenLogprobs
+from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
@@ -42,6 +44,7 @@ class DecodeWorker:
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
+        speculator: Speculator | None,
     ) -> None:
         self._node = node
         self._engine = engine
@@ -49,6 +52,7 @@ class DecodeWorker:
         self._batch: RunningBatch[Key] | None = None
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._speculator = speculator
         self._receiver = Receiver(
             layout,
             engine.cache,
@@ -97,12 +101,8 @@ class DecodeWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            plan = self._scheduler.schedule()
-            if plan is not None:
-                for sequence in plan.preempted:
-                    self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-                if self._scheduler.num_running:
-                    self._scheduler.started()
+            plan = self._schedule()
+            started = loop.time()
             try:
                 tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
             except Exception:
@@ -110,7 +110,21 @@ class DecodeWorker:
                 self._give_up_running()
             else:
                 self._apply(tokens)
+                if self._speculator is not None and plan is not None and tokens is not None:
+                    self._speculator.ran(plan.drafts, loop.time() - started)
             self._publish()
+
+    def _schedule(self) -> Plan | None:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return None
+        for sequence in plan.preempted:
+            self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
+        if self._speculator is not None:
+            self._scheduler.reserve(plan, self._speculator.propose(self._scheduler.batch()))
+        if self._scheduler.num_running:
+            self._scheduler.started()
+        return plan
 
     def _give_up_running(self) -> None:
         for sequence in self._scheduler.sequences():
@@ -133,12 +147,14 @@ class DecodeWorker:
             return batch.collect()
         for key in plan.leaves:
             batch.leave(key)
+        for key, count in plan.kept_pages.items():
+            batch.keep_pages(key, count)
         for key, pages in plan.new_pages.items():
             batch.add_pages(key, pages)
         for sequence in plan.joins:
             batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
         if len(batch):
-            batch.start()
+            batch.start(plan.drafts)
         due = batch.in_flight > (batch.lookahead if len(batch) else 0)
         return batch.collect() if due else None
 
@@ -146,22 +162,33 @@ class DecodeWorker:
         if tokens is None:
             return
         self._scheduler.collected()
-        for key, token in tokens:
+        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
             sequence = self._scheduler.running(key)
             if sequence is not None:  # or it ended while this step ran
                 sequence.in_flight -= 1
-                self._add_token(sequence, token.token_id, token.logprobs)
+                if self._add_tokens(sequence, [token for _, token in of_request]):
+                    self._scheduler.roll_back(sequence)
 
-    def _add_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> bool:
-        """Take one more token of a request and queue it for its gateway. Returns whether the request goes on."""
-        sequence.append(token_id)
-        reason = sequence.finish_reason(self._engine.max_model_len)
+    def _add_tokens(self, sequence: Sequence, tokens: list[SampledToken]) -> bool:
+        """Take a request's next tokens and queue them for its gateway. Returns whether the request goes on.
+
+        What was drafted past the request's end is dropped.
+        """
+        position = sequence.generated
+        reason = None
+        for token in tokens:
+            sequence.append(token.token_id)
+            reason = sequence.finish_reason(self._engine.max_model_len)
+            if reason is not None:
+                break
+        taken = tokens[: sequence.generated - position]
+        logprobs = [token.logprobs for token in taken if token.logprobs is not None]
         event = TokenEvent(
             request_id=sequence.offer.request_id,
             attempt=sequence.offer.attempt,
-            position=sequence.generated - 1,
-            token_ids=[token_id],
-            logprobs=[logprobs] if logprobs is not None else None,
+            position=position,
+            token_ids=[token.token_id for token in taken],
+            logprobs=logprobs or None,
             finish_reason=reason,
         )
         self._outbox[sequence.offer.gateway].append(event)
@@ -174,7 +201,7 @@ class DecodeWorker:
         offer = received.offer
         sequence = Sequence(offer, list(offer.token_ids), received.pages, offer.generated)
         self._scheduler.add(sequence)
-        if self._add_token(sequence, received.commit.token_id, received.commit.logprobs):
+        if self._add_tokens(sequence, [SampledToken(received.commit.token_id, received.commit.logprobs)]):
             self._work.set()
         self._publish()
 
@@ -248,4 +275,6 @@ class DecodeWorker:
             "messages_refused_total": self._node.mesh.refused,
         }
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
+        if self._speculator is not None:
+            stats |= self._speculator.stats()
         self._node.registry.update_stats(stats)

@@ -4,7 +4,7 @@ The usual rule (arXiv:2211.17192) accepts a drafted token with a probability and
 distribution is the target's, but which tokens come depends on the drafts. Here each position's token is drawn from the
 target, with that position's key, as if there were no draft; drafts stand as far as they say the same. So the output is
 not only distributed as without drafts, it is the same output, whatever was drafted, in whatever lengths, by whichever
-worker: a request that moves goes on with the text that it would have had. Of a drafter's probabilities nothing is needed.
+worker: a request that moves goes on with the text that it would have had. A drafter's probabilities are not needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention of drafts over a paged KV cache, several queries a request, in torch.
 
-Each request has as many queries as it likes, the last tokens of its context; its keys are gathered once for all of them.
+Each request has as many queries as it likes, the last tokens of its context; its keys are gathered once for them all.
 As in `paged_attention`, requests of similar length are computed together; so are those with similar numbers of queries.
 """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels import paged_attention, prefill_attention, verify_attention as verify
+from headrace.kernels import paged_attention, prefill_attention
+from headrace.kernels import verify_attention as verify
 from headrace.kernels.paged_attention import decode_attention, plan_decode
 from headrace.kernels.prefill_attention import plan_prefill
 from headrace.kernels.verify_attention import plan_verify, verify_attention
