@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace.kvtransfer.messages import Offer
@@ -40,6 +41,15 @@ class Sequence:
         """Take a token."""
         self.token_ids.append(token_id)
         self.generated += 1
+
+    def take(self, token_ids: Iterable[int], max_model_len: int) -> FinishReason | None:
+        """Take a step's tokens, up to the one that ends the request, if it does."""
+        for token_id in token_ids:
+            self.append(token_id)
+            reason = self.finish_reason(max_model_len)
+            if reason is not None:
+                return reason
+        return None
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the newest token was the last."""

@@ -14,6 +14,7 @@ from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import Speculator
+from headrace.decode.step import run_step
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
@@ -135,28 +136,14 @@ class DecodeWorker:
         self._batch = None
 
     def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
-        """On the device's own thread: start the planned step, then collect the oldest one, if it is due.
+        """`run_step` on the device's own thread.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
         after, let those that wait sleep at once, and a step would take half as long again.
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        batch = self._batch
-        if plan is None:
-            return batch.collect()
-        for key in plan.leaves:
-            batch.leave(key)
-        for key, count in plan.kept_pages.items():
-            batch.keep_pages(key, count)
-        for key, pages in plan.new_pages.items():
-            batch.add_pages(key, pages)
-        for sequence in plan.joins:
-            batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
-        if len(batch):
-            batch.start(plan.drafts)
-        due = batch.in_flight > (batch.lookahead if len(batch) else 0)
-        return batch.collect() if due else None
+        return run_step(self._batch, plan)
 
     def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:
@@ -175,12 +162,7 @@ class DecodeWorker:
         What was drafted past the request's end is dropped.
         """
         position = sequence.generated
-        reason = None
-        for token in tokens:
-            sequence.append(token.token_id)
-            reason = sequence.finish_reason(self._engine.max_model_len)
-            if reason is not None:
-                break
+        reason = sequence.take([token.token_id for token in tokens], self._engine.max_model_len)
         taken = tokens[: sequence.generated - position]
         logprobs = [token.logprobs for token in taken if token.logprobs is not None]
         event = TokenEvent(

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "engine": {BASE, "kernels"},
     "prefill": FOLDERS - {"gateway", "decode", "loadtest"} | {BASE},
     "decode": FOLDERS - {"gateway", "prefill", "loadtest"} | {BASE},
-    "loadtest": {BASE, "engine", "kernels", "kvtransfer", "prefill"},
+    "loadtest": {BASE, "engine", "kernels", "kvtransfer", "prefill", "decode"},
 }
 HEAVY = {"torch", "transformers", "triton", "accelerate"}
 FREE_OF_HEAVY = {BASE, "gateway", "kvtransfer"}

@@ -124,6 +124,15 @@ def test_a_sequence_knows_its_end(
     assert Sequence(offer, tokens, [0], generated).finish_reason(max_model_len=16) == expected
 
 
+def test_tokens_after_the_last_one_are_dropped() -> None:
+    """A draft may go on past a stop token; what follows is nobody's output."""
+    sampling = SamplingParams(max_tokens=9, stop_token_ids=(2,))
+    sequence = Sequence(msgspec.structs.replace(make_offer([1]), sampling=sampling), [1, 5], [0], 1)
+    assert sequence.take([6, 7], max_model_len=16) is None
+    assert sequence.take([8, 2, 9], max_model_len=16) == "stop"
+    assert (sequence.token_ids, sequence.generated) == ([1, 5, 6, 7, 8, 2], 5)
+
+
 def test_a_page_comes_free_when_no_step_can_write_to_it() -> None:
     """Not when its request ends, but when the step that was started with it has ended."""
     pool = PagePool(2, PAGE_SIZE)
