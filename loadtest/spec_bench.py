@@ -1,0 +1,246 @@
+"""`make bench-spec`: decoding with drafts against decoding without, on a CPU, in one process and in turns.
+
+Two batches with the same prompts take turns of a few steps each, so that both see the same machine. A request that ends
+is replaced by the next prompt, so that the batches stay full. What is timed is all that a decode worker does in a step:
+drafting, scheduling, the model, and taking the tokens. `--lossless` compares greedy outputs instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from headrace.decode.ngram import NgramDrafter
+from headrace.decode.scheduler import DecodeScheduler
+from headrace.decode.sequence import Key, Sequence
+from headrace.decode.speculator import Speculator
+from headrace.decode.step import run_step
+from headrace.decode.step_cost import StepCost
+from headrace.engine.decode_batch import new_batch
+from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
+from headrace.engine.step_timing import time_steps
+from headrace.kvtransfer.layout import layout_of
+from headrace.kvtransfer.messages import Offer
+from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.spec_prompts import KINDS, chat_messages
+from headrace.messages.request import SamplingParams
+from headrace.models.locate import locate_model
+
+OUTPUT = 128
+STEPS_A_TURN = 6
+BATCHES = (1, 2, 4, 8, 16)
+PROMPTS = 16
+"""Of each kind; they come round again."""
+LOSSLESS_PROMPTS = 200
+
+
+class Prompts:
+    """Prompts whose KV is computed once and copied to the pages of each request."""
+
+    def __init__(self, engine: Engine, max_num_seqs: int) -> None:
+        folder = locate_model("smollm2")
+        self._engine = engine
+        self._layout = layout_of(folder.fingerprint, engine.layout, engine.model_config.vocab_size)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path)
+        self._known: dict[str, tuple[list[int], list[int], int]] = {}
+        """By message: its tokens, its pages, and the first token of the answer."""
+        self._names = itertools.count()
+        self.cost = StepCost(time_steps(engine), max_num_seqs)
+
+    def request(self, message: str, output: int) -> Sequence:
+        """A request for exactly `output` greedy tokens, as the receiver hands it over."""
+        engine = self._engine
+        sampling = SamplingParams(max_tokens=output, temperature=0)
+        if message not in self._known:
+            chat = [{"role": "user", "content": message}]
+            tokens = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            pages = engine.pool.allocate(engine.pool.pages_for(len(tokens)))
+            (prefilled,) = engine.prefill([PrefillChunk(tokens, 0, len(tokens), pages, sampling)])
+            assert prefilled.token is not None
+            self._known[message] = (tokens, pages, prefilled.token.token_id)
+        tokens, source, first = self._known[message]
+        pages = engine.pool.allocate(len(source))
+        for layer in range(engine.layout.num_layers):
+            engine.cache.write_pages(layer, pages, engine.cache.read_pages(layer, source))
+        offer = Offer(
+            request_id=f"{next(self._names)}",
+            attempt=0,
+            gateway="bench",
+            layout=self._layout,
+            token_ids=tokens,
+            generated=0,
+            sampling=sampling,
+            deadline=0,
+        )
+        return Sequence(offer, [*tokens, first], pages, 1)
+
+    def forget(self) -> None:
+        """Give all pages back."""
+        for _, pages, _ in self._known.values():
+            self._engine.pool.release(pages)
+        self._known.clear()
+
+
+@dataclass
+class Side:
+    """A batch that is kept full, with drafts or without."""
+
+    engine: Engine
+    requests: Iterator[Sequence]
+    size: int
+    speculator: Speculator | None
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    ended: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._scheduler = DecodeScheduler(self.engine.pool, self.size)
+        self._batch = new_batch(self.engine)
+
+    def step(self) -> bool:
+        """One step of all requests; False where none is left."""
+        missing = self.size - len(self._scheduler.sequences())
+        for request in itertools.islice(self.requests, missing):
+            self._scheduler.add(request)
+        if not self._scheduler.has_work:
+            return False
+        started = time.perf_counter()
+        plan = self._scheduler.schedule()
+        assert plan is not None, "no step runs ahead"
+        assert not plan.preempted, "the cache is too small for this"
+        if self.speculator is not None:
+            self._scheduler.reserve(plan, self.speculator.propose(self._scheduler.batch()))
+        if self._scheduler.num_running:
+            self._scheduler.started()
+        found = run_step(self._batch, plan) or []
+        self._scheduler.collected()
+        for key, of_request in itertools.groupby(found, lambda keyed: keyed[0]):
+            self._take(key, [token.token_id for _, token in of_request])
+        seconds = time.perf_counter() - started
+        if self.speculator is not None:
+            self.speculator.ran(plan.drafts, seconds)
+        self.seconds += seconds
+        self.steps += 1
+        return True
+
+    def _take(self, key: Key, token_ids: list[int]) -> None:
+        sequence = self._scheduler.running(key)
+        assert sequence is not None
+        sequence.in_flight -= 1
+        before = sequence.generated
+        if sequence.take(token_ids, self.engine.max_model_len) is None:
+            self._scheduler.roll_back(sequence)
+        else:
+            self._scheduler.remove(key)
+            self.ended.append(sequence)
+        self.tokens += sequence.generated - before
+
+    def close(self) -> None:
+        """Free what the requests that run hold."""
+        for sequence in self._scheduler.sequences():
+            self._scheduler.remove(sequence.key)
+
+
+def compare_speeds(engine: Engine, prompts: Prompts, kind: str, batch: int, seconds: float) -> list[Figure]:
+    """One cell: tokens a second with drafts over those without, for `seconds` of each."""
+    messages = chat_messages(kind, PROMPTS)
+
+    def side(speculator: Speculator | None) -> Side:
+        requests = (prompts.request(message, OUTPUT) for message in itertools.cycle(messages))
+        return Side(engine, requests, batch, speculator)
+
+    speculator = Speculator(NgramDrafter(), prompts.cost, engine.max_model_len)
+    plain, drafted = side(None), side(speculator)
+    for one in (plain, drafted):  # what is new to the machine is not timed
+        one.step()
+        one.tokens, one.seconds, one.steps = 0, 0.0, 0
+    while min(plain.seconds, drafted.seconds) < seconds:
+        for one in (plain, drafted):
+            for _ in range(STEPS_A_TURN):
+                one.step()
+    plain.close()
+    drafted.close()
+    counters, name = speculator.counters, f"{kind}, batch {batch}"
+    ratio = (drafted.tokens / drafted.seconds) / (plain.tokens / plain.seconds)
+    fast_enough = ">= 2" if (kind, batch) == ("editing", 1) else ">= 0.97"
+    return [
+        Figure(f"{name}: speed with drafts over speed without", ratio, "", fast_enough),
+        Figure(f"{name}: without drafts", plain.tokens / plain.seconds, "tokens/s"),
+        Figure(f"{name}: accepted of a draft", counters.accepted / max(counters.drafts, 1), "tokens"),
+        Figure(f"{name}: accepted of drafted", counters.accepted / max(counters.drafted, 1), ""),
+        Figure(f"{name}: steps without drafts", counters.steps_without_drafts / counters.steps, ""),
+        Figure(f"{name}: drafting", counters.drafting_seconds / drafted.seconds * 100, "% of a step", "<= 1"),
+        Figure(
+            f"{name}: drafting and controller", counters.drafting_seconds / drafted.steps / batch * 1e6, "us/request",
+            "<= 20",
+        ),
+    ]  # fmt: skip
+
+
+def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output: int) -> list[Figure]:
+    """Greedy outputs with drafts, in batches of these sizes, against those without in batches of 16."""
+    each = LOSSLESS_PROMPTS // len(KINDS) + 1
+    messages = [message for kind in KINDS for message in chat_messages(kind, each)][:LOSSLESS_PROMPTS]
+
+    def outputs(batch: int, speculator: Speculator | None) -> dict[tuple[int, ...], list[int]]:
+        requests = (prompts.request(message, output) for message in messages)
+        side = Side(engine, requests, batch, speculator)
+        while side.step():
+            pass
+        return {tuple(s.offer.token_ids): s.token_ids[len(s.offer.token_ids) :] for s in side.ended}
+
+    plain = outputs(16, None)
+    figures = []
+    for batch in batches:
+        speculator = Speculator(NgramDrafter(), prompts.cost, engine.max_model_len)
+        drafted = outputs(batch, speculator)
+        assert drafted.keys() == plain.keys()
+        same = sum(drafted[prompt] == tokens for prompt, tokens in plain.items())
+        figures += [
+            Figure(f"greedy outputs of {len(plain)} prompts that are the same, batch {batch}", same, "",
+                   f"= {len(plain)}"),
+            Figure(f"tokens of them that were accepted drafts, batch {batch}", speculator.counters.accepted, "tokens"),
+        ]  # fmt: skip
+    return figures
+
+
+def main() -> None:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three cells, within 45 seconds")
+    parser.add_argument("--kind", choices=KINDS, help="one kind of prompt alone")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each side of a cell")
+    parser.add_argument("--lossless", type=int, nargs="+", metavar="BATCH", help="compare outputs in these batch sizes")
+    parser.add_argument("--output", type=int, default=48, help="tokens of each output that --lossless compares")
+    options = parser.parse_args()
+    config = EngineConfig(
+        locate_model("smollm2").path, device="cpu", dtype="float32", max_model_len=2048, max_num_seqs=max(BATCHES),
+        kv_cache_bytes=3 * 2**30,
+    )  # fmt: skip
+    engine = Engine.load(config)
+    engine.warm_up()
+    prompts = Prompts(engine, max(BATCHES))
+    if options.lossless:
+        publish("spec_lossless", compare_outputs(engine, prompts, options.lossless, options.output))
+        return
+    kinds = [options.kind] if options.kind else list(KINDS)
+    figures = []
+    for kind in kinds:
+        for batch in (4,) if options.quick else BATCHES:
+            figures += compare_speeds(engine, prompts, kind, batch, 2.0 if options.quick else options.seconds)
+        prompts.forget()
+    name = "spec-quick" if options.quick else "spec" + (f"_{options.kind.replace(' ', '_')}" if options.kind else "")
+    publish(name, figures)
+
+
+if __name__ == "__main__":
+    main()
