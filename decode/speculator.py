@@ -48,7 +48,8 @@ class Speculator:
     def __init__(self, drafter: Drafter, cost: StepCost, max_model_len: int) -> None:
         self.counters = Counters()
         self._drafter = drafter
-        self._seconds = cost.seconds
+        self._cost = cost
+        self._num_requests = 0
         self._max_model_len = max_model_len
         self._acceptance = Acceptance()
         self._drafted: dict[Key, _Drafted] = {}
@@ -59,13 +60,14 @@ class Speculator:
         self._forget_all_but({request.key for request in requests})
         for request in requests:
             self._follow(request)
+        self._num_requests = len(requests)
         guesses = self._drafter.draft({request.key: self._limit(request) for request in requests})
         chances = []
         for key, guess in guesses.items():
             drafted = self._drafted[key]
             drafted.guess = guess
             chances.append(self._acceptance.chances(drafted.acceptance, guess))
-        lengths = choose_lengths(chances, len(requests), self._seconds) if guesses else []
+        lengths = choose_lengths(chances, len(requests), self._cost.seconds) if guesses else []
         self.counters.drafting_seconds += time.perf_counter() - started
         return {
             key: guess.token_ids[:length]
@@ -74,11 +76,13 @@ class Speculator:
         }
 
     def ran(self, drafts: Mapping[Key, Sequence[int]], seconds: float) -> None:
-        """A step took so long; `drafts` are what it verified."""
-        counters = self.counters
+        """The step that drafts were proposed for took so long; `drafts` are what it verified."""
+        counters, drafted = self.counters, sum(map(len, drafts.values()))
+        if self._num_requests > 0:
+            self._cost.observe(self._num_requests + drafted, seconds)
         counters.steps += 1
         counters.drafts += len(drafts)
-        counters.drafted += sum(map(len, drafts.values()))
+        counters.drafted += drafted
         if drafts:
             counters.verification_seconds += seconds
         else:

@@ -51,7 +51,8 @@ class Prompts:
         self._known: dict[str, tuple[list[int], list[int], int]] = {}
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
-        self.cost = StepCost(time_steps(engine), max_num_seqs)
+        self._seconds = time_steps(engine)
+        self._max_num_seqs = max_num_seqs
 
     def request(self, message: str, output: int) -> Sequence:
         """A request for exactly `output` greedy tokens, as the receiver hands it over."""
@@ -81,6 +82,10 @@ class Prompts:
             deadline=0,
         )
         return Sequence(offer, [*tokens, first], pages, 1)
+
+    def speculator(self) -> Speculator:
+        """One that has learned nothing yet."""
+        return Speculator(NgramDrafter(), StepCost(self._seconds, self._max_num_seqs), self._engine.max_model_len)
 
     def forget(self) -> None:
         """Give all pages back."""
@@ -158,7 +163,7 @@ def compare_speeds(engine: Engine, prompts: Prompts, kind: str, batch: int, seco
         requests = (prompts.request(message, OUTPUT) for message in itertools.cycle(messages))
         return Side(engine, requests, batch, speculator)
 
-    speculator = Speculator(NgramDrafter(), prompts.cost, engine.max_model_len)
+    speculator = prompts.speculator()
     plain, drafted = side(None), side(speculator)
     for one in (plain, drafted):  # what is new to the machine is not timed
         one.step()
@@ -201,7 +206,7 @@ def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output
     plain = outputs(16, None)
     figures = []
     for batch in batches:
-        speculator = Speculator(NgramDrafter(), prompts.cost, engine.max_model_len)
+        speculator = prompts.speculator()
         drafted = outputs(batch, speculator)
         assert drafted.keys() == plain.keys()
         same = sum(drafted[prompt] == tokens for prompt, tokens in plain.items())

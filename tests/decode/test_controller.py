@@ -21,6 +21,42 @@ MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
 chances = st.lists(st.floats(0.02, 1.0), max_size=4).map(lambda rates: list(itertools.accumulate(rates, float.__mul__)))
 
 
+def test_costs_follow_what_steps_take() -> None:
+    """Rows that are met change their own cost, all others' in time; single slow steps change nothing."""
+    cost = StepCost({1: 1.0, 8: 1.0, 64: 1.0}, 64)
+    for step in range(500):
+        cost.observe(8, 100.0 if step % 10 == 0 else 2.0)
+        cost.observe(1, 1.0)
+    assert cost.seconds[1] == pytest.approx(1.0, rel=0.05)
+    assert cost.seconds[8] == pytest.approx(2.0, rel=0.05)
+    assert cost.seconds[64] > 1.9
+
+
+def test_drafts_that_cost_more_than_was_measured_are_left_away() -> None:
+    """They seemed to cost nothing, and hardly one is right."""
+
+    def right(generator: random.Random, request: int, step: int) -> bool:
+        return generator.random() < 0.1
+
+    free = {rows: 41.0 + rows / 100 for rows in MEASURED}
+    plain, _ = simulate(4, 3000, right, fixed=0)
+    assert simulate(4, 3000, right, believed=free)[0] > 0.95 * plain
+
+
+def test_what_was_slow_for_a_while_is_tried_again() -> None:
+    """Steps with drafts take ten times as long during 200 steps; after another 1,000 they are chosen again."""
+    cost, guess = StepCost(MEASURED, 64), [[0.9**length for length in range(1, 16)]]
+    usual = choose_lengths(guess, 1, cost.seconds)
+    for _ in range(200):
+        length = choose_lengths(guess, 1, cost.seconds)[0]
+        cost.observe(1 + length, 410.0 if length else 41.0)
+    assert choose_lengths(guess, 1, cost.seconds) < usual
+    for _ in range(1000):
+        length = choose_lengths(guess, 1, cost.seconds)[0]
+        cost.observe(1 + length, StepCost(MEASURED, 64).seconds[1 + length])
+    assert choose_lengths(guess, 1, cost.seconds)[0] > usual[0] / 2
+
+
 def test_costs_lie_on_lines_and_never_fall() -> None:
     """Where few rows seem to take longer than more of them, the more are right."""
     seconds = StepCost({1: 3.0, 2: 2.0, 4: 4.0}, 8).seconds
@@ -62,15 +98,20 @@ def test_a_full_step_takes_no_drafts() -> None:
 
 
 def simulate(
-    batch: int, steps: int, right: Callable[[random.Random, int, int], bool], fixed: int | None = None
+    batch: int,
+    steps: int,
+    right: Callable[[random.Random, int, int], bool],
+    fixed: int | None = None,
+    believed: dict[int, float] = MEASURED,
 ) -> tuple[float, float]:
     """Tokens a second and the mean draft of `batch` requests that never end.
 
     `right(generator, request, step)`: whether a drafted token is right, if those before it are. `fixed`: a draft length
-    without a controller.
+    without a controller. `believed`: what the controller takes for the costs at the start.
     """
     generator = random.Random(batch)
     seconds = StepCost(MEASURED, 64).seconds
+    cost = StepCost(believed, 64)
     acceptance = Acceptance()
     requests = [RequestAcceptance() for _ in range(batch)]
     tokens, drafted, elapsed = 0, 0, 0.0
@@ -78,10 +119,12 @@ def simulate(
     for step in range(steps):
         if fixed is None:
             along = [acceptance.chances(request, guess) for request in requests]
-            lengths = choose_lengths(along, batch, seconds)
+            lengths = choose_lengths(along, batch, cost.seconds)
         else:
             lengths = [fixed] * batch
-        elapsed += seconds[batch + sum(lengths)]
+        rows = batch + sum(lengths)
+        elapsed += seconds[rows]
+        cost.observe(rows, seconds[rows])
         drafted += sum(lengths)
         for number, length in enumerate(lengths):
             came = [1 if right(generator, number, step) else 0 for _ in range(length + 1)]
