@@ -38,6 +38,8 @@ class Counters:
     steps: int = 0
     steps_without_drafts: int = 0
     drafting_seconds: float = 0.0
+    controlling_seconds: float = 0.0
+    """Estimates and the choice of lengths."""
     verification_seconds: float = 0.0
     """All of the steps that verified drafts."""
 
@@ -62,13 +64,15 @@ class Speculator:
             self._follow(request)
         self._num_requests = len(requests)
         guesses = self._drafter.draft({request.key: self._limit(request) for request in requests})
+        guessed = time.perf_counter()
         chances = []
         for key, guess in guesses.items():
             drafted = self._drafted[key]
             drafted.guess = guess
             chances.append(self._acceptance.chances(drafted.acceptance, guess))
         lengths = choose_lengths(chances, len(requests), self._cost.seconds) if guesses else []
-        self.counters.drafting_seconds += time.perf_counter() - started
+        self.counters.drafting_seconds += guessed - started
+        self.counters.controlling_seconds += time.perf_counter() - guessed
         return {
             key: guess.token_ids[:length]
             for (key, guess), length in zip(guesses.items(), lengths, strict=True)
@@ -79,7 +83,9 @@ class Speculator:
         """The step that drafts were proposed for took so long; `drafts` are what it verified."""
         counters, drafted = self.counters, sum(map(len, drafts.values()))
         if self._num_requests > 0:
+            started = time.perf_counter()
             self._cost.observe(self._num_requests + drafted, seconds)
+            counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         counters.drafts += len(drafts)
         counters.drafted += drafted
@@ -97,7 +103,7 @@ class Speculator:
             f"{prefix}_mean_accepted_length": counters.accepted / max(counters.drafts, 1),
             "speculation_steps_total": counters.steps,
             "speculation_steps_without_drafts_total": counters.steps_without_drafts,
-            "speculation_drafting_seconds_total": counters.drafting_seconds,
+            "speculation_drafting_seconds_total": counters.drafting_seconds + counters.controlling_seconds,
             "speculation_verification_seconds_total": counters.verification_seconds,
         }
 
