@@ -203,6 +203,7 @@ class DecodeBatch(Generic[K]):
         )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         found = verify(self._sampling, self._generated[:rows].tolist(), drafts, logits)
+        self._sampler = None
         taken = torch.tensor([len(tokens) for tokens in found], device=engine.device)
         self._tokens[:rows] = torch.tensor([tokens[-1].token_id for tokens in found], device=engine.device)
         self._positions[:rows] += taken

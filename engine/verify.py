@@ -9,22 +9,12 @@ worker: a request that moves goes on with the text that it would have had. A dra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
-
-
-def accepted_length(draft: Sequence[int], drawn: Sequence[int]) -> int:
-    """How many tokens of `draft` stand, given the target's own draws after each of its prefixes, the empty one first.
-
-    `drawn` is one longer than `draft`: the draw after the last token that stands is the next token.
-    """
-    for index, token in enumerate(draft):
-        if drawn[index] != token:
-            return index
-    return len(draft)
 
 
 def verify(
@@ -33,34 +23,28 @@ def verify(
     """The next tokens of each request, one at least and one more than its draft at most.
 
     `generated` counts each request's output tokens so far. logits [sum of (1 + draft's length), V] float32: those after
-    each request's newest token and after each token of its draft. Counts of penalized rows are brought up to date.
+    each request's newest token and after each token of its draft. Each position is drawn for the requests whose drafts
+    stood until there, so a draft that is refused costs no draws. Counts of penalized rows are brought up to date, in
+    tensors that are new: samplers that were made of these rows before are of no use any more.
     """
-    positions = [first + at for first, draft in zip(generated, drafts, strict=True) for at in range(len(draft) + 1)]
-    along = [state for row, draft in zip(rows, drafts, strict=True) for state in _along(row, draft)]
-    sampler = BatchSampler(along, logits.shape[1], logits.device)
-    drawn = sampler.sample(logits, torch.tensor(positions, device=logits.device)).tolist()
-    output, first = [], 0
-    for row, draft in zip(rows, drafts, strict=True):
-        count = accepted_length(draft, drawn[first : first + len(draft) + 1]) + 1
-        output.append(_described(row, drawn[first : first + count], logits[first : first + count]))
-        first += len(draft) + 1
-    return output
-
-
-def _along(row: SamplingRow, draft: Sequence[int]) -> list[SamplingRow]:
-    """A request's sampling state after each prefix of its draft."""
-    if row.counts is None:
-        return [row] * (len(draft) + 1)
-    counts = row.counts.repeat(len(draft) + 1, 1)
-    for at, token in enumerate(draft):
-        counts[at + 1 :, token] += 1
-    return [SamplingRow(row.params, so_far, row.in_prompt) for so_far in counts]
+    first_rows = [0, *itertools.accumulate(len(draft) + 1 for draft in drafts)]
+    drawn: list[list[int]] = [[] for _ in rows]
+    standing = list(range(len(rows)))
+    while standing:
+        at = len(drawn[standing[0]])
+        sampler = BatchSampler([rows[r] for r in standing], logits.shape[1], logits.device)
+        positions = torch.tensor([generated[r] + at for r in standing], device=logits.device)
+        tokens = sampler.sample(logits[[first_rows[r] + at for r in standing]], positions).tolist()
+        for request, token in zip(standing, tokens, strict=True):
+            drawn[request].append(token)
+        standing = [r for r in standing if at < len(drafts[r]) and drafts[r][at] == drawn[r][at]]
+    return [
+        _described(row, tokens, logits[first : first + len(tokens)])
+        for row, tokens, first in zip(rows, drawn, first_rows[:-1], strict=True)
+    ]
 
 
 def _described(row: SamplingRow, token_ids: list[int], logits: torch.Tensor) -> list[SampledToken]:
-    if row.counts is not None:
-        for token in token_ids:
-            row.counts[token] += 1
     wanted = row.params.logprobs
     if wanted is None:
         return [SampledToken(token, None) for token in token_ids]
