@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
 
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.messages.request import SamplingParams
-from tests.engine.conftest import generate, ids, prefill
+from tests.engine.conftest import generate, ids, load, prefill
+from tests.engine.test_families import FUSED, GENERAL, save
 
 PROMPT = list(range(2000, 2040))
 TOKENS = 24
@@ -83,3 +87,16 @@ def test_steps_with_drafts_give_the_same_tokens(fused_engine: Engine) -> None:
             if one.logprobs is not None and other.logprobs is not None:
                 assert abs(one.logprobs.logprob - other.logprobs.logprob) < 1e-4
                 assert [t for t, _ in one.logprobs.top] == [t for t, _ in other.logprobs.top]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gpt neox"])
+def test_every_way_to_run_a_model_verifies_drafts(name: str, tmp_path: Path) -> None:
+    """Families of the fused path, and one of the general path."""
+    save(tmp_path, *(FUSED | GENERAL)[name])
+    engine = load(tmp_path, "auto", max_model_len=128)
+    prompts = [list(range(20, 60)), list(range(30, 41))]
+    sampling = [SamplingParams(max_tokens=TOKENS, temperature=0), SamplingParams(max_tokens=TOKENS, top_k=5, seed=3)]
+    plain = [ids(tokens) for tokens in generate(engine, prompts, sampling, TOKENS)]
+    drafted, steps = generate_drafted(engine, prompts, sampling, plain)
+    assert [ids(tokens) for tokens in drafted] == plain
+    assert steps < TOKENS - 4
