@@ -1,8 +1,8 @@
 """How long each request's draft is in the next step: as long as makes the most tokens a second, which may be zero.
 
-A step with R requests and n drafted tokens takes `seconds[R + n]` and makes R tokens and as many as stand of the
-drafted ones. Each further token of a draft is less likely to stand than the one before it, so the best n tokens of all
-drafts are a prefix of each: it suffices to sort all tokens by their chance and to try every n.
+A step with R requests and n drafted tokens has R + n rows and makes R tokens and as many as stand of the drafted ones.
+Each further token of a draft is less likely to stand than the one before it, so the best n tokens of all drafts are a
+prefix of each: it suffices to sort all tokens by their chance and to try every n.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headrace.decode.drafter import Draft
-from headrace.decode.step_cost import MAX_ROWS
+from headrace.decode.step_cost import MAX_ROWS, StepCost
 
 GAIN = 1.03
 """By how much drafts must be expected to be faster: the estimates are no better than that."""
@@ -68,19 +68,19 @@ class Acceptance:
         return found
 
 
-def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, seconds: Sequence[float]) -> list[int]:
+def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost) -> list[int]:
     """How many tokens of each draft to verify, for the most expected tokens a second.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway. `seconds[n]`: what a step of n rows takes.
+    has anyway.
     """
     lengths = [0] * len(chances)
     ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
-    best, best_rate = 0, GAIN * num_requests / seconds[num_requests]
+    best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
     expected = float(num_requests)
     for count, (chance, _) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
         expected += chance
-        rate = expected / seconds[num_requests + count]
+        rate = expected / cost.verifying[num_requests + count]
         if rate > best_rate:
             best, best_rate = count, rate
     for _, draft in ranked[:best]:

@@ -70,7 +70,7 @@ class Speculator:
             drafted = self._drafted[key]
             drafted.guess = guess
             chances.append(self._acceptance.chances(drafted.acceptance, guess))
-        lengths = choose_lengths(chances, len(requests), self._cost.seconds) if guesses else []
+        lengths = choose_lengths(chances, len(requests), self._cost) if guesses else []
         self.counters.drafting_seconds += guessed - started
         self.counters.controlling_seconds += time.perf_counter() - guessed
         return {
@@ -84,7 +84,7 @@ class Speculator:
         counters, drafted = self.counters, sum(map(len, drafts.values()))
         if self._num_requests > 0:
             started = time.perf_counter()
-            self._cost.observe(self._num_requests + drafted, seconds)
+            self._cost.observe(self._num_requests + drafted, seconds, bool(drafts))
             counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         counters.drafts += len(drafts)
