@@ -11,9 +11,9 @@ import numpy as np
 
 MAX_ROWS = 256
 """Drafts fill a step up to so many rows: their logits take memory, and further rows never paid."""
-STRIDE = 0.01
-"""A step that took more or less time than expected moves the estimates for the points beside its rows by so much: they
-follow the median, which other work on the machine does not disturb."""
+FIRST_STRIDE, STRIDE = 0.1, 0.01
+"""A step that took more or less time than expected moves the estimates for the points beside its rows by so much, the
+first of its kind more than later ones: they follow the median, which other work on the machine does not disturb."""
 FADING = 0.001
 """And all estimates by so much of what sets them apart from the average, so that what once was slow is tried again."""
 AVERAGING = 0.05
@@ -40,6 +40,7 @@ class StepCost:
         self._drifts = {verified: [0.0] * len(self._points) for verified in (False, True)}
         """By whether drafts were verified, and by point: logarithm of what a step takes now over what it took at the
         start."""
+        self._seen = {verified: [0] * len(self._points) for verified in (False, True)}
         self._mean_drift = 0.0
         self._rows = np.arange(1, max(MAX_ROWS, max_num_seqs) + 1)
         self._observed = 0
@@ -52,7 +53,11 @@ class StepCost:
         left = right - 1
         share = (rows - self._points[left]) / (self._points[right] - self._points[left])
         low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
-        stride = STRIDE if seconds > low + (high - low) * share else -STRIDE
+        nearest = left if share < 0.5 else right
+        self._seen[verified][nearest] += 1
+        stride = max(FIRST_STRIDE / self._seen[verified][nearest], STRIDE)
+        if seconds < low + (high - low) * share:
+            stride = -stride
         share = min(share, 1.0)
         for each in self._drifts.values():
             for point, drift in enumerate(each):

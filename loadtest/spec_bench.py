@@ -55,7 +55,7 @@ class Prompts:
         self._known: dict[str, tuple[list[int], list[int], int]] = {}
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
-        self._seconds = time_steps(engine)
+        self.step_seconds = time_steps(engine)
         self._max_num_seqs = max_num_seqs
 
     def request(self, message: str, output: int) -> Sequence:
@@ -89,7 +89,7 @@ class Prompts:
 
     def speculator(self) -> Speculator:
         """One that has learned nothing yet."""
-        return Speculator(NgramDrafter(), StepCost(self._seconds, self._max_num_seqs), self._engine.max_model_len)
+        return Speculator(NgramDrafter(), StepCost(self.step_seconds, self._max_num_seqs), self._engine.max_model_len)
 
     def forget(self) -> None:
         """Give all pages back."""
@@ -268,10 +268,13 @@ def main() -> None:
     engine.warm_up()
     prompts = Prompts(engine, max(BATCHES))
     if options.lossless:
-        publish("spec_lossless", compare_outputs(engine, prompts, options.lossless, options.output))
+        name = "_".join(map(str, options.lossless))
+        publish(f"spec_lossless_{name}", compare_outputs(engine, prompts, options.lossless, options.output))
         return
     kinds = [options.kind] if options.kind else list(KINDS)
-    figures = []
+    figures = [
+        Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.items())
+    ]
     for kind in kinds:
         for batch in (4,) if options.quick else BATCHES:
             figures += compare_speeds(engine, prompts, kind, batch, 2.0 if options.quick else options.seconds)
