@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from headrace.decode.drafter import Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
 
-GAIN = 1.03
+GAIN = 1.05
 """By how much drafts must be expected to be faster: the estimates are no better than that."""
 MIN_CHANCE = 0.02
 """Tokens that are less likely to stand are not considered."""

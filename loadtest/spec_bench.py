@@ -88,7 +88,7 @@ class Prompts:
         return Sequence(offer, [*tokens, first], pages, 1)
 
     def speculator(self) -> Speculator:
-        """One that has learned nothing yet."""
+        """A decode worker's, at its start."""
         return Speculator(NgramDrafter(), StepCost(self.step_seconds, self._max_num_seqs), self._engine.max_model_len)
 
     def forget(self) -> None:
@@ -180,15 +180,20 @@ class Side:
             self._scheduler.remove(sequence.key)
 
 
-def compare_speeds(engine: Engine, prompts: Prompts, kind: str, batch: int, seconds: float) -> list[Figure]:
-    """One cell: tokens a second with drafts over those without, for `seconds` of each."""
+def compare_speeds(
+    engine: Engine, prompts: Prompts, speculator: Speculator, kind: str, batch: int, seconds: float
+) -> list[Figure]:
+    """One cell: tokens a second with drafts over those without, for `seconds` of each.
+
+    `speculator` lives through all cells, as in a worker.
+    """
     messages = chat_messages(kind, PROMPTS)
 
     def side(speculator: Speculator | None) -> Side:
         requests = (prompts.request(message, OUTPUT) for message in itertools.cycle(messages))
         return Side(engine, requests, batch, speculator)
 
-    speculator = prompts.speculator()
+    speculator.counters = Counters()
     plain, drafted = side(None), side(speculator)
     for one in (plain, drafted):  # what is new to the machine is not timed
         one.step()
@@ -275,9 +280,12 @@ def main() -> None:
     figures = [
         Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.items())
     ]
+    speculator = prompts.speculator()
     for kind in kinds:
         for batch in (4,) if options.quick else BATCHES:
-            figures += compare_speeds(engine, prompts, kind, batch, 2.0 if options.quick else options.seconds)
+            figures += compare_speeds(
+                engine, prompts, speculator, kind, batch, 2.0 if options.quick else options.seconds
+            )
         prompts.forget()
     name = "spec-quick" if options.quick else "spec" + (f"_{options.kind.replace(' ', '_')}" if options.kind else "")
     publish(name, figures)
