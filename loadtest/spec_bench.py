@@ -230,10 +230,10 @@ def tokens_a_second(steps: list[Step]) -> float:
     return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
 
 
-def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output: int) -> list[Figure]:
+def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output: int, part: slice) -> list[Figure]:
     """Greedy outputs with drafts, in batches of these sizes, against those without in batches of 16."""
     each = LOSSLESS_PROMPTS // len(KINDS) + 1
-    messages = [message for kind in KINDS for message in chat_messages(kind, each)][:LOSSLESS_PROMPTS]
+    messages = [message for kind in KINDS for message in chat_messages(kind, each)][:LOSSLESS_PROMPTS][part]
 
     def outputs(batch: int, speculator: Speculator | None) -> dict[tuple[int, ...], list[int]]:
         requests = (prompts.request(message, output) for message in messages)
@@ -265,6 +265,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each side of a cell")
     parser.add_argument("--lossless", type=int, nargs="+", metavar="BATCH", help="compare outputs in these batch sizes")
     parser.add_argument("--output", type=int, default=48, help="tokens of each output that --lossless compares")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, LOSSLESS_PROMPTS), help="first and end of the prompts of --lossless"
+    )
     options = parser.parse_args()
     config = EngineConfig(
         locate_model("smollm2").path, device="cpu", dtype="float32", max_model_len=2048, max_num_seqs=max(BATCHES),
@@ -274,8 +277,9 @@ def main() -> None:
     engine.warm_up()
     prompts = Prompts(engine, max(BATCHES))
     if options.lossless:
-        name = "_".join(map(str, options.lossless))
-        publish(f"spec_lossless_{name}", compare_outputs(engine, prompts, options.lossless, options.output))
+        part = slice(*options.part)
+        name = "_".join(map(str, [*options.lossless, *options.part[:1]]))
+        publish(f"spec_lossless_{name}", compare_outputs(engine, prompts, options.lossless, options.output, part))
         return
     kinds = [options.kind] if options.kind else list(KINDS)
     figures = [
