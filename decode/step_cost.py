@@ -15,7 +15,7 @@ FIRST_STRIDE, STRIDE = 0.1, 0.01
 """A step that took more or less time than expected moves the estimates for the points beside its rows by so much, the
 first of its kind more than later ones: they follow the median, which other work on the machine does not disturb."""
 FADING = 0.001
-"""And all estimates by so much of what sets them apart from the average, so that what once was slow is tried again."""
+"""A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
 """Weight of a step in that average."""
 REFRESH_STEPS = 16
@@ -59,14 +59,13 @@ class StepCost:
         if seconds < low + (high - low) * share:
             stride = -stride
         share = min(share, 1.0)
-        for each in self._drifts.values():
-            for point, drift in enumerate(each):
-                each[point] = drift + FADING * (self._mean_drift - drift)
         drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
         drifts[right] += stride * min(2.0 * share, 1.0)
         self._mean_drift += AVERAGING * (drifts[left] * (1.0 - share) + drifts[right] * share - self._mean_drift)
         self._observed += 1
         if self._observed % REFRESH_STEPS == 0:
+            for each in self._drifts.values():
+                each[:] = [drift + FADING * REFRESH_STEPS * (self._mean_drift - drift) for drift in each]
             self._refresh()
 
     def _refresh(self) -> None:
