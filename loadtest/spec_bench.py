@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -278,22 +280,25 @@ def main() -> None:
     prompts = Prompts(engine, max(BATCHES))
     if options.lossless:
         part = slice(*options.part)
-        name = "_".join(map(str, [*options.lossless, *options.part[:1]]))
-        publish(f"spec_lossless_{name}", compare_outputs(engine, prompts, options.lossless, options.output, part))
+        name = "-".join(map(str, [*options.lossless, *options.part[:1]]))
+        publish(f"spec-lossless-{name}", compare_outputs(engine, prompts, options.lossless, options.output, part))
         return
     kinds = [options.kind] if options.kind else list(KINDS)
     figures = [
         Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.items())
     ]
     speculator = prompts.speculator()
-    for kind in kinds:
-        for batch in (4,) if options.quick else BATCHES:
-            figures += compare_speeds(
-                engine, prompts, speculator, kind, batch, 2.0 if options.quick else options.seconds
-            )
-        prompts.forget()
-    name = "spec-quick" if options.quick else "spec" + (f"_{options.kind.replace(' ', '_')}" if options.kind else "")
-    publish(name, figures)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: the cells so far are published"))
+    try:
+        for kind in kinds:
+            for batch in (4,) if options.quick else BATCHES:
+                seconds = 2.0 if options.quick else options.seconds
+                figures += compare_speeds(engine, prompts, speculator, kind, batch, seconds)
+                print(f"{kind}, batch {batch}: done", file=sys.stderr, flush=True)
+            prompts.forget()
+    finally:
+        name = "-".join(["spec", *(["quick"] if options.quick else []), *kinds[: 1 if options.kind else 0]])
+        publish(name.replace(" ", "-"), figures)
 
 
 if __name__ == "__main__":
