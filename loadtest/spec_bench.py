@@ -200,7 +200,7 @@ def compare_speeds(
     for one in (plain, drafted):  # what is new to the machine is not timed
         one.step()
         one.steps.clear()
-    while min(plain.seconds, drafted.seconds) < seconds:
+    while min(plain.seconds, drafted.seconds) < seconds and max(plain.seconds, drafted.seconds) < 2 * seconds:
         for one in (plain, drafted):
             for _ in range(STEPS_A_TURN):
                 one.step()
