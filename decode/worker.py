@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_line import Listener
@@ -20,10 +21,10 @@ from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
-from headrace.kvtransfer.transports import Transports
+from headrace.kvtransfer.transports import Beside, Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
-from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent
+from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
@@ -32,6 +33,8 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 REAP_SECONDS = 1.0
+STATS_SECONDS = 0.1
+"""Between two looks at the figures while steps run."""
 
 
 class DecodeWorker:
@@ -45,8 +48,11 @@ class DecodeWorker:
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
-        speculator: Speculator | None,
+        speculator: Speculator | None = None,
+        beside: Beside | None = None,
+        on_step: Callable[[int, bool], None] = lambda running, ended: None,
     ) -> None:
+        """`on_step` is told, on the device's thread, how many requests run and whether a step has just ended."""
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
@@ -61,12 +67,15 @@ class DecodeWorker:
             engine.pool.num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(engine.cache, node.mesh.refuse_from),
+            choice=Transports(engine.cache, node.mesh.refuse_from, beside),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
         )
         self._listener = listener
+        self._on_step = on_step
+        engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
+        self._stats_at = 0.0
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
@@ -134,6 +143,7 @@ class DecodeWorker:
         self._scheduler.abandon_steps()
         self._scheduler.schedule()
         self._batch = None
+        self._on_step(0, False)
 
     def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
         """`run_step` on the device's own thread.
@@ -143,47 +153,65 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        return run_step(self._batch, plan)
+        tokens = run_step(self._batch, plan)
+        self._on_step(len(self._batch), tokens is not None)
+        return tokens
 
     def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:
             return
         self._scheduler.collected()
-        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
+        if self._speculator is not None:
+            self._apply_drafted(tokens)
+            return
+        for key, token in tokens:
             sequence = self._scheduler.running(key)
             if sequence is not None:  # or it ended while this step ran
                 sequence.in_flight -= 1
-                if self._add_tokens(sequence, [token for _, token in of_request]):
-                    self._scheduler.roll_back(sequence)
+                self._add_token(sequence, token)
 
-    def _add_tokens(self, sequence: Sequence, tokens: list[SampledToken]) -> bool:
-        """Take a request's next tokens and queue them for its gateway. Returns whether the request goes on.
+    def _apply_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+        """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
+        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
+            sequence = self._scheduler.running(key)
+            if sequence is None:
+                continue
+            sequence.in_flight -= 1
+            made = [token for _, token in of_request]
+            position = sequence.generated
+            reason = sequence.take([token.token_id for token in made], self._engine.max_model_len)
+            self._queue(sequence, made[: sequence.generated - position], reason)
+            if reason is None:
+                self._scheduler.roll_back(sequence)
 
-        What was drafted past the request's end is dropped.
-        """
-        position = sequence.generated
-        reason = sequence.take([token.token_id for token in tokens], self._engine.max_model_len)
-        taken = tokens[: sequence.generated - position]
-        logprobs = [token.logprobs for token in taken if token.logprobs is not None]
+    def _add_token(self, sequence: Sequence, token: SampledToken) -> bool:
+        """Take one more token of a request and queue it for its gateway. Returns whether the request goes on."""
+        sequence.append(token.token_id)
+        reason = sequence.finish_reason(self._engine.max_model_len)
+        self._queue(sequence, [token], reason)
+        return reason is None
+
+    def _queue(self, sequence: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> None:
+        """Queue a request's newest tokens for its gateway and let go of the request where they end it."""
+        request_id, attempt = sequence.key
         event = TokenEvent(
-            request_id=sequence.offer.request_id,
-            attempt=sequence.offer.attempt,
-            position=position,
-            token_ids=[token.token_id for token in taken],
-            logprobs=logprobs or None,
-            finish_reason=reason,
+            request_id,
+            attempt,
+            sequence.generated - len(tokens),
+            [token.token_id for token in tokens],
+            [token.logprobs for token in tokens if token.logprobs is not None] or None,
+            reason,
         )
-        self._outbox[sequence.offer.gateway].append(event)
+        self._outbox[sequence.gateway].append(event)
         if reason is not None:
             self._scheduler.remove(sequence.key)
-        return reason is None
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token is on its way to the client before any step runs."""
         offer = received.offer
         sequence = Sequence(offer, list(offer.token_ids), received.pages, offer.generated)
         self._scheduler.add(sequence)
-        if self._add_tokens(sequence, [SampledToken(received.commit.token_id, received.commit.logprobs)]):
+        if self._add_token(sequence, SampledToken(received.commit.token_id, received.commit.logprobs)):
             self._work.set()
         self._publish()
 
@@ -192,13 +220,27 @@ class DecodeWorker:
         for gateway, events in self._outbox.items():
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
-        self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.grant_waiting()
+        self._grant()
         if not self._scheduler.has_work:
             self._work.clear()
             self._engine.cpu_share.rest()
             self._idle.set()
-        self._publish_stats()
+            self._publish_stats()
+        elif time.monotonic() - self._stats_at > STATS_SECONDS:
+            self._publish_stats()
+
+    def _grant(self) -> None:
+        """Free pages for those who wait, but for one that each running request may grow into.
+
+        Who computes prompts in the same pool leaves alone what the first of those needs, too.
+        """
+        self._receiver.reserve_pages = self._scheduler.num_running
+        self._receiver.grant_waiting()
+        self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
+
+    def _pages_came_free(self) -> None:
+        if self._receiver.num_waiting:
+            asyncio.get_running_loop().call_soon(self._grant)
 
     def _post(self, peer: str, message: Message) -> None:
         try:
@@ -235,6 +277,7 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             self._receiver.reap()
+            self._grant()
             self._idle.set()
             self._publish_stats()
 
@@ -247,6 +290,7 @@ class DecodeWorker:
             self._cancel([s.key for s in self._scheduler.sequences() if s.offer.gateway == member.id])
 
     def _publish_stats(self) -> None:
+        self._stats_at = time.monotonic()
         pool = self._engine.pool
         stats: dict[str, float] = {
             "kv_pages_in_use": pool.num_in_use,

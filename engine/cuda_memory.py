@@ -14,6 +14,8 @@ import torch
 
 HANDLE_BYTES = 64
 LAZY_PEER_ACCESS = 1
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for all contexts of this process."""
 
 
 class _Handle(ctypes.Structure):
@@ -53,7 +55,7 @@ def open_shared(handle: bytes, offset: int, size: int, device: torch.device) -> 
 
     Raises `OSError` where it can't be opened and `ValueError` where there is less than was announced.
     """
-    torch.empty(1, device=device)  # makes the device's context this thread's
+    torch.cuda.current_stream(device).query()  # makes the device's context this thread's
     opened = _Handle.from_buffer_copy(handle)
     base = ctypes.c_uint64()
     _check(_driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), opened, LAZY_PEER_ACCESS), "cuIpcOpenMemHandle")
@@ -62,6 +64,18 @@ def open_shared(handle: bytes, offset: int, size: int, device: torch.device) -> 
         _driver().cuIpcCloseMemHandle(base)
         raise ValueError(f"{offset + size} bytes were announced, the allocation has {allocated}")
     return torch.as_tensor(_Opened(base, offset, size), device=device)
+
+
+def pin(memory: torch.Tensor) -> None:
+    """Lock host memory in its place, so that copy engines reach it. Raises `OSError` where that is not allowed."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    result = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)
+    _check(int(result), "cudaHostRegister")
+
+
+def unpin(memory: torch.Tensor) -> None:
+    """The other way; harmless where it was not pinned."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
 class _Opened:

@@ -87,7 +87,10 @@ class PrefillOutput:
 
 
 class Engine:
-    """Not thread-safe: `prefill` and decode steps belong on one thread. The pool may be used on another one."""
+    """`prefill` belongs on one thread, and so do decode steps: on a CPU on the same one.
+
+    The pool may be used on another one.
+    """
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int
@@ -144,6 +147,11 @@ class Engine:
             self.pool.release(pages)
         self.cpu_share.rest()
 
+    def synchronize(self) -> None:
+        """Wait for all that this thread has started on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     @torch.inference_mode()
     def prepare_decode(self, progress: Progress) -> None:
         """Compile and capture what decode steps need, so that no request waits for it."""
@@ -181,7 +189,9 @@ class Engine:
     def _recorded_event(self) -> Ready | None:
         if self.device.type != "cuda":
             return None
-        event: Ready = torch.cuda.current_stream(self.device).record_event()
+        # One that a thread waits for asleep: several of them that spin would take cores from the one that launches.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:

@@ -129,9 +129,12 @@ class GraphBatch(Generic[K]):
         step = self._running.popleft()
         if step.done is not None:
             step.done.synchronize()
+        tokens = step.tokens.tolist()
+        if not step.logprobs:
+            return list(zip(step.keys, map(SampledToken, tokens), strict=True))
         return [
             (key, SampledToken(token, step.logprobs.get(row)))
-            for row, (key, token) in enumerate(zip(step.keys, step.tokens.tolist(), strict=True))
+            for row, (key, token) in enumerate(zip(step.keys, tokens, strict=True))
         ]
 
     @torch.inference_mode()

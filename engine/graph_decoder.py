@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from headrace.engine.device import urgent_stream
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import DecoderWeights, LayerWeights, Progress
@@ -16,7 +17,8 @@ from headrace.kernels.decode_attention import (
     plan_decode_attention,
 )
 from headrace.kernels.decode_begin import begin_decode
-from headrace.kernels.decode_linear import MAX_ROWS, Epilogue, Upcoming, Workspace, decode_linear
+from headrace.kernels.decode_linear import decode_linear, max_rows
+from headrace.kernels.epilogue import Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.linear import Projection
@@ -62,12 +64,14 @@ class GraphDecoder:
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._squares = torch.zeros(2 * config.num_layers + 1, max_batch, dtype=torch.int64, device=device)
         self._residual = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
-        self._qkv = torch.zeros(min(max_batch, MAX_ROWS), qkv_size, dtype=dtype, device=device)
+        self._max_narrow = max_rows(device)
+        self._qkv = torch.zeros(min(max_batch, self._max_narrow), qkv_size, dtype=dtype, device=device)
         self._attended = torch.zeros(max_batch, config.num_heads * config.head_dim, dtype=dtype, device=device)
         self._activated = torch.zeros(len(self._qkv), config.intermediate_size, dtype=dtype, device=device)
         self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._capturing = urgent_stream(device) if device.type == "cuda" else None
 
     def capture_all(self, progress: Progress) -> None:
         """Compile the kernels and capture every batch size, the largest first, whose memory the others then share."""
@@ -90,7 +94,8 @@ class GraphDecoder:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
+            # a graph's kernels keep the priority of the stream that they were captured on
+            with torch.cuda.graph(graph, pool=pool, stream=self._capturing):
                 self._forward(size)
             self._graphs[size] = graph
         return self._graphs[size]
@@ -104,7 +109,7 @@ class GraphDecoder:
             self._residual[:size],
             self._squares[:, :size],
         )
-        if size <= MAX_ROWS:
+        if size <= self._max_narrow:
             self._forward_narrow(size)
         else:
             self._forward_wide(size)
@@ -113,39 +118,27 @@ class GraphDecoder:
         """Few rows: every projection at the memory's speed, with what surrounds it."""
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv, attended = self._qkv[:size], self._attended[:size]
-        head = self._weights.head.weight
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
-            last = index + 1 == len(self._weights.layers)
-            following = head if last else self._weights.layers[index + 1].qkv.weight
-            upcoming = (
-                Upcoming(layer.output.weight),
-                Upcoming(layer.gate_up.weight, gated=True),
-                Upcoming(layer.down.weight),
-                Upcoming(following),
-            )
-            self._project(residual, layer.qkv, qkv, upcoming[0], squares=sums, eps=eps, bias=layer.qkv.bias)
+            self._project(residual, layer.qkv, qkv, squares=sums, eps=eps, bias=layer.qkv.bias)
             self._attend(index, layer, qkv)
             sums = next(squares)
-            bias = layer.output.bias
-            self._project(attended, layer.output, residual, upcoming[1], bias=bias, residual=True, squares_out=sums)
+            self._project(attended, layer.output, residual, bias=layer.output.bias, residual=True, squares_out=sums)
             activation = self._config.activation
-            self._project(residual, layer.gate_up, activated, upcoming[2], squares=sums, eps=eps, activation=activation)
+            self._project(residual, layer.gate_up, activated, squares=sums, eps=eps, activation=activation)
             sums = next(squares)
-            self._project(activated, layer.down, residual, upcoming[3], residual=True, squares_out=sums)
+            self._project(activated, layer.down, residual, residual=True, squares_out=sums)
         hidden = rms_norm(residual, self._weights.norm, eps)
-        decode_linear(hidden, head, self._logits[:size], Epilogue(), self._linear_workspace)
+        decode_linear(hidden, self._weights.head.weight, self._logits[:size], Epilogue(), self._linear_workspace)
 
-    def _project(
-        self, x: torch.Tensor, projection: Projection, out: torch.Tensor, upcoming: Upcoming, **epilogue: Any
-    ) -> None:
+    def _project(self, x: torch.Tensor, projection: Projection, out: torch.Tensor, **epilogue: Any) -> None:
         """One projection with its surroundings, see `Epilogue`."""
         x_scale = None
         if projection.weight_scale is not None and len(x) > 1:
             x, x_scale = quantize_rows(x)
         surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
-        decode_linear(x, projection.weight, out, surroundings, self._linear_workspace, upcoming)
+        decode_linear(x, projection.weight, out, surroundings, self._linear_workspace)
 
     def _attend(self, index: int, layer: LayerWeights, qkv: torch.Tensor) -> None:
         size = len(qkv)

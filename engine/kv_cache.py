@@ -6,20 +6,24 @@ import fcntl
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from headrace.engine.cuda_memory import device_uuid, open_shared, share
-from headrace.kernels.copy_pages import copy_blocks
+from headrace.engine.cuda_memory import device_uuid, open_shared, pin, share, unpin
+from headrace.engine.page_copier import PageCopier, Part
 from headrace.kernels.upload import upload
 
 log = logging.getLogger(__name__)
 
 F_SEAL_FUTURE_WRITE = 0x10
 """fcntl(2), Linux 5.1: nobody else can map the file to write to it."""
+STAGING_BYTES = 512 * 2**20
+"""Of host memory for pages of a GPU that other processes read from there: as much as two receivers may have on the way.
+It is taken at its first use."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class KVCache:
         self.num_pages = num_pages
         self.page_bytes = layout.page_bytes
         self.descriptor: int | None = None
-        """On the CPU, of the memory file that holds the pages, [layers, pages], from its start; other processes of this
-        user may map it to read. None where there is no such file."""
+        """Of a memory file that other processes of this user may map to read. On the CPU it holds the pages, [layers,
+        pages], from its start; on a GPU what was put there by `stage`. None where there is no such file."""
+        self.staging_blocks = 0
+        """Pages of one layer that a GPU's memory file has room for."""
         shape = (layout.num_layers, num_pages, 2, layout.num_kv_heads, layout.page_size, layout.head_dim)
         # On the CPU, copies go through numpy: they run on other threads than the one that computes, where torch would
         # start a second pool of threads that fights with the first.
@@ -65,7 +71,15 @@ class KVCache:
             self._memory = memory.data
         else:
             self.pages = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
-            self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._copying = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            num_blocks = min(STAGING_BYTES // self.page_bytes, layout.num_layers * num_pages)
+            memory, self.descriptor = _shareable_zeros(num_blocks * self.page_bytes)
+            if self.descriptor is not None:
+                self.staging_blocks = num_blocks
+                self._staging = torch.from_numpy(memory.reshape(num_blocks, self.page_bytes))
+            self._staging_is_ready = False
+            self._preparing = threading.Lock()
+            self._copier: PageCopier | None = None
         self._bytes = self.pages.view(layout.num_layers, num_pages, -1).view(torch.uint8)
 
     def layer(self, index: int) -> torch.Tensor:
@@ -77,16 +91,18 @@ class KVCache:
         if self._array is None:
             return None
         views = []
-        start = 0
-        for index in range(1, len(page_ids) + 1):
-            if index == len(page_ids) or page_ids[index] != page_ids[index - 1] + 1:
-                first = (layer * self.num_pages + page_ids[start]) * self.page_bytes
-                views.append(self._memory[first : first + (index - start) * self.page_bytes])
-                start = index
+        for start, end in _runs(page_ids):
+            first = (layer * self.num_pages + page_ids[start]) * self.page_bytes
+            views.append(self._memory[first : first + (end - start) * self.page_bytes])
         return views
 
     def close(self) -> None:
         """Let other processes no longer find the memory. The pages stay valid."""
+        if self.pages.is_cuda:
+            if self._copier is not None:
+                self._copier.close()
+            if self._staging_is_ready:
+                unpin(self._staging)
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
@@ -111,10 +127,43 @@ class KVCache:
         if self._array is not None:
             self._array[layer][page_ids] = source
             return
+        self.write_blocks(layer, page_ids, source, np.arange(len(page_ids)))
+
+    def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
+        """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
+        pinned = torch.empty(len(page_ids), self.page_bytes, dtype=torch.uint8, pin_memory=True)
+        np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
+        # Run by run, which a copy engine does: a kernel would take processors away from decode steps, and wait for its
+        # turn where another process computes on this GPU.
         with torch.cuda.stream(self._copying):
-            arrived = torch.from_numpy(source.copy()).to(self.pages.device)
-            self._bytes[layer].index_copy_(0, self._index(page_ids), arrived)
-            self._copying.synchronize()
+            for start, end in _runs(page_ids):
+                place = self._bytes[layer, page_ids[start] : page_ids[start] + end - start]
+                place.copy_(pinned[start:end], non_blocking=True)
+            written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            written.record()
+        written.synchronize()
+
+    @torch.no_grad()
+    def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
+        """On a GPU: copy these pages to `blocks` of the memory file and wait until they are there."""
+        self._prepare_staging()
+        with torch.cuda.stream(self._copying):
+            gathered = self._bytes[layer].index_select(0, self._index(page_ids))
+            for start, end in _runs(blocks):
+                self._staging[blocks[start] : blocks[start] + end - start].copy_(gathered[start:end], non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record()
+        copied.synchronize()
+
+    def _prepare_staging(self) -> None:
+        with self._preparing:
+            if self._staging_is_ready:
+                return
+            self._staging_is_ready = True
+            try:
+                pin(self._staging)
+            except OSError as error:
+                log.warning("memory can't be pinned, handing pages over by shm will be slow: %s", error)
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         return upload([np.array(numbers, np.int64)], self.pages.device)[0]
@@ -140,28 +189,46 @@ class KVCache:
         if not self.pages.is_cuda or device != device_uuid(self.pages.device):
             return None
         shared = open_shared(handle, offset, num_blocks * self.page_bytes, self.pages.device)
-        return OpenedCache(shared.view(num_blocks, self.page_bytes), self)
-
-    @torch.no_grad()
-    def copy_from(self, source: torch.Tensor, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
-        """Copy rows `blocks` of source [blocks, page_bytes] into these pages and wait until they are there."""
-        with torch.cuda.stream(self._copying):
-            copy_blocks(source, self._index(blocks), self._bytes[layer], self._index(page_ids))
-            self._copying.synchronize()
+        if self._copier is None:
+            self._copier = PageCopier(self._bytes.view(-1, self.page_bytes))
+        return OpenedCache(shared.view(num_blocks, self.page_bytes), self._copier, self.num_pages)
 
 
 class OpenedCache:
     """Another process's cache on this one's GPU."""
 
-    def __init__(self, memory: torch.Tensor, cache: KVCache) -> None:
+    def __init__(self, memory: torch.Tensor, copier: PageCopier, num_pages: int) -> None:
+        """`memory` is uint8 [blocks, page_bytes]; the copier's target has `num_pages` in each layer."""
+        self.copier = copier
         self._memory = memory
-        self._cache = cache
+        self._num_pages = num_pages
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
-        """Copy its blocks into this worker's pages. Raises `ValueError` where there is no such block."""
+    def copy(
+        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
+    ) -> None:
+        """Copy its blocks into this worker's pages, on another thread, then call `done`.
+
+        Raises `ValueError` where there is no such block.
+        """
+        self.copier.submit(self.part(blocks, layer, page_ids, done))
+
+    def part(
+        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
+    ) -> Part:
+        """What the copier is to do. Raises `ValueError`."""
+        moves = np.empty((len(blocks), 2), np.int32)
+        moves[:, 0] = blocks
+        moves[:, 1] = page_ids
+        moves[:, 1] += layer * self._num_pages
         if max(blocks) >= len(self._memory):
             raise ValueError(f"page {max(blocks)} of {len(self._memory)} is not in the sender's memory")
-        self._cache.copy_from(self._memory, blocks, layer, page_ids)
+        return Part(self._memory, moves, done)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Index ranges [start, end) in which the numbers count up by one."""
+    cuts = [index for index in range(1, len(numbers)) if numbers[index] != numbers[index - 1] + 1]
+    return list(zip([0, *cuts], [*cuts, len(numbers)], strict=True))
 
 
 def _shareable_zeros(size: int) -> tuple[np.ndarray, int | None]:

@@ -22,7 +22,9 @@ from headrace.kernels.launch import dependent_launch, num_processors, power_of_t
 from headrace.kernels.rope import RopeTables
 
 PROGRAMS_A_PROCESSOR = 4
+WARPS, STAGES = 2, 2
 MERGED_AT_ONCE = 8
+LINE_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def fused_decode_attention(
     qkv's type or float8_e4m3fn; block_table int32 [B, width], positions int32 [B] (-1: the row is left alone); norms:
     weights [head_dim] of the RMS norms of Q and K (Qwen 3); out [B, heads * head_dim].
     """
+    line = LINE_BYTES // layer_pages.element_size()
     batch, group_rows = positions.shape[0], max(16, power_of_two(shape.group))  # tensor cores take 16 rows
     _attention_kernel[(workspace.programs,)](
         qkv, layer_pages, block_table, positions, workspace.first_units, rope.cos, rope.sin,
@@ -85,8 +88,8 @@ def fused_decode_attention(
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
         PAGE=layer_pages.shape[3], GROUP_ROWS=group_rows, GROUP_STORED=power_of_two(shape.group),
         DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_batch, BLOCK=workspace.block,
-        STAGES=2,
-        MERGED=MERGED_AT_ONCE, num_warps=2, **dependent_launch(),
+        STAGES=STAGES, MERGED=MERGED_AT_ONCE, LINE=line, LINES=power_of_two(max(shape.head_dim // line, 1)),
+        num_warps=WARPS, **dependent_launch(),
     )  # fmt: skip
 
 
@@ -141,6 +144,14 @@ def _plan_kernel(positions_ptr, first_units_ptr, batch, BLOCK: tl.constexpr, BAT
 
 
 @triton.jit
+def _prefetch(lines):
+    """Bring the line at each address into the L2 cache; prefetches past an allocation's end do nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _rotated(start, d, cos, sin, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl.constexpr):
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
@@ -159,7 +170,8 @@ def _attention_kernel(
     out_ptr, partial_ptr, arrivals_ptr, batch, table_stride, scale, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
     GROUP_ROWS: tl.constexpr, GROUP_STORED: tl.constexpr, DIM_PADDED: tl.constexpr, BATCH: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row_stride: tl.constexpr = (GROUP + 2) * KV_HEADS * DIM
     page_stride: tl.constexpr = 2 * KV_HEADS * PAGE * DIM
@@ -174,6 +186,18 @@ def _attention_kernel(
     d = tl.arange(0, DIM_PADDED)[None, :]
     token = tl.arange(0, BLOCK)
     if PDL:
+        if unit < end:
+            # cached tokens don't depend on the projections: the first ones come into the L2 cache before the wait
+            row = tl.sum((first_units * KV_HEADS <= unit).to(tl.int32), 0) - 1
+            row_units = tl.load(first_units_ptr + row)
+            blocks = tl.load(first_units_ptr + row + 1) - row_units
+            head = (unit - row_units * KV_HEADS) // blocks
+            at = (unit - row_units * KV_HEADS - head * blocks) * BLOCK + token
+            page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
+            lines = (tl.arange(0, LINES) * LINE)[None, :]
+            cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + lines
+            _prefetch(cached)
+            _prefetch(cached + values_at)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     while unit < end:

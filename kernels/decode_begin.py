@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.decode_linear import SQUARES_SCALE
+from headrace.kernels.epilogue import SQUARES_SCALE
 from headrace.kernels.launch import dependent_launch, power_of_two
 
 

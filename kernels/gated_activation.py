@@ -22,8 +22,7 @@ def gated_activation(gate_up: torch.Tensor, activation: Activation) -> torch.Ten
 
 def _reference(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return activated.mul_(up)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
 
 def _launch(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -33,6 +32,15 @@ def _launch(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         constants = (gate_up.stride(0), size, BLOCK, activation == "silu")
         _launch_gated_activation((rows, -(-size // BLOCK), 1), (gate_up, out), constants, num_warps=4)
     return out
+
+
+@triton.jit
+def activated(gate, up, IS_SILU: tl.constexpr):
+    """act(gate) * up, in registers."""
+    if IS_SILU:
+        return gate / (1 + tl.exp(-gate)) * up
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
+    return gate / (1 + tl.exp(-2.0 * inner)) * up  # tanh(z) = 2 sigmoid(2 z) - 1
 
 
 @triton.jit
@@ -46,12 +54,7 @@ def _gated_activation_kernel(
     # all loads below are of what the kernel ahead has made
     gate = tl.load(gate_up_ptr + row * STRIDE + column, mask=there, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * STRIDE + SIZE + column, mask=there, other=0.0).to(tl.float32)
-    if IS_SILU:
-        activated = gate * tl.sigmoid(gate)
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
-        activated = gate * tl.sigmoid(2.0 * inner)  # tanh(z) = 2 sigmoid(2 z) - 1
-    tl.store(out_ptr + row * SIZE + column, (activated * up).to(out_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr + row * SIZE + column, activated(gate, up, IS_SILU).to(out_ptr.dtype.element_ty), mask=there)
 
 
 _launch_gated_activation = Launcher(_gated_activation_kernel)

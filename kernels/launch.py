@@ -31,6 +31,12 @@ def _has_dependent_launch() -> bool:
 
 
 @cache
+def is_hopper() -> bool:
+    """Whether kernels run on a chip with compute capability 9.0: H100, H200, GH200."""
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a few where kernels are interpreted."""
     if device.type != "cuda":

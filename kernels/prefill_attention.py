@@ -18,11 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.launch import power_of_two
+from headrace.kernels.launch import is_hopper, power_of_two
 from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import TensorDescriptor, tl, triton
 from headrace.kernels.paged_attention import gather_rows, soften
 from headrace.kernels.upload import upload
+
+if is_hopper():
+    from headrace.kernels.hopper_attention import can_attend, hopper_attention
 
 QUERY_BLOCK = 256
 """The torch path computes so many queries at once: bounds the mask, skips keys in the future of all of them."""
@@ -42,8 +45,6 @@ class Tiling:
     """How many loads are in flight."""
     descriptors: bool = False
     """Load packed keys and values by tensor descriptors (TMA) instead of pointers."""
-    specialized: bool = False
-    """One warp loads, and groups of four compute: packed only, and a tile is then tokens of one query head."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def plan_tiles(
 ) -> TilePlan:
     """Cut the queries into tiles, longest context first. Nothing waits for the device."""
     lengths, contexts = np.asarray(query_lengths, np.int32), np.asarray(context_lengths, np.int32)
-    tokens = tiling.block_m if tiling.specialized else tiling.block_m // group
+    tokens = tiling.block_m // group
     counts = -(-lengths // tokens)
     requests = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
     ordinals = np.arange(counts.sum(), dtype=np.int32) - np.repeat(counts.cumsum() - counts, counts)
@@ -191,9 +192,11 @@ def attend_packed(
     queries [T, heads, head_dim]; qkv [T, (heads + 2 kv_heads) * head_dim], of which keys and values are read. Returns
     [T, heads * head_dim].
     """
-    if plan.tiling.specialized:
-        return _launch_specialized(queries, qkv, plan, scaling, kv_heads)
-    _, heads, head_dim = queries.shape
+    tokens, heads, head_dim = queries.shape
+    if is_hopper() and plan.tiling == PACKED_TILINGS.get(head_dim) and can_attend(queries, kv_heads):
+        out = queries.new_empty(tokens, heads * head_dim)
+        hopper_attention(queries, qkv, out, plan.tiles, plan.query_starts, kv_heads, scaling * LOG2_E)
+        return out
     places = (heads * head_dim, (heads + kv_heads) * head_dim, qkv.stride(0))
     return _launch(queries, qkv, plan, scaling, 1.0, kv_heads, places, page_size=0)
 
@@ -246,26 +249,6 @@ def _launch(
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )  # fmt: skip
-    return out
-
-
-def _launch_specialized(
-    queries: torch.Tensor, qkv: torch.Tensor, plan: TilePlan, scaling: float, kv_heads: int
-) -> torch.Tensor:
-    tokens, heads, head_dim = queries.shape
-    out = queries.new_empty(tokens, heads * head_dim)
-    tiles, tiling = len(plan.tiles), plan.tiling
-    if tiles == 0:
-        return out
-    query_rows = _descriptor(queries.view(tokens, heads * head_dim), tiling.block_m, head_dim)
-    kv_rows = _descriptor(qkv, tiling.block_n, head_dim)
-    _launch_specialized_attention(
-        (tiles * heads, 1, 1),
-        (query_rows, kv_rows, out, plan.tiles, plan.query_starts, scaling * LOG2_E),
-        (heads, kv_heads, head_dim, tiling.block_m, tiling.block_n, _precision(queries.dtype)),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-    )
     return out
 
 
@@ -362,43 +345,7 @@ def _attention_kernel(
     tl.store(out_ptr + place * (KV_HEADS * GROUP * DIM) + column, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
-@triton.jit
-def _specialized_kernel(
-    q_rows, kv_rows, out_ptr, tiles_ptr, starts_ptr, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of packed prompts: BLOCK_M tokens of one query head.
-
-    Everything comes by descriptors in one loop, which is all that the compiler can specialize warps for. Rows past a
-    request's end are the next one's: their weights are 0.
-    """
-    tile = tl.program_id(0) // HEADS
-    head = tl.program_id(0) % HEADS
-    kv_head = head // (HEADS // KV_HEADS)
-    request = tl.load(tiles_ptr + 2 * tile)
-    first = tl.load(tiles_ptr + 2 * tile + 1)
-    start = tl.load(starts_ptr + request)
-    count = tl.load(starts_ptr + request + 1) - start
-    token = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    # all loads below are of what the kernels ahead have made
-    q = q_rows.load([start + first, head * DIM])
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    weight = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
-    end = tl.minimum(first + BLOCK_M, count)
-    for block in tl.range(0, end, BLOCK_N, warp_specialize=True):
-        k = kv_rows.load([start + block, (HEADS + kv_head) * DIM])
-        v = kv_rows.load([start + block, (HEADS + KV_HEADS + kv_head) * DIM])
-        acc, weight, highest = _attend_block(q, k, v, acc, weight, highest, scale, token, block + n, True, PRECISION)
-    d = tl.arange(0, DIM)
-    place = (start + token).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
-    tl.store(out_ptr + place, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=(token < count)[:, None])
-
-
 _launch_attention = Launcher(_attention_kernel)
-_launch_specialized_attention = Launcher(_specialized_kernel)
 
 
 def _mask(block: int, width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

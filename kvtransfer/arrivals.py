@@ -20,6 +20,8 @@ from headrace.wire import Decoder, WireError
 
 log = logging.getLogger(__name__)
 
+FAILED: Problem = ("receiver_failed", "the pages could not be written")
+
 Key = tuple[str, str, int]
 """(sender, request id, attempt)."""
 
@@ -84,16 +86,19 @@ class Arrivals:
             with self._lock:
                 self.dropped += 1
             return
-        problem: Problem | None = ("receiver_failed", "the pages could not be written")
+        if isinstance(message, PagesInPlace):
+            self._copy(sender, arriving, message, page_ids)
+            return
+        problem: Problem | None = FAILED
         try:
-            if isinstance(message, Pages):
-                problem = self._read(arriving, message, page_ids, payload)
-            else:
-                problem = _copy(arriving, message, page_ids)
+            problem = self._read(arriving, message, page_ids, payload)
         finally:
-            if problem is not None:
-                self._refuse(sender, problem[1])
-            arriving.landing.written(message, problem)
+            self._end(sender, arriving, message, problem)
+
+    def _end(self, sender: str, arriving: Arriving, message: OnDataLine, problem: Problem | None) -> None:
+        if problem is not None:
+            self._refuse(sender, problem[1])
+        arriving.landing.written(message, problem)
 
     def _read(self, arriving: Arriving, message: Pages, page_ids: list[PageId], payload: Payload) -> Problem | None:
         size = len(page_ids) * self._store.page_bytes
@@ -115,15 +120,27 @@ class Arrivals:
             self._store.write_pages(message.layer, page_ids, data)
         return None
 
+    def _copy(self, sender: str, arriving: Arriving, message: PagesInPlace, page_ids: list[PageId]) -> None:
+        """Now, or soon on another thread, which the message is then left to."""
+        taken = False
 
-def _copy(arriving: Arriving, message: PagesInPlace, page_ids: list[PageId]) -> Problem | None:
-    if arriving.source is None:
-        return "sequence", f"pages are to be sent by {arriving.transport}"
-    try:
-        arriving.source.copy(message.blocks, message.layer, page_ids)
-    except ValueError as error:
-        return "sequence", str(error)
-    return None
+        def done(error: Exception | None) -> None:
+            nonlocal taken
+            taken = True
+            self._end(sender, arriving, message, None if error is None else FAILED)
+
+        problem: Problem = FAILED
+        try:
+            if arriving.source is not None:
+                arriving.source.copy(message.blocks, message.layer, page_ids, done)
+                taken = True
+            else:
+                problem = "sequence", f"pages are to be sent by {arriving.transport}"
+        except ValueError as error:
+            problem = "sequence", str(error)
+        finally:
+            if not taken:
+                self._end(sender, arriving, message, problem)
 
 
 def checksum(views: Sequence[memoryview]) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import numpy as np
 
 PageId = int
 
@@ -24,6 +26,12 @@ class PageStore(Protocol):
     def write_pages(self, layer: int, page_ids: Sequence[PageId], data: memoryview) -> None:
         """Overwrite these pages. `data` holds `len(page_ids) * page_bytes` bytes."""
 
+    def write_blocks(self, layer: int, page_ids: Sequence[PageId], source: np.ndarray, blocks: np.ndarray) -> None:
+        """Where `host_views` has none: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
+
+    def stage(self, layer: int, page_ids: Sequence[PageId], blocks: Sequence[int]) -> None:
+        """Where `host_views` has none: copy these pages to blocks of the staging memory (`staging.py`)."""
+
     def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> Source | None:
         """Another process's pages on the same GPU; None where they are not there.
 
@@ -34,8 +42,12 @@ class PageStore(Protocol):
 class Source(Protocol):
     """A sender's memory that this process can read."""
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
-        """Copy pages from there into this worker's cache. Raises `ValueError` where there is no such block."""
+    def copy(
+        self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Callable[[Exception | None], None]
+    ) -> None:
+        """Copy pages from there into this worker's cache, now or soon, then call `done` once, on any thread, with what
+        went wrong. Raises `ValueError`, and never calls `done`, where there is no such block.
+        """
 
 
 class PageAllocator(Protocol):
@@ -53,6 +65,9 @@ class PageAllocator(Protocol):
 
     def release(self, page_ids: Sequence[PageId]) -> None:
         """Drop one reference on each."""
+
+    def put_back(self, page_ids: Sequence[PageId]) -> None:
+        """The same for pages that were taken just now."""
 
     def hashes(self, token_ids: Sequence[int]) -> list[bytes]:
         """One for each full page of a prompt; each covers all tokens up to its page's end."""

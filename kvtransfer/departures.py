@@ -68,17 +68,29 @@ class LineDepartures:
                 credit_wanted=outgoing.credit_wanted,
             )
             return encode(pages), views
-        first_block = outgoing.layer * self._store.num_pages
         in_place = PagesInPlace(
             request_id=request_id,
             attempt=attempt,
             sequence=outgoing.sequence,
             layer=outgoing.layer,
             first_page=outgoing.first_page,
-            blocks=[first_block + page for page in outgoing.page_ids],
+            blocks=self._blocks(outgoing),
             credit_wanted=outgoing.credit_wanted,
         )
         return encode(in_place), ()
+
+    def _blocks(self, outgoing: Outgoing) -> list[int]:
+        """Where the receiver finds the pages. Those of a handoff that is over aren't there; it drops the message."""
+        staged = outgoing.staged
+        if staged is None:
+            first_block = outgoing.layer * self._store.num_pages
+            return [first_block + page for page in outgoing.page_ids]
+        if staged.begin():
+            try:
+                self._store.stage(outgoing.layer, outgoing.page_ids, staged.blocks)
+            finally:
+                staged.end()
+        return staged.blocks
 
     def _views(self, handoff: Handoff, outgoing: Outgoing) -> Sequence[memoryview]:
         """The bytes: the cache's own memory where that is possible."""

@@ -44,6 +44,7 @@ from headrace.kvtransfer.messages import (
     TransportName,
     WireDtype,
 )
+from headrace.kvtransfer.staging import Staged, Staging
 from headrace.messages.stream import TokenLogprobs
 
 MESSAGE_BYTES: dict[TransportName, int] = {"tcp": 2**20, "shm": 8 * 2**20, "cuda_ipc": 2**26, "local": 2**26}
@@ -86,6 +87,8 @@ class Outgoing:
     page_ids: list[PageId]
     credit_wanted: bool
     ready: Ready | None
+    staged: Staged | None = None
+    """Where to copy them for the receiver to read."""
 
 
 @dataclass
@@ -139,6 +142,9 @@ class Handoff:
         self._most_pages = 1
         self._on_the_way: deque[tuple[int, int]] = deque()
         """(sequence, bytes) of the pages that no Credit has covered."""
+        self._staging: Staging | None = None
+        self._staged: dict[int, Staged] = {}
+        """By sequence, as long as the receiver may read it."""
         self._first_token: tuple[int, TokenLogprobs | None] | None = None
         self._commit: Commit | None = None
         self._failure = ""
@@ -149,12 +155,21 @@ class Handoff:
         """(request id, attempt)."""
         return self.offer.request_id, self.offer.attempt
 
-    def offer_to(self, receiver: str, flight: Flight | None = None) -> Offer:
-        """Begin with `receiver`, sharing the room on the way there; the caller sends what is returned."""
+    @property
+    def wants_layers(self) -> bool:
+        """Whether computed layers need be announced: not where the receiver is known to hold all pages."""
+        return self.state is not State.GRANTED or self.held_pages < len(self.pages)
+
+    def offer_to(self, receiver: str, flight: Flight | None = None, staging: Staging | None = None) -> Offer:
+        """Begin with `receiver`, sharing the room on the way there; the caller sends what is returned.
+
+        `staging` is what `shm` goes through where the cache itself is not host memory.
+        """
         assert self.state is State.UNPLACED, self.state
         self.receiver = receiver
         self.receiver_is_done = False
         self._flight = flight or self._flight
+        self._staging = staging
         self.state = State.OFFERED
         self.timings.offered = self.timings.offered or time.monotonic()
         return self.offer
@@ -208,12 +223,18 @@ class Handoff:
         self._window_bytes = self._window_left = grant.window_bytes
         size = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
         self._most_pages = max(size // self._page_bytes, 1)
+        if grant.transport != "shm":
+            self._staging = None
+        elif self._staging is not None:
+            self._most_pages = min(self._most_pages, self._staging.num_blocks)
 
     def _landed(self, end: int) -> None:
         while self._on_the_way and self._on_the_way[0][0] < end:
-            size = self._on_the_way.popleft()[1]
+            sequence, size = self._on_the_way.popleft()
             self._window_left += size
             self._flight.size -= size
+            if (staged := self._staged.pop(sequence, None)) is not None:
+                staged.let_go()
 
     def _let_go(self) -> None:
         self.receiver_is_done = True
@@ -259,7 +280,10 @@ class Handoff:
                 continue
             stop = min(end, first + self._most_pages)
             size = (stop - first) * self._page_bytes
-            if not self._has_room(size):
+            has_room = self._has_room(size)
+            if has_room and self._staging is not None:
+                has_room = self._stage(stop - first)
+            if not has_room:
                 self._segments.appendleft(segment)
                 return None
             if stop < end:
@@ -280,6 +304,14 @@ class Handoff:
         in_window = not self._on_the_way or size <= self._window_left
         return in_window and (not self._flight.size or self._flight.size + size <= self._flight.limit)
 
+    def _stage(self, num_pages: int) -> bool:
+        """Whether there was room for the next message."""
+        assert self._staging is not None
+        staged = self._staging.take(num_pages)
+        if staged is not None:
+            self._staged[self._sequence] = staged
+        return staged is not None
+
     def _outgoing(self, segment: Segment, size: int) -> Outgoing:
         self._on_the_way.append((self._sequence, size))
         self._window_left -= size
@@ -294,19 +326,22 @@ class Handoff:
             page_ids=self.pages[segment.first_page : segment.first_page + segment.num_pages],
             credit_wanted=self._wants_credit(size),
             ready=segment.ready,
+            staged=self._staged.get(self._sequence - 1),
         )
 
     def _wants_credit(self, size: int) -> bool:
         """Whether to ask for credit for what is sent now.
 
         Before a bound is half full nothing need be asked for. After that, all that crowds the way to the receiver, and
-        every eighth of the window. So who must wait waits for a message that will be credited.
+        every eighth of the window. So who must wait waits for a message that will be credited. And all that takes up
+        staging memory, for which handoffs to other receivers may wait.
         """
         self._unasked_bytes += size
         crowded = self._flight.size > self._flight.limit // 2
         half_full = self._window_left < self._window_bytes // 2
         full = self._window_left < self._most_pages * self._page_bytes
-        if crowded or full or (half_full and self._unasked_bytes >= self._window_bytes // 8):
+        eighth = half_full and self._unasked_bytes >= self._window_bytes // 8
+        if crowded or full or eighth or self._staging is not None:
             self._unasked_bytes = 0
             return True
         return False

@@ -2,6 +2,7 @@
 
 | state      | on                         | does                                             | next       |
 | ---------- | -------------------------- | ------------------------------------------------ | ---------- |
+| (none)     | Offer, its pages are this pool's own | own them, too, Grant (`local`: all are held) | RECEIVING |
 | (none)     | Offer, pages free          | reserve, choose a transport, Grant               | RECEIVING  |
 | (none)     | Offer, pool full           | queue, first come first served                   | WAITING    |
 | (none)     | Offer, unusable            | Refuse                                           | (none)     |
@@ -55,6 +56,8 @@ from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
 WINDOW_BYTES = 64 * 2**20
+WINDOWS_IN_PLACE = 4
+"""As much of what is not sent but read in place, and so takes up no buffer here."""
 MAX_WAITING = 4096
 MAX_REMEMBERED = 16384
 """Requests whose newest attempt is remembered, so that a stale one is told from a new one."""
@@ -83,6 +86,9 @@ class ReceivedRequest:
 class Choice(Protocol):
     """How pages can come from a sender."""
 
+    def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
+        """The prompt's pages where the sender shares this worker's page pool: they need not come at all."""
+
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """The best transport that both ends can use, and the sender's memory where it is read in place."""
 
@@ -92,6 +98,9 @@ class Choice(Protocol):
 
 class TcpOnly:
     """Without shared memory."""
+
+    def pages_here(self, sender: str, offer: Offer) -> None:
+        """See `Choice`."""
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
@@ -181,6 +190,11 @@ class Receiver:
         """Handoffs that have not been committed yet, those that wait among them."""
         return len(self._incoming)
 
+    @property
+    def pages_wanted(self) -> int:
+        """At most so many the next of those will take."""
+        return next((self._pages_needed(incoming.offer) for incoming in self._waiting.values()), 0)
+
     def handle(self, sender: str, message: ToReceiver) -> None:
         """Apply one message."""
         match message:
@@ -212,9 +226,15 @@ class Receiver:
             self._abort(self._incoming[key], "cancelled", "a newer attempt began")
         self._remember(offer.request_id, _Seen(offer.attempt))
         incoming = _Incoming(sender, offer, self._clock() + LEASE_SECONDS, self._pool.hashes(offer.token_ids))
-        self._incoming[offer.request_id, offer.attempt] = incoming
-        self._waiting[offer.request_id, offer.attempt] = incoming
-        self.grant_waiting()
+        self._incoming[incoming.key] = incoming
+        pages = self._choice.pages_here(sender, offer)
+        if pages is None:
+            self._waiting[incoming.key] = incoming
+            self.grant_waiting()
+        else:  # nobody need wait for what takes no page, and whose waiting would keep pages from those who do
+            self._pool.share(pages)
+            incoming.pages = pages
+            self._grant(incoming, len(pages), "local", None)
 
     def _reason_to_refuse(self, offer: Offer) -> tuple[RefuseCause, str] | None:
         if offer.layout != self._layout:
@@ -252,20 +272,19 @@ class Receiver:
             held = self._pool.match_prefix(incoming.hashes)
             missing = self._pages_needed(incoming.offer) - len(held)
             if missing + self.reserve_pages > self._pool.num_free:
-                self._pool.release(held)
+                self._pool.put_back(held)
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)
-            self._grant(incoming, len(held))
+            self._grant(incoming, len(held), *self._choice.choose(incoming.sender, incoming.offer))
 
-    def _grant(self, incoming: _Incoming, held: int) -> None:
+    def _grant(self, incoming: _Incoming, held: int, transport: TransportName, source: Source | None) -> None:
         request_id, attempt = incoming.key
 
         def notify() -> None:  # on a line's thread
             self._call_soon(lambda: self._landed(incoming, landing))
 
         landing = incoming.landing = Landing(incoming.pages, held, self._layout.num_layers, notify)
-        transport, source = self._choice.choose(incoming.sender, incoming.offer)
         wire_dtype = incoming.offer.wire_dtype if transport == "tcp" else "auto"
         self.arrivals.expect((incoming.sender, *incoming.key), Arriving(landing, transport, source, wire_dtype))
         self.transports[transport] += 1
@@ -273,7 +292,7 @@ class Receiver:
             request_id=request_id,
             attempt=attempt,
             held_pages=held,
-            window_bytes=WINDOW_BYTES,
+            window_bytes=WINDOW_BYTES if transport == "tcp" else WINDOWS_IN_PLACE * WINDOW_BYTES,
             transport=transport,
             wire_dtype=wire_dtype,
         )

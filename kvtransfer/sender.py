@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from headrace.kvtransfer.base import PageId
 from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, State
 from headrace.kvtransfer.messages import Abort, Commit, Refuse, Renew, ToSender
+from headrace.kvtransfer.staging import Staging
 from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.mesh import PeerGone
 from headrace.wire import Message
@@ -34,10 +36,12 @@ class Departures(Protocol):
 class Sender:
     """All handoffs that leave one worker."""
 
-    def __init__(self, send: Send, departures: Departures) -> None:
+    def __init__(self, send: Send, departures: Departures, staging_blocks: int = 0) -> None:
+        """`staging_blocks` is what the store's memory file has room for, where `shm` does not read the cache itself."""
         self.stats = TransferStats()
         self._send = send
         self._departures = departures
+        self._staging = Staging(staging_blocks) if staging_blocks else None
         self._open: dict[tuple[str, int], Handoff] = {}
         self._flights: defaultdict[str, Flight] = defaultdict(lambda: Flight(FLIGHT_BYTES))
 
@@ -50,6 +54,11 @@ class Sender:
         """Pages of open handoffs that go to `receiver` and that its own figures may not show yet."""
         return sum(len(handoff.pages) for handoff in self._open.values() if handoff.receiver == receiver)
 
+    def pages_of(self, request_id: str, attempt: int) -> list[PageId] | None:
+        """A copy of an open handoff's list of pages; None where there is no such handoff."""
+        handoff = self._open.get((request_id, attempt))
+        return list(handoff.pages) if handoff is not None else None
+
     async def deliver(self, handoff: Handoff, choose: Callable[[Handoff], Awaitable[str]]) -> None:
         """Offer until granted, send each layer as it is computed, commit; returns when the receiver has acknowledged.
 
@@ -61,7 +70,7 @@ class Sender:
             while handoff.state is not State.DONE:
                 if handoff.state is State.UNPLACED:
                     receiver = await choose(handoff)
-                    await self._send(receiver, handoff.offer_to(receiver, self._flights[receiver]))
+                    await self._send(receiver, handoff.offer_to(receiver, self._flights[receiver], self._staging))
                 await self._send_what_is_ready(handoff)
                 await handoff.changed()
         except PeerGone as error:
@@ -106,10 +115,10 @@ class Sender:
             self._wake(receiver)
 
     def _wake(self, receiver: str) -> None:
-        """Bytes may have landed: handoffs that share the way go on."""
-        if self._flights[receiver].size:
+        """Bytes may have landed: handoffs that share the way, or the staging memory, go on."""
+        if self._flights[receiver].size or self._staging is not None:
             for handoff in self._open.values():
-                if handoff.receiver == receiver:
+                if handoff.receiver == receiver or self._staging is not None:
                     handoff.wake()
 
     def receiver_left(self, receiver: str) -> None:
@@ -131,6 +140,8 @@ class Sender:
         To be called every `RENEW_SECONDS`.
         """
         messages: list[tuple[str, Message]] = []
+        for handoff in self._open.values() if self._staging is not None else ():
+            handoff.wake()  # a data line's thread, or a receiver that left, may have freed staging memory
         under_way = defaultdict(list)
         for handoff in self._open.values():
             renewal = handoff.renewal()

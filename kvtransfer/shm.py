@@ -1,9 +1,10 @@
-"""`shm`: the receiver copies pages straight out of the sender's cache, which lies in a sealed memory file.
+"""`shm`: the receiver copies pages straight out of the sender's memory, a sealed memory file.
 
-Nothing is copied on the way: one pass of `memcpy` moves a page from cache to cache. The file can't be shrunk (so a
-mapping of it can't fault) nor written to by anyone but the process that made it; it has no name and ends with the last
-process that maps it. What is read is the sender's own memory, so there is no checksum: the protocol keeps pages
-untouched until the receiver is done with them.
+That is the sender's cache itself, where it lies in host memory: one pass of `memcpy` moves a page from cache to cache.
+A sender on a GPU copies its pages to staging memory as soon as they are computed (`staging.py`). The receiver can't
+tell the two apart. The file can't be shrunk (so a mapping of it can't fault) nor written to by anyone but the process
+that made it; it has no name and ends with the last process that maps it. What is read is the sender's own memory, so
+there is no checksum: the protocol keeps pages untouched until the receiver is done with them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,17 +41,20 @@ class SharedSource:
             os.close(descriptor)
         self._pages = np.frombuffer(mapping, dtype=np.uint8).reshape(memory.num_blocks, store.page_bytes)
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
-        """See `Source`."""
+    def copy(
+        self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Callable[[Exception | None], None]
+    ) -> None:
+        """See `Source`; on the caller's thread."""
         if max(blocks) >= self._num_blocks:
             raise ValueError(f"page {max(blocks)} of {self._num_blocks} is not in the sender's memory")
         for first, end in joint_runs(blocks, page_ids):
-            source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
             views = self._store.host_views(layer, page_ids[first:end])
-            if views is None:
-                self._store.write_pages(layer, page_ids[first:end], source.data)
-            else:
-                np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
+            if views is None:  # on a GPU, all of a message's pages in one go
+                self._store.write_blocks(layer, page_ids, self._pages, np.asarray(blocks))
+                break
+            source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
+            np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
+        done(None)
 
 
 def _open(path: str, size: int) -> int:

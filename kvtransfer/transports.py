@@ -1,11 +1,16 @@
 """Which transport a handoff takes: the receiver chooses, when it grants, the best one that the Offer and itself can do.
 
-| transport  | when                                                 | what a page goes through                     |
-| ---------- | ---------------------------------------------------- | -------------------------------------------- |
-| `local`    | same process, same page pool                         | nothing: it changes owner                    |
-| `cuda_ipc` | same machine and user, both caches on one GPU        | one copy from device memory to device memory |
-| `shm`      | same machine and user, the sender's cache on the CPU | one copy from the sender's memory            |
-| `tcp`      | otherwise                                            | a data line, with a checksum                 |
+`local` needs nothing of what an Offer says: both ends hold references of their own on the prompt's pages, in the one
+pool that counts them, so each may end, in whatever order, as with pages of two pools. What was computed is complete
+when the Commit comes, since the first token, which follows from all of it, has been read by then.
+
+| transport  | when                                          | what a page goes through                       |
+| ---------- | --------------------------------------------- | ---------------------------------------------- |
+| `local`    | same process, same page pool                  | nothing: it changes owner                      |
+| `cuda_ipc` | same machine and user, both caches on one GPU | one copy from device memory to device memory   |
+| `shm`      | same machine and user otherwise               | one copy from the sender's memory (from a GPU: |
+|            |                                               | pinned memory, to which it was copied before)  |
+| `tcp`      | otherwise                                     | a data line, with a checksum                   |
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from headrace.kvtransfer.base import PageStore, Source
+from headrace.kvtransfer.base import PageId, PageStore, Source
 from headrace.kvtransfer.host import this_host
 from headrace.kvtransfer.layout import CacheShape
 from headrace.kvtransfer.messages import CudaMemory, Host, Offer, SharedMemory, TransportName
@@ -27,10 +32,12 @@ Memory = SharedMemory | CudaMemory
 
 
 class Exporting(Protocol):
-    """A KV cache that may lie in a memory file."""
+    """A KV cache that may lie in a memory file, or copy its pages to one."""
 
     num_pages: int
     descriptor: int | None
+    staging_blocks: int
+    """What the memory file has room for, where it is not the cache itself; else 0."""
 
     @property
     def layout(self) -> CacheShape: ...
@@ -53,23 +60,39 @@ def exports_of(cache: Exporting) -> Exports:
     num_blocks = cache.layout.num_layers * cache.num_pages
     shm, cuda_ipc = None, None
     if cache.descriptor is not None:
-        shm = SharedMemory(descriptor=cache.descriptor, num_blocks=num_blocks)
+        shm = SharedMemory(descriptor=cache.descriptor, num_blocks=cache.staging_blocks or num_blocks)
     if (shared := cache.share()) is not None:
         device, handle, offset = shared
         cuda_ipc = CudaMemory(device=device, handle=handle, offset=offset, num_blocks=num_blocks)
     return Exports(this_host(), cuda_ipc, shm)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The prefill worker of the same process, whose pages are of the same pool."""
+
+    id: str
+    pages_of: Callable[[str, int], list[PageId] | None]
+    """Of its handoff (request id, attempt), as long as that is open."""
+
+
 class Transports:
     """A receiver's choice, and the senders' memory that it has opened."""
 
-    def __init__(self, store: PageStore, refuse: Callable[[str, str], None]) -> None:
+    def __init__(self, store: PageStore, refuse: Callable[[str, str], None], beside: Beside | None = None) -> None:
         """`refuse(sender, reason)` counts an offer of memory that can't be used as it says."""
+        self._beside = beside
         self._store = store
         self._refuse = refuse
         self._host = this_host()
         self._opened: dict[str, dict[Memory, Source | None]] = {}
         """By sender; None where it could not be opened."""
+
+    def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
+        """See `Choice`."""
+        if self._beside is None or sender != self._beside.id:
+            return None
+        return self._beside.pages_of(offer.request_id, offer.attempt)
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""

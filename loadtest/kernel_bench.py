@@ -185,9 +185,6 @@ def all_tilings(head_dim: int, kind: str) -> list[Tiling]:
         fits = bytes_shared <= 227 * 1024 and block_m * head_dim <= num_warps * 32 * 128
         if fits and not (descriptors and kind == "paged") and not (block_n == 32 and head_dim < 256):
             found.append(Tiling(block_m, block_n, num_warps, num_stages, descriptors))
-    if kind == "packed" and head_dim in (64, 128):
-        found += [Tiling(128, block_n, 4, 2, True, True) for block_n in (64, 128)]
-        found += [Tiling(128, 64, 4, stages, True, True) for stages in (3, 4)]
     return found if ON_GPU else [*found[:1], *found[-1:]]
 
 
@@ -217,7 +214,7 @@ def sweep_prefill(head_dims: Sequence[int], kinds: Sequence[str], lengths: Seque
             list(pool.map(compile_tiling, longest_last.values()))
     for prompts, kind, tiling in work:
         name = f"{kind} M{tiling.block_m} N{tiling.block_n} w{tiling.num_warps} s{tiling.num_stages}"
-        name += " specialized" if tiling.specialized else " tma" if tiling.descriptors else ""
+        name += " tma" if tiling.descriptors else ""
         yield from attention_figures(name, prompts, attention_call(prompts, kind, tiling))
 
 

@@ -149,7 +149,7 @@ def _pages(both: Pair) -> Transfer:
         num_pages = size // (LAYOUT.page_bytes * LAYOUT.num_layers)
         seconds = await both.transfer(num_pages)
         if size not in checked and both.config.wire_dtype == "auto":
-            assert await both.arrived_right(num_pages), "wrong bytes arrived"
+            assert await both.arrived_right(range(num_pages)), "wrong bytes arrived"
             checked.add(size)
         return seconds
 

@@ -10,7 +10,7 @@ import functools
 import logging
 import multiprocessing
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -59,6 +59,9 @@ class Only:
     def __init__(self, config: PairConfig, store: KVCache) -> None:
         self._transport = config.transport
         self._transports = Transports(store, _refuse)
+
+    def pages_here(self, sender: str, offer: Offer) -> None:
+        """See `Choice`."""
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
@@ -157,7 +160,7 @@ async def _target(connection: Connection, config: PairConfig) -> None:
     pipe.close()
 
 
-def digest_of(cache: KVCache, pages: list[int]) -> bytes:
+def digest_of(cache: KVCache, pages: Sequence[int]) -> bytes:
     """Of all layers of these pages."""
     state = xxhash.xxh3_64()
     for layer in range(cache.layout.num_layers):
@@ -187,7 +190,7 @@ class Pair:
         self._digests: asyncio.Queue[bytes] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         departures = LineDepartures(cache, config.layout.dtype, OneLine(line), loop.call_soon_threadsafe)
-        self.sender = Sender(self._send, departures)
+        self.sender = Sender(self._send, departures, cache.staging_blocks)
         self._exports = exports_of(cache)
         self._count = 0
 
@@ -215,6 +218,7 @@ class Pair:
             sampling=SamplingParams(max_tokens=1),
             deadline=time.time() + 600,
             host=self._exports.host,
+            cuda_ipc=self._exports.cuda_ipc if self.config.transport == "cuda_ipc" else None,
             shm=self._exports.shm,
             wire_dtype=self.config.wire_dtype,
         )
@@ -234,10 +238,10 @@ class Pair:
         await self.deliver(handoff)
         return time.perf_counter() - started
 
-    async def arrived_right(self, num_pages: int) -> bool:
-        """Whether the last prompt's pages are there what they are here."""
+    async def arrived_right(self, pages: Sequence[int]) -> bool:
+        """Whether the last prompt's pages, these here, are there what they are here."""
         self._pipe.write(DIGEST)
-        return await self._digests.get() == digest_of(self.cache, list(range(num_pages)))
+        return await self._digests.get() == digest_of(self.cache, pages)
 
 
 async def _choose(handoff: Handoff) -> str:

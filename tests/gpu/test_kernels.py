@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("surrounded", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 64, 65, 128])
 @pytest.mark.parametrize("shape", [(4096, 4096), (960, 576), (1000, 14336)])
 def test_a_projection_equals_its_reference(
     rows: int, shape: tuple[int, int], activation: str | None, surrounded: bool
@@ -29,7 +29,7 @@ def test_a_projection_equals_its_reference(
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 128])
 def test_weights_of_8_bits_are_scaled_by_output(rows: int, activation: str | None) -> None:
     """Gate and up have scales of their own."""
     compare_decode_linear("cuda", torch.bfloat16, (rows, 1024, 4096), activation, True, fp8=True)

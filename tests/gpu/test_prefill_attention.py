@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.prefill_attention import FEW_TOKENS, Tiling, choose_tiling
+from headrace.kernels.prefill_attention import FEW_TOKENS, choose_tiling
 from tests.kernels.compare_prefill import CASES, Case, compare_packed, compare_paged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 LONG = [
+    Case(128, 4, 16, ((700, 700), (1, 1), (130, 130), (2049, 2049))),
     Case(128, 4, 16, ((700, 700), (1, 1), (2, 3000), (130, 400), (513, 513))),
     Case(64, 3, 32, ((700, 700), (129, 900), (0, 50), (257, 257))),
     Case(256, 8, 64, ((300, 300), (64, 640))),
@@ -38,13 +39,6 @@ def test_paged_attention_equals_attention_written_out(case: Case, dtype: torch.d
 def test_packed_attention_equals_attention_written_out(case: Case, dtype: torch.dtype, tokens: int) -> None:
     """The same lengths without prefixes."""
     compare_packed(case, choose_tiling(case.head_dim, dtype, has_prefix=False, tokens=tokens), dtype, "cuda")
-
-
-@pytest.mark.parametrize("case", [case for case in CASES + LONG if case.head_dim in (64, 128)], ids=str)
-def test_the_specialized_kernel_equals_attention_written_out(case: Case) -> None:
-    """Head sizes that are powers of two."""
-    for block_n in (64, 128):
-        compare_packed(case, Tiling(128, block_n, 4, 2, True, True), torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)

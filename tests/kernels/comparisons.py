@@ -12,7 +12,8 @@ from headrace.kernels.decode_attention import (
     plan_decode_attention,
 )
 from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
-from headrace.kernels.decode_linear import SQUARES_SCALE, Epilogue, Workspace, decode_linear, decode_linear_reference
+from headrace.kernels.decode_linear import decode_linear, decode_linear_reference
+from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.rope import RopeTables
 

@@ -17,12 +17,6 @@ def test_paged_attention_equals_attention_written_out(case: Case) -> None:
     compare_paged(case, TILINGS[0], torch.float32, "cpu")
 
 
-def test_the_specialized_kernel_equals_attention_written_out() -> None:
-    """Head sizes that are powers of two, groups that are none."""
-    for case in (CASES[0], CASES[3], CASES[5]):
-        compare_packed(case, Tiling(16, 16, 4, 2, descriptors=True, specialized=True), torch.float32, "cpu")
-
-
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_packed_attention_equals_attention_written_out(case: Case, tiling: Tiling) -> None:

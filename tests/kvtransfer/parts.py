@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, Outgoing
 from headrace.kvtransfer.messages import Layout, Offer
@@ -25,12 +27,13 @@ LAYOUT = Layout(
 
 
 class MemoryStore:
-    """A KV cache of bytes: `data[layer][page]`."""
+    """A KV cache of bytes: `data[layer][page]`; `staged` is the staging memory."""
 
     page_bytes = PAGE_BYTES
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, staged: dict[int, bytes] | None = None) -> None:
         self.num_pages = num_pages
+        self.staged = {} if staged is None else staged
         self.data = [[bytes(PAGE_BYTES)] * num_pages for _ in range(NUM_LAYERS)]
 
     def host_views(self, layer: int, page_ids: Sequence[int]) -> None:
@@ -45,6 +48,14 @@ class MemoryStore:
         assert len(data) == len(page_ids) * PAGE_BYTES
         for index, page in enumerate(page_ids):
             self.data[layer][page] = bytes(data[index * PAGE_BYTES : (index + 1) * PAGE_BYTES])
+
+    def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
+        """See `PageStore`."""
+        self.write_pages(layer, page_ids, source[blocks].reshape(-1).data)
+
+    def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
+        """See `PageStore`."""
+        self.staged.update((block, self.data[layer][page]) for block, page in zip(blocks, page_ids, strict=True))
 
 
 class BytesPayload:

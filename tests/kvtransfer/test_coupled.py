@@ -1,13 +1,14 @@
 """Both sides of the handoff joined by a network that repeats, loses, reorders and damages messages, by workers that
 die, and by threads that write while all that goes on.
 
-The first prefill worker's pages travel; the second one's are read in place.
+The first prefill worker's pages travel; the second one's are read in place, the third one's in staging memory; the
+fourth one's are of the decode worker's own pool.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -15,13 +16,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.engine.page_pool import PagePool
+from headrace.engine.page_pool import OutOfPages, PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.arrivals import Source
 from headrace.kvtransfer.handoff import Flight, Handoff, Outgoing, Segment, State
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import Abort, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
-from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import LEASE_SECONDS, WINDOWS_IN_PLACE, ReceivedRequest, Receiver
+from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message
 from tests.kvtransfer.parts import (
     LAYOUT,
@@ -37,8 +39,10 @@ from tests.kvtransfer.parts import (
 
 DECODE_PAGES = 9
 WINDOW = 4 * PAGE_BYTES
-SENDERS = ("prefill-1", "prefill-2")
+SENDERS = ("prefill-1", "prefill-2", "prefill-3", "prefill-4")
+LOCAL = SENDERS[3]
 FLIGHT = 6 * PAGE_BYTES
+STAGING_BLOCKS = 5
 Frame = tuple[bytes, bytes]
 """Header and payload on a data line."""
 decode: Decoder[OnDataLine] = Decoder(OnDataLine)
@@ -52,13 +56,19 @@ prompts = st.tuples(st.sampled_from([0, 100]), st.integers(1, 5 * PAGE_SIZE)).ma
 class Job:
     """A handoff and how far its prompt is computed. It has a store of its own: page i of the prompt is page i."""
 
-    def __init__(self, tokens: list[int], request_id: str, attempt: int) -> None:
+    def __init__(
+        self, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None = None
+    ) -> None:
+        self.staged = staged
         self.tokens = tokens
         self.num_pages = -(-len(tokens) // PAGE_SIZE)
-        self.store = MemoryStore(self.num_pages)
         self.computed = 0
-        offer = make_offer(tokens, request_id, attempt)
-        self.handoff = Handoff(offer, list(range(self.num_pages)), self.store)
+        self.store, pages = self.take_pages()
+        self.handoff = Handoff(make_offer(tokens, request_id, attempt), pages, self.store)
+
+    def take_pages(self) -> tuple[MemoryStore, list[int]]:
+        """Where the prompt's KV goes."""
+        return MemoryStore(self.num_pages, self.staged), list(range(self.num_pages))
 
     def free_pages(self) -> None:
         """Others have them now."""
@@ -69,13 +79,36 @@ class Job:
         """One prefill step over up to `count` pages."""
         end = min(self.computed + count, self.num_pages)
         for layer in range(NUM_LAYERS):
-            for page in range(self.computed, end):
-                self.store.data[layer][page] = kv_bytes(layer, self.tokens, page)
+            for index in range(self.computed, end):
+                self.store.data[layer][self.handoff.pages[index]] = kv_bytes(layer, self.tokens, index)
             if end > self.computed:
                 self.handoff.layer_ready(Segment(layer, self.computed, end - self.computed))
         self.computed = end
         if end == self.num_pages:
             self.handoff.finish(1, None)
+
+
+class LocalJob(Job):
+    """Its pages are the decode worker's, those of a known prefix among them."""
+
+    def __init__(self, tokens: list[int], request_id: str, attempt: int, store: MemoryStore, pool: PagePool) -> None:
+        self.pool = pool
+        self.shared_store = store
+        super().__init__(tokens, request_id, attempt)
+
+    def take_pages(self) -> tuple[MemoryStore, list[int]]:
+        """Raises `OutOfPages`, taking none."""
+        held = self.pool.match_prefix(self.pool.hashes(self.tokens)[: (len(self.tokens) - 1) // PAGE_SIZE])
+        self.computed = len(held)
+        try:
+            return self.shared_store, held + self.pool.allocate(self.num_pages - len(held))
+        except OutOfPages:
+            self.pool.release(held)
+            raise
+
+    def free_pages(self) -> None:
+        """This worker needs them no more; the decode worker may."""
+        self.pool.release(self.handoff.pages)
 
 
 class InPlace:
@@ -85,13 +118,30 @@ class InPlace:
         self.job = job
         self.store = store
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int]) -> None:
+    def read(self, block: int) -> bytes:
+        """One block of the memory."""
+        layer, page = divmod(block, self.job.num_pages)
+        if layer >= NUM_LAYERS:
+            raise ValueError("no such block")
+        return self.job.store.data[layer][page]
+
+    def copy(
+        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
+    ) -> None:
         """See `Source`."""
         for block, page in zip(blocks, page_ids, strict=True):
-            from_layer, from_page = divmod(block, self.job.num_pages)
-            if from_layer >= NUM_LAYERS:
-                raise ValueError("no such block")
-            self.store.data[layer][page] = self.job.store.data[from_layer][from_page]
+            self.store.data[layer][page] = self.read(block)
+        done(None)
+
+
+class InStaging(InPlace):
+    """Another one: what a sender put there."""
+
+    def read(self, block: int) -> bytes:
+        """One block of the memory."""
+        if block >= STAGING_BLOCKS:
+            raise ValueError("no such block")
+        return self.job.store.staged[block]
 
 
 @dataclass
@@ -101,7 +151,8 @@ class Write:
     landing: Landing
     message: OnDataLine
     pages: list[int]
-    content: list[bytes]
+    content: Callable[[], list[bytes]]
+    """What it reads, at its end."""
 
 
 class Handoffs(RuleBasedStateMachine):
@@ -119,6 +170,8 @@ class Handoffs(RuleBasedStateMachine):
         self.on_lines: dict[str, list[Frame]] = {sender: [] for sender in SENDERS}
         self.writes: list[Write] = []
         self.flights = {sender: Flight(FLIGHT) for sender in SENDERS}
+        self.staging = Staging(STAGING_BLOCKS)
+        self.staged = dict.fromkeys(range(STAGING_BLOCKS), bytes(PAGE_BYTES))
         self.to_sender: dict[str, deque[Message]] = {sender: deque() for sender in SENDERS}
         self.newest_attempt: dict[str, int] = {}
         self.decoding: list[ReceivedRequest] = []
@@ -133,12 +186,31 @@ class Handoffs(RuleBasedStateMachine):
             choice=self,
         )
 
+    def pages_here(self, sender: str, offer: Offer) -> list[int] | None:
+        """See `Choice`."""
+        if sender != LOCAL:
+            return None
+        jobs = [j for j in self.jobs[LOCAL] if j.handoff.key == (offer.request_id, offer.attempt)]
+        return list(jobs[0].handoff.pages) if jobs else None
+
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
         if sender == SENDERS[0]:
             return "tcp", None
         jobs = [j for j in self.jobs[sender] if j.handoff.key == (offer.request_id, offer.attempt)]
-        return "shm", InPlace(jobs[0] if jobs else Job([1], "gone", 0), self.store)
+        source = InStaging if sender == SENDERS[2] else InPlace
+        return "shm", source(jobs[0] if jobs else Job([1], "gone", 0, self.staged), self.store)
+
+    def make_job(self, sender: str, tokens: list[int], request_id: str, attempt: int) -> Job:
+        """A prompt of this sender. Raises `OutOfPages`."""
+        if sender == LOCAL:
+            return LocalJob(tokens, request_id, attempt, self.store, self.pool)
+        return Job(tokens, request_id, attempt, self.staged if sender == SENDERS[2] else None)
+
+    def offer(self, sender: str, job: Job) -> None:
+        """To the only receiver."""
+        staging = self.staging if sender == SENDERS[2] else None
+        self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender], staging))
 
     def forget(self, sender: str) -> None:
         """See `Choice`."""
@@ -166,16 +238,19 @@ class Handoffs(RuleBasedStateMachine):
         self.newest_attempt[request] = max(attempt, self.newest_attempt.get(request, 0))
         if any(job.handoff.key == (request, attempt) for job in self.jobs[sender]):
             return
-        job = Job(tokens, request, attempt)
+        try:
+            job = self.make_job(sender, tokens, request, attempt)
+        except OutOfPages:
+            return
         self.jobs[sender].append(job)
-        self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender]))
+        self.offer(sender, job)
 
     @rule(sender=any_sender, index=any_index)
     def offer_again(self, sender: str, index: int) -> None:
         """A refused handoff tries once more."""
         job = self.job(sender, index)
         if job and job.handoff.state is State.UNPLACED:
-            self.to_receiver[sender].append(job.handoff.offer_to("decode-1", self.flights[sender]))
+            self.offer(sender, job)
 
     @rule(sender=any_sender, index=any_index, count=st.integers(1, 3))
     def compute(self, sender: str, index: int, count: int) -> None:
@@ -219,11 +294,11 @@ class Handoffs(RuleBasedStateMachine):
             return
         if isinstance(message, Pages):
             content = [payload[start : start + PAGE_BYTES] for start in range(0, len(payload), PAGE_BYTES)]
+            self.writes.append(Write(arriving.landing, message, pages, lambda: content))
         else:
-            assert isinstance(arriving.source, InPlace)
-            data, width = arriving.source.job.store.data, arriving.source.job.num_pages
-            content = [data[block // width][block % width] for block in message.blocks]
-        self.writes.append(Write(arriving.landing, message, pages, content))
+            source, blocks = arriving.source, message.blocks
+            assert isinstance(source, InPlace)
+            self.writes.append(Write(arriving.landing, message, pages, lambda: [source.read(b) for b in blocks]))
 
     @precondition(lambda self: self.writes)
     @rule(index=any_index)
@@ -232,7 +307,7 @@ class Handoffs(RuleBasedStateMachine):
         write = self.writes.pop(index % len(self.writes))
         decoding = {page for request in self.decoding for page in request.pages}
         assert not decoding & set(write.pages)
-        for page, content in zip(write.pages, write.content, strict=True):
+        for page, content in zip(write.pages, write.content(), strict=True):
             assert self.pool._references[page] > 0
             self.store.data[write.message.layer][page] = content
         write.landing.written(write.message, None)
@@ -288,16 +363,21 @@ class Handoffs(RuleBasedStateMachine):
                 abort = Abort(request_id=request_id, attempt=attempt, cause="sender_failed")
                 self.to_receiver[sender].append(abort)
             else:
+                job.free_pages()
                 self.jobs[sender].remove(job)
 
     @rule(sender=any_sender)
     def die(self, sender: str) -> None:
         """A prefill worker is gone with all that it had on the way."""
+        for job in self.jobs[sender]:
+            job.free_pages()
         self.jobs[sender] = []
         self.to_receiver[sender].clear()
         self.on_lines[sender].clear()
         self.to_sender[sender].clear()
         self.flights[sender] = Flight(FLIGHT)
+        if sender == SENDERS[2]:
+            self.staging = Staging(STAGING_BLOCKS)
         self.receiver.sender_left(sender)
         assert all(incoming.sender != sender for incoming in self.receiver._incoming.values())
 
@@ -344,12 +424,17 @@ class Handoffs(RuleBasedStateMachine):
     @invariant()
     def the_window_is_respected(self) -> None:
         """No more is on the way than was granted."""
-        for job in (job for jobs in self.jobs.values() for job in jobs):
-            sizes = [size for _, size in job.handoff._on_the_way]
-            assert sum(sizes) <= WINDOW
         for sender, jobs in self.jobs.items():
-            on_the_way = sum(size for job in jobs for _, size in job.handoff._on_the_way)
-            assert on_the_way == self.flights[sender].size <= FLIGHT
+            sizes = [sum(size for _, size in job.handoff._on_the_way) for job in jobs]
+            assert max(sizes, default=0) <= (WINDOW if sender == SENDERS[0] else WINDOWS_IN_PLACE * WINDOW)
+            assert sum(sizes) == self.flights[sender].size <= FLIGHT
+
+    @invariant()
+    def staging_memory_is_conserved(self) -> None:
+        """What is not free is on the way."""
+        self.staging.check_integrity()
+        on_the_way = sum(size for job in self.jobs[SENDERS[2]] for _, size in job.handoff._on_the_way)
+        assert self.staging.num_free == STAGING_BLOCKS - on_the_way // PAGE_BYTES
 
     def end_leases(self) -> None:
         """All of them; the first look of the reaper finds what has landed since its last one."""
@@ -362,6 +447,8 @@ class Handoffs(RuleBasedStateMachine):
         self.window.stop()
         while self.writes:
             self.end_write(0)
+        for job in self.jobs[LOCAL]:
+            job.free_pages()
         self.end_leases()
         while self.receiver.num_waiting or self.decoding:
             while self.decoding:
@@ -379,7 +466,7 @@ def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
     """Without accidents every prompt arrives, large steps after small ones among them, within the window."""
     machine = Handoffs()
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
-        sender = SENDERS[number % 2]
+        sender = SENDERS[number % len(SENDERS)]
         machine.begin(sender, "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
         for step in [*steps, *[1] * 20]:
             machine.flow(sender, step, 1)

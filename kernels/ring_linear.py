@@ -1,0 +1,254 @@
+"""Projections of a decode step on a Hopper GPU, in Gluon, where shared memory and its barriers are explicit.
+
+What Triton's own language can't say: weights come before the wait for the input. Each program fills its ring of buffers
+with weights while the kernel ahead is still at work (programmatic dependent launch), asks for the input once that has
+ended, and keeps the ring full across the borders of tiles.
+
+A tile of weights has all of K, or where there are few tiles, `split` programs share one: each then adds up its part of
+the outputs out of what all of them left in memory, always in the same order, so that results don't depend on timing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.epilogue import LARGEST_SPLIT, MAX_SHARED_TILES, SQUARES_SCALE, Epilogue, Workspace
+from headrace.kernels.gated_activation import activated
+from headrace.kernels.launch import num_processors, power_of_two
+
+ROWS = 64
+"""Of the weights, in a tile: as many as one instruction of the tensor cores takes."""
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """Bytes along K of a tile, and how many tiles fit a processor's shared memory, for as many rows of input."""
+
+    line: int
+    stages: int
+
+
+# By a sweep on an H100, see docs/log.md: the more bytes are on their way, the better
+_RINGS = {16: _Ring(256, 11), 32: _Ring(256, 9), 64: _Ring(256, 6), 128: _Ring(128, 9)}
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+
+
+def ring_linear(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue, workspace: Workspace
+) -> None:
+    """See `decode_linear`; x has at most 128 rows, and the dtype of the weight, of 16 or 8 bits."""
+    dtype, n, k = _DTYPES[x.dtype], out.shape[1], x.shape[1]
+    rows = max(16, power_of_two(x.shape[0]))
+    ring = _RINGS[rows]
+    block_k = ring.line // x.element_size()
+    tiles, steps = triton.cdiv(weight.shape[0], ROWS), triton.cdiv(k, block_k)
+    if epilogue.activation is not None:  # eight rows of the gate, then eight of up: in a tile, each gate meets its up
+        block, shape, strides = [ROWS // 16, 2, 8, block_k], [n // 8, 2, 8, k], [8 * k, n * k, k, 1]
+    else:
+        block, shape, strides = [ROWS, block_k], list(weight.shape), list(weight.stride())
+    processors = num_processors(x.device)
+    split = _split(tiles, steps, ring, processors) if epilogue.activation is None else 1
+    _ring_kernel[(min(tiles * split, processors),)](
+        TensorDescriptor.from_tensor(x, [rows, block_k], gl.NVMMASharedLayout.get_default_for([rows, block_k], dtype)),
+        TensorDescriptor(weight, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype)),
+        out, epilogue.weight_scale, epilogue.x_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
+        workspace.partial, workspace.counters, x.shape[0], n, tiles, steps, 1 / k, epilogue.eps,
+        ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE, STAGES=ring.stages,
+        SPLIT=split, ROWS=ROWS, MAX_SHARED_TILES=MAX_SHARED_TILES, num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+def _split(tiles: int, steps: int, ring: _Ring, processors: int) -> int:
+    """How many programs share a tile: not more than there are processors, and each with a ring or more to do."""
+    split = 1
+    while split < LARGEST_SPLIT and tiles * split * 2 <= processors and steps // (split * 2) >= ring.stages:
+        split *= 2
+    return split
+
+
+@gluon.constexpr_function
+def _accumulator_layout(block_m, element_bits, num_warps):
+    """Of [64 rows of the weights, BLOCK_M]: warps one below the other, each instruction as wide as the tile."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, block_m, 256 // element_bits]
+    )
+
+
+@gluon.constexpr_function
+def _slice_layout(rows, num_warps):
+    """Of [rows, BLOCK_M], neighbours along the first dimension."""
+    lanes = min(rows // 2, 32)
+    return gl.BlockedLayout([2, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
+
+
+@gluon.jit
+def _ask_for_weights(weight, tile, step, slot, weights, bars, x_bytes: gl.constexpr):
+    ROWS: gl.constexpr = weights.shape[1]
+    bar = bars.index(slot)
+    mbarrier.expect(bar, weight.block_type.nbytes + x_bytes)
+    BLOCK_K: gl.constexpr = weights.shape[2]
+    if len(weight.block_type.shape) == 2:
+        tma.async_copy_global_to_shared(weight, [tile * ROWS, step * BLOCK_K], bar, weights.index(slot))
+    else:
+        place = weights.index(slot)._reinterpret(weight.dtype, weight.block_type.shape, weight.layout)
+        tma.async_copy_global_to_shared(weight, [tile * (ROWS // 16), 0, 0, step * BLOCK_K], bar, place)
+
+
+@gluon.jit
+def _finish(
+    sums, row0, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, M, N, inverse_k, eps,
+    ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of [rows of the weights from row0 on, rows of x]."""
+    ROWS: gl.constexpr = sums.shape[0]
+    BLOCK_M: gl.constexpr = sums.shape[1]
+    if ACTIVATION is not None:
+        halves = sums.reshape([ROWS // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1))
+        value, up = halves.split()
+        value = value.reshape([ROWS // 2, BLOCK_M])
+        up = up.reshape([ROWS // 2, BLOCK_M])
+        n0 = row0 // 2
+    else:
+        value = sums
+        n0 = row0
+    layout: gl.constexpr = value.type.layout
+    n = n0 + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, layout))
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    if weight_scale_ptr is not None:
+        value *= gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        if ACTIVATION is not None:
+            up *= gl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
+    if x_scale_ptr is not None:
+        x_scale = gl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+        value *= x_scale
+        if ACTIVATION is not None:
+            up *= x_scale
+    if squares_ptr is not None:
+        squares = gl.load(squares_ptr + m, mask=m < M, other=0).to(gl.float32) / SCALE
+        norm = gl.rsqrt(squares * inverse_k + eps)[None, :]
+        value *= norm
+        if ACTIVATION is not None:
+            up *= norm
+    if bias_ptr is not None:
+        value += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    if ACTIVATION is not None:
+        value = activated(value, up, ACTIVATION == "silu")
+    at = out_ptr + m[None, :].to(gl.int64) * N + n[:, None]
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    if RESIDUAL:
+        value += gl.load(at, mask=inside, other=0.0).to(gl.float32)
+    stored = value.to(out_ptr.dtype.element_ty)
+    gl.store(at, stored, mask=inside)
+    if squares_out_ptr is not None:
+        kept = gl.where(inside, stored.to(gl.float32), 0.0)
+        squares_out = (gl.sum(kept * kept, 0) * SCALE).to(gl.int64)
+        gl.atomic_add(squares_out_ptr + m, squares_out, mask=m < M, sem="relaxed")
+
+
+@gluon.jit
+def _meet(counter_ptr, PROGRAMS: gl.constexpr):
+    """Wait until `PROGRAMS` programs, a power of two, have come here as often as this one. Counters are never reset."""
+    gl.thread_barrier()
+    arrived = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    goal = arrived - (arrived & (PROGRAMS - 1)) + PROGRAMS
+    count = arrived + 1
+    while count - goal < 0:
+        count = gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    gl.thread_barrier()
+
+
+@gluon.jit(do_not_specialize=["M", "N", "tiles", "steps"])
+def _ring_kernel(
+    x, weight, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
+    partial_ptr, counters_ptr, M, N, tiles, steps, inverse_k, eps,
+    ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    ROWS: gl.constexpr, MAX_SHARED_TILES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = x.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x.block_type.shape[1]
+    x_bytes: gl.constexpr = x.block_type.nbytes
+    layout: gl.constexpr = _accumulator_layout(BLOCK_M, x.dtype.primitive_bitwidth, num_warps)
+    inputs = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], x.dtype)
+    weights = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, BLOCK_K], weights_layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(bars.index(slot), count=1)
+
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    tile = pid // SPLIT
+    first = pid % SPLIT * steps // SPLIT
+    last = (pid % SPLIT + 1) * steps // SPLIT
+    # the head of the ring, which runs ahead of the products
+    head_tile = tile
+    head = first
+    for slot in gl.static_range(STAGES - 1):
+        if head_tile < tiles:
+            _ask_for_weights(weight, head_tile, head, slot, weights, bars, x_bytes)
+        head += 1
+        head_tile = gl.where(head == last, head_tile + programs, head_tile)
+        head = gl.where(head == last, first, head)
+    gdc_wait()
+    gdc_launch_dependents()
+    head_tile = tile
+    head = first
+    for slot in gl.static_range(STAGES - 1):
+        if head_tile < tiles:
+            tma.async_copy_global_to_shared(x, [0, head * BLOCK_K], bars.index(slot), inputs.index(slot))
+        head += 1
+        head_tile = gl.where(head == last, head_tile + programs, head_tile)
+        head = gl.where(head == last, first, head)
+
+    slot = 0
+    parity = 0
+    while tile < tiles:
+        sums = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
+        for _ in range(first, last):
+            mbarrier.wait(bars.index(slot), parity)
+            sums = warpgroup_mma(weights.index(slot), inputs.index(slot).permute((1, 0)), sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+            # the product before this one has ended, and left its slot
+            left = gl.where(slot == 0, STAGES - 1, slot - 1)
+            if head_tile < tiles:
+                _ask_for_weights(weight, head_tile, head, left, weights, bars, x_bytes)
+                tma.async_copy_global_to_shared(x, [0, head * BLOCK_K], bars.index(left), inputs.index(left))
+            head += 1
+            head_tile = gl.where(head == last, head_tile + programs, head_tile)
+            head = gl.where(head == last, first, head)
+            slot += 1
+            parity = gl.where(slot == STAGES, parity ^ 1, parity)
+            slot = gl.where(slot == STAGES, 0, slot)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        if SPLIT == 1:
+            _finish(
+                sums, tile * ROWS, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
+                M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
+            )  # fmt: skip
+        else:
+            size: gl.constexpr = ROWS * BLOCK_M
+            n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+            m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+            gl.store(partial_ptr + pid * size + m[None, :] * ROWS + n[:, None], sums, cache_modifier=".cg")
+            _meet(counters_ptr + SPLIT * MAX_SHARED_TILES + tile, SPLIT)
+            mine: gl.constexpr = ROWS // SPLIT
+            slice_layout: gl.constexpr = _slice_layout(mine, num_warps)
+            n = pid % SPLIT * mine + gl.arange(0, mine, layout=gl.SliceLayout(1, slice_layout))
+            m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, slice_layout))
+            cells = partial_ptr + tile * SPLIT * size + m[None, :] * ROWS + n[:, None]
+            total = gl.load(cells, cache_modifier=".cg")
+            for part in gl.static_range(1, SPLIT):
+                total += gl.load(cells + part * size, cache_modifier=".cg")
+            _finish(
+                total, tile * ROWS + pid % SPLIT * mine, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr,
+                squares_out_ptr, M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
+            )  # fmt: skip
+        tile += programs
