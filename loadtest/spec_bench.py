@@ -251,6 +251,7 @@ def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output
         drafted = outputs(batch, speculator)
         assert drafted.keys() == plain.keys()
         same = sum(drafted[prompt] == tokens for prompt, tokens in plain.items())
+        print(f"batch {batch}: {same} of {len(plain)} the same", file=sys.stderr, flush=True)
         figures += [
             Figure(f"greedy outputs of {len(plain)} prompts that are the same, batch {batch}", same, "",
                    f"= {len(plain)}"),
@@ -270,10 +271,11 @@ def main() -> None:
     parser.add_argument(
         "--part", type=int, nargs=2, default=(0, LOSSLESS_PROMPTS), help="first and end of the prompts of --lossless"
     )
+    parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
     options = parser.parse_args()
     config = EngineConfig(
         locate_model("smollm2").path, device="cpu", dtype="float32", max_model_len=2048, max_num_seqs=max(BATCHES),
-        kv_cache_bytes=3 * 2**30,
+        kv_cache_bytes=3 * 2**30, cpu_threads=options.threads,
     )  # fmt: skip
     engine = Engine.load(config)
     engine.warm_up()
