@@ -18,6 +18,8 @@ from collections.abc import Awaitable
 
 from headrace.colocate.pacing import Pacing
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.main import speculator_for
+from headrace.decode.speculator import Speculator
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.startup import LoadedModel, loaded_model
 from headrace.kvtransfer.layout import layout_of
@@ -36,10 +38,12 @@ FEWEST_TOKENS = {"cuda": 256, "cpu": 32}
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
     async with loaded_model(settings, decodes=True) as model:
-        await serve(settings, model, until_stopped())
+        await serve(settings, model, until_stopped(), await speculator_for(settings, model))
 
 
-async def serve(settings: Settings, model: LoadedModel, stopped: Awaitable[None]) -> None:
+async def serve(
+    settings: Settings, model: LoadedModel, stopped: Awaitable[None], speculator: Speculator | None = None
+) -> None:
     """Both workers, until `stopped` is done and what they hold is finished."""
     name = settings.worker_id or secrets.token_hex(3)
     as_prefill = settings.model_copy(update={"worker_id": f"prefill-{name}"})
@@ -74,6 +78,7 @@ async def serve(settings: Settings, model: LoadedModel, stopped: Awaitable[None]
             layout,
             max_num_seqs=settings.max_num_seqs,
             listener=listener,
+            speculator=speculator,
             beside=Beside(prefill_node.id, prefill.pages_of),
             on_step=pacing.stepped,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from headrace.kvtransfer.messages import Offer
@@ -39,14 +40,26 @@ class Sequence:
             sampling.max_tokens,
         )
 
-    def pages_missing(self, page_size: int) -> int:
-        """Pages that must be added before the next step can write the KV of the token before it."""
-        return max(-(-(len(self.token_ids) + self.in_flight) // page_size) - len(self.pages), 0)
+    def pages_missing(self, page_size: int, drafted: int = 0) -> int:
+        """Pages that must be added before the next step can write the KV of the token before it, and of its draft.
+
+        Negative where a refused draft has left some that are not needed.
+        """
+        return -(-(len(self.token_ids) + self.in_flight + drafted) // page_size) - len(self.pages)
 
     def append(self, token_id: int) -> None:
         """Take a token."""
         self.token_ids.append(token_id)
         self.generated += 1
+
+    def take(self, token_ids: Iterable[int], max_model_len: int) -> FinishReason | None:
+        """Take a step's tokens, up to the one that ends the request, if it does."""
+        for token_id in token_ids:
+            self.append(token_id)
+            reason = self.finish_reason(max_model_len)
+            if reason is not None:
+                return reason
+        return None
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the newest token was the last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -13,6 +14,8 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
+from headrace.decode.speculator import Speculator
+from headrace.decode.step import run_step
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
@@ -21,7 +24,7 @@ from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.transports import Beside, Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
-from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent
+from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
@@ -45,6 +48,7 @@ class DecodeWorker:
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
+        speculator: Speculator | None = None,
         beside: Beside | None = None,
         on_step: Callable[[int, bool], None] = lambda running, ended: None,
     ) -> None:
@@ -55,6 +59,7 @@ class DecodeWorker:
         self._batch: RunningBatch[Key] | None = None
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._speculator = speculator
         self._receiver = Receiver(
             layout,
             engine.cache,
@@ -106,12 +111,8 @@ class DecodeWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            plan = self._scheduler.schedule()
-            if plan is not None:
-                for sequence in plan.preempted:
-                    self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-                if self._scheduler.num_running:
-                    self._scheduler.started()
+            plan = self._schedule()
+            started = loop.time()
             try:
                 tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
             except Exception:
@@ -119,7 +120,21 @@ class DecodeWorker:
                 self._give_up_running()
             else:
                 self._apply(tokens)
+                if self._speculator is not None and plan is not None and tokens is not None:
+                    self._speculator.ran(plan.drafts, loop.time() - started)
             self._publish()
+
+    def _schedule(self) -> Plan | None:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return None
+        for sequence in plan.preempted:
+            self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
+        if self._speculator is not None:
+            self._scheduler.reserve(plan, self._speculator.propose(self._scheduler.batch()))
+        if self._scheduler.num_running:
+            self._scheduler.started()
+        return plan
 
     def _give_up_running(self) -> None:
         for sequence in self._scheduler.sequences():
@@ -131,35 +146,24 @@ class DecodeWorker:
         self._on_step(0, False)
 
     def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
-        """On the device's own thread: start the planned step, then collect the oldest one, if it is due.
+        """`run_step` on the device's own thread.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
         after, let those that wait sleep at once, and a step would take half as long again.
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        tokens = self._run(self._batch, plan)
+        tokens = run_step(self._batch, plan)
         self._on_step(len(self._batch), tokens is not None)
         return tokens
-
-    def _run(self, batch: RunningBatch[Key], plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
-        if plan is None:
-            return batch.collect()
-        for key in plan.leaves:
-            batch.leave(key)
-        for key, pages in plan.new_pages.items():
-            batch.add_pages(key, pages)
-        for sequence in plan.joins:
-            batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
-        if len(batch):
-            batch.start()
-        due = batch.in_flight > (batch.lookahead if len(batch) else 0)
-        return batch.collect() if due else None
 
     def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:
             return
         self._scheduler.collected()
+        if self._speculator is not None:
+            self._apply_drafted(tokens)
+            return
         running = self._scheduler.running
         made = [(sequence, token) for key, token in tokens if (sequence := running(key)) is not None]
         for sequence, _ in made:
@@ -185,6 +189,35 @@ class DecodeWorker:
             outbox[sequence.gateway].append(TokenEvent(request_id, attempt, generated - 1, [token_id], scores, reason))
             if reason is not None:
                 self._scheduler.remove(sequence.key)
+
+    def _apply_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+        """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
+        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
+            sequence = self._scheduler.running(key)
+            if sequence is None:
+                continue
+            sequence.in_flight -= 1
+            made = [token for _, token in of_request]
+            position = sequence.generated
+            reason = sequence.take([token.token_id for token in made], self._engine.max_model_len)
+            self._queue(sequence, made[: sequence.generated - position], reason)
+            if reason is None:
+                self._scheduler.roll_back(sequence)
+
+    def _queue(self, sequence: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> None:
+        """Queue a request's newest tokens for its gateway and let go of the request where they end it."""
+        request_id, attempt = sequence.key
+        event = TokenEvent(
+            request_id,
+            attempt,
+            sequence.generated - len(tokens),
+            [token.token_id for token in tokens],
+            [token.logprobs for token in tokens if token.logprobs is not None] or None,
+            reason,
+        )
+        self._outbox[sequence.gateway].append(event)
+        if reason is not None:
+            self._scheduler.remove(sequence.key)
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token is on its way to the client before any step runs."""
@@ -282,4 +315,6 @@ class DecodeWorker:
             "messages_refused_total": self._node.mesh.refused,
         }
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
+        if self._speculator is not None:
+            stats |= self._speculator.stats()
         self._node.registry.update_stats(stats)

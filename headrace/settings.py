@@ -81,6 +81,9 @@ class Settings(BaseModel):
         ("up", "prefill", "colocate"),
     )
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
+    speculation: Literal["auto", "off"] = _field(
+        "auto", "draft tokens and verify several at once, as long as that is faster", ("up", "decode", "colocate")
+    )
     max_num_batched_tokens: int | None = _field(
         None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16
     )

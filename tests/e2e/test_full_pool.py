@@ -62,6 +62,24 @@ async def test_500_requests_end_though_decoding_has_hardly_any_pages(
     assert [answer.text for answer in answers[:50]] == [answer.text for answer in undisturbed]
 
 
+@pytest.mark.parametrize("pages", [SPLIT, COLOCATED], ids=["split", "colocated"])
+async def test_drafts_change_no_text_though_there_are_hardly_any_pages(
+    pages: dict[str, list[int]], redis_url: str, tmp_path: Path
+) -> None:
+    """They are cut to the pages that are left, requests are given up and begun again, and no page is lost."""
+    asked = questions()[:90]
+    async with tiny_mesh(redis_url, tmp_path, **pages, speculates=True) as mesh:
+        answers = await ask_all(mesh, asked)
+        for engine in mesh.engines.values():
+            engine.pool.check_integrity()
+            assert engine.pool.num_in_use == 0
+        (speculator,) = mesh.speculators
+        assert speculator.counters.drafted > speculator.counters.accepted > 50
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[200], decode_pages=[400]) as mesh:
+        undisturbed = await ask_all(mesh, asked)
+    assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+
+
 async def test_clients_that_leave_a_colocated_worker_free_its_one_pool(redis_url: str, tmp_path: Path) -> None:
     """At any moment: in the queue, before a page is had, while a chunk runs, while tokens come."""
     chance = random.Random(2)

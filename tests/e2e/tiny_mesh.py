@@ -15,6 +15,9 @@ import torch
 
 from headrace.colocate.main import serve
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.ngram import NgramDrafter
+from headrace.decode.speculator import Speculator
+from headrace.decode.step_cost import StepCost
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.startup import LoadedModel
@@ -42,6 +45,12 @@ class TinyMesh:
 
     url: str
     engines: dict[str, Engine] = field(default_factory=dict)
+    speculators: list[Speculator] = field(default_factory=list)
+
+    def speculator(self) -> Speculator:
+        """One that takes drafted tokens to cost next to nothing, so that it drafts as often as it can."""
+        self.speculators.append(Speculator(NgramDrafter(), StepCost({1: 1.0, 2: 1.001}, 16), MAX_MODEL_LEN))
+        return self.speculators[-1]
 
 
 def tiny_engine(folder: Path, num_pages: int) -> Engine:
@@ -74,6 +83,7 @@ async def tiny_mesh(
     prefill_pages: Sequence[int] = (),
     decode_pages: Sequence[int] = (),
     colocate_pages: Sequence[int] = (),
+    speculates: bool = False,
 ) -> AsyncIterator[TinyMesh]:
     """A worker for each number of pages. All share one thread that computes."""
     values: dict[str, Any] = {"redis": redis_url, "namespace": f"tiny-{next(_namespaces)}", "port": 0}
@@ -105,7 +115,15 @@ async def tiny_mesh(
                 if tier == "decode":
                     listener = await stack.enter_async_context(data_listener("127.0.0.1", None))
                     node = await stack.enter_async_context(join_mesh(own, "decode", identity, listener.address))
-                    worker = DecodeWorker(node, engine, device_thread, layout, max_num_seqs=16, listener=listener)
+                    worker = DecodeWorker(
+                        node,
+                        engine,
+                        device_thread,
+                        layout,
+                        max_num_seqs=16,
+                        listener=listener,
+                        speculator=mesh.speculator() if speculates else None,
+                    )
                 else:
                     node = await stack.enter_async_context(join_mesh(own, "prefill", identity))
                     lines = await stack.enter_async_context(DataLines(node.registry, None))
@@ -125,6 +143,7 @@ async def tiny_mesh(
             engine = mesh.engines[f"colocate-{index}"] = tiny_engine(folder, num_pages)
             model = LoadedModel(ModelFolder(folder, MODEL, "tiny"), engine, device_thread, identity)
             own = settings.model_copy(update={"worker_id": f"c{index}", "drain_timeout": 5.0})
-            running.append(asyncio.create_task(serve(own, model, _until(stopped))))
+            speculator = mesh.speculator() if speculates else None
+            running.append(asyncio.create_task(serve(own, model, _until(stopped), speculator)))
         stack.push_async_callback(stop)
         yield mesh
