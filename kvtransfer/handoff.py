@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from headrace.kvtransfer.base import PageId, PageStore, Ready
@@ -37,6 +37,7 @@ from headrace.kvtransfer.messages import (
     Credit,
     Grant,
     Offer,
+    Part,
     Refuse,
     RefuseCause,
     Released,
@@ -44,6 +45,7 @@ from headrace.kvtransfer.messages import (
     TransportName,
     WireDtype,
 )
+from headrace.kvtransfer.reshard import heads_a_rank
 from headrace.messages.stream import TokenLogprobs
 
 MESSAGE_BYTES: dict[TransportName, int] = {"tcp": 2**20, "shm": 8 * 2**20, "cuda_ipc": 2**26, "local": 2**26}
@@ -73,6 +75,10 @@ class Segment:
     first_page: int
     num_pages: int
     ready: Ready | None = None
+    rank: int = 0
+    """The tensor-parallel rank whose cache they are in; each rank announces its own."""
+    part: int = 0
+    """Which of the Grant's this is to leave as, once there is one."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ class Outgoing:
     page_ids: list[PageId]
     credit_wanted: bool
     ready: Ready | None
+    rank: int
+    part: int
+    heads: range | None
+    """Those of the rank that travel; None: all."""
 
 
 @dataclass
@@ -111,6 +121,7 @@ class Handoff:
     """One request on its way to a decode worker."""
 
     def __init__(self, offer: Offer, pages: list[PageId], store: PageStore) -> None:
+        """`store` is the cache of any of this worker's ranks: all have the same pages."""
         self.offer = offer
         self.receiver: str | None = None
         self.state = State.UNPLACED
@@ -127,7 +138,11 @@ class Handoff:
         """Why it failed, in a word."""
         self.timings = Timings()
         self.pages = pages
-        self._page_bytes = store.page_bytes
+        self._whole_page_bytes = store.page_bytes
+        self._parts: list[Part] = []
+        """Of each page; empty where pages travel whole."""
+        self._page_bytes = [store.page_bytes]
+        """By part."""
         self._segments: deque[Segment] = deque()
         """Computed, in order, and not sent."""
         self._sequence = 0
@@ -136,7 +151,7 @@ class Handoff:
         self._unasked_bytes = 0
         """Sent since credit was last asked for."""
         self._flight = Flight(2**62)
-        self._most_pages = 1
+        self._message_bytes = store.page_bytes
         self._on_the_way: deque[tuple[int, int]] = deque()
         """(sequence, bytes) of the pages that no Credit has covered."""
         self._first_token: tuple[int, TokenLogprobs | None] | None = None
@@ -161,8 +176,13 @@ class Handoff:
 
     def layer_ready(self, segment: Segment) -> None:
         """These pages of this layer are in the cache."""
-        self._segments.append(segment)
+        self._segments.extend(self._by_part(segment))
         self._changed.set()
+
+    def _by_part(self, segment: Segment) -> list[Segment]:
+        if not self._parts:
+            return [segment]
+        return [replace(segment, part=part) for part, of in enumerate(self._parts) if of.rank == segment.rank]
 
     def finish(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """The prompt is computed (all its layers have been announced) and this is the first token."""
@@ -206,8 +226,21 @@ class Handoff:
         self.transport = grant.transport
         self.wire_dtype = grant.wire_dtype
         self._window_bytes = self._window_left = grant.window_bytes
-        size = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
-        self._most_pages = max(size // self._page_bytes, 1)
+        self._message_bytes = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
+        if grant.parts:
+            self._cut(grant.parts)
+
+    def _cut(self, parts: list[Part]) -> None:
+        """From now on pages leave in these parts, what is computed already among them."""
+        layout = self.offer.layout
+        heads = heads_a_rank(layout)
+        for part in parts:
+            if part.rank >= layout.tensor_parallel_size or part.first_head + part.num_heads > heads:
+                self.fail(f"{self.receiver} wants {part}, where {layout.tensor_parallel_size} ranks hold {heads} heads")
+                return
+        self._parts = parts
+        self._page_bytes = [self._whole_page_bytes // heads * part.num_heads for part in parts]
+        self._segments = deque(cut for segment in self._segments for cut in self._by_part(segment))
 
     def _landed(self, end: int) -> None:
         while self._on_the_way and self._on_the_way[0][0] < end:
@@ -257,14 +290,15 @@ class Handoff:
             first, end = max(segment.first_page, self.held_pages), segment.first_page + segment.num_pages
             if first >= end:
                 continue
-            stop = min(end, first + self._most_pages)
-            size = (stop - first) * self._page_bytes
+            page_bytes = self._page_bytes[segment.part]
+            stop = min(end, first + max(self._message_bytes // page_bytes, 1))
+            size = (stop - first) * page_bytes
             if not self._has_room(size):
                 self._segments.appendleft(segment)
                 return None
             if stop < end:
-                self._segments.appendleft(Segment(segment.layer, stop, end - stop, segment.ready))
-            return self._outgoing(Segment(segment.layer, first, stop - first, segment.ready), size)
+                self._segments.appendleft(replace(segment, first_page=stop, num_pages=end - stop))
+            return self._outgoing(replace(segment, first_page=first, num_pages=stop - first), size)
         if self._first_token is None:
             return None
         self.state = State.COMMITTED
@@ -294,7 +328,16 @@ class Handoff:
             page_ids=self.pages[segment.first_page : segment.first_page + segment.num_pages],
             credit_wanted=self._wants_credit(size),
             ready=segment.ready,
+            rank=segment.rank,
+            part=segment.part,
+            heads=self._heads_of(segment.part),
         )
+
+    def _heads_of(self, part: int) -> range | None:
+        if self._page_bytes[part] == self._whole_page_bytes:
+            return None
+        first_head = self._parts[part].first_head
+        return range(first_head, first_head + self._parts[part].num_heads)
 
     def _wants_credit(self, size: int) -> bool:
         """Whether to ask for credit for what is sent now.
@@ -305,7 +348,7 @@ class Handoff:
         self._unasked_bytes += size
         crowded = self._flight.size > self._flight.limit // 2
         half_full = self._window_left < self._window_bytes // 2
-        full = self._window_left < self._most_pages * self._page_bytes
+        full = self._window_left < max(self._message_bytes, *self._page_bytes)
         if crowded or full or (half_full and self._unasked_bytes >= self._window_bytes // 8):
             self._unasked_bytes = 0
             return True

@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +29,20 @@ NEEDED_SEALS = F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE
 class SharedSource:
     """A sender's memory, mapped to read. Unmapped when nobody uses it any more."""
 
-    def __init__(self, host: Host, memory: SharedMemory, store: PageStore) -> None:
-        """Raises `OSError` where the memory can't be had and `ValueError` where it isn't what it is said to be."""
+    def __init__(self, host: Host, memory: SharedMemory, page_bytes: int, store: PageStore) -> None:
+        """`page_bytes` are the sender's. Whole pages are copied to `store`.
+
+        Raises `OSError` where the memory can't be had and `ValueError` where it isn't what it is said to be.
+        """
         self._store = store
         self._num_blocks = memory.num_blocks
-        size = memory.num_blocks * store.page_bytes
+        size = memory.num_blocks * page_bytes
         descriptor = _open(f"/proc/{host.pid}/fd/{memory.descriptor}", size)
         try:
             mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(descriptor)
-        self._pages = np.frombuffer(mapping, dtype=np.uint8).reshape(memory.num_blocks, store.page_bytes)
+        self._pages = np.frombuffer(mapping, dtype=np.uint8).reshape(memory.num_blocks, page_bytes)
 
     def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
         """See `Source`."""
@@ -51,6 +55,14 @@ class SharedSource:
                 self._store.write_pages(layer, page_ids[first:end], source.data)
             else:
                 np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
+
+    def read_rows(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+        """See `RowSource`."""
+        memory = self._pages.reshape(-1, row_bytes)
+        if rows.max(initial=0) >= len(memory):
+            raise ValueError(f"pages past the {self._num_blocks} of the sender's memory were named")
+        copy: memoryview = memory.take(rows, axis=0).reshape(-1).data
+        return copy
 
 
 def _open(path: str, size: int) -> int:

@@ -68,7 +68,7 @@ def test_layers_computed_before_the_grant_wait() -> None:
     sender.handle(Grant(**R, held_pages=0, window_bytes=BIG))
     item = sender.next_message()
     assert isinstance(item, Outgoing)
-    header, payload = frame_of(sender, filled(3), item)
+    header, payload = frame_of(sender, [filled(3)], item)
     assert decode(header) == Pages(
         **R,
         sequence=0,
