@@ -20,7 +20,9 @@ class Notices:
         self.count += 1
 
 
-def message(sequence: int, layer: int = 0, first: int = 1, count: int = 1, credit: bool = True) -> PagesInPlace:
+def message(
+    sequence: int, layer: int = 0, first: int = 1, count: int = 1, credit: bool = True, part: int = 0
+) -> PagesInPlace:
     """Some pages."""
     return PagesInPlace(
         request_id="r",
@@ -30,6 +32,7 @@ def message(sequence: int, layer: int = 0, first: int = 1, count: int = 1, credi
         first_page=first,
         blocks=[0] * count,
         credit_wanted=credit,
+        part=part,
     )
 
 
@@ -139,3 +142,16 @@ def test_a_commit_that_can_not_come_true_is_told_from_an_early_one(notices: Noti
     landing.written(part, None)
     assert landing.problem_with_end(2) is None
     assert landing.problem_with_end(1) is not None
+
+
+def test_pages_are_complete_when_all_their_parts_are() -> None:
+    """From each rank that holds some of the heads; no part is taken for another, and there are no more."""
+    landing = Landing(2, 0, 1, lambda: None, num_parts=2)
+    parts = [message(0, first=0, count=2, part=1), message(1, first=0, part=0), message(2, first=1, part=0)]
+    for part in parts:
+        assert not landing.is_complete(part.sequence)
+        assert landing.claim(part)
+        landing.written(part, None)
+    assert landing.is_complete(3)
+    assert not landing.claim(message(3, first=0, part=2))
+    assert landing.problem is not None
