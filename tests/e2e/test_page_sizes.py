@@ -19,7 +19,7 @@ BLOCK_SIZES = {"prefill-0": 16, "decode-0": 32, "decode-1": 8}
 
 
 async def test_tokens_do_not_depend_on_the_page_sizes_of_the_tiers(mesh: LocalMesh, tmp_path: Path) -> None:
-    """Prompts of 16 tokens a page are decoded with pages of 32 and 8, some of them known already, as with pages of 16."""
+    """A prefill worker's pages hold 16 tokens, its decode workers' 32 and 8; some prompts are known there already."""
     first = [unique_tokens(length, length) for length in (5, 40, 64, 100, 131, 200)]
     prompts = [*first, *[[*prompt, 17, 18] for prompt in first]]
     async with StreamClient(mesh.url, MODEL) as client:
