@@ -53,7 +53,7 @@ class Source(Protocol):
 class RowSource(Source, Protocol):
     """One whose pages can be cut anew."""
 
-    def read_rows(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+    def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
         """A copy of these rows of the whole memory, each `row_bytes` long. Raises `ValueError` where there is none."""
 
 

@@ -297,8 +297,9 @@ class Handoff:
                 self._segments.appendleft(segment)
                 return None
             if stop < end:
-                self._segments.appendleft(replace(segment, first_page=stop, num_pages=end - stop))
-            return self._outgoing(replace(segment, first_page=first, num_pages=stop - first), size)
+                rest = Segment(segment.layer, stop, end - stop, segment.ready, segment.rank, segment.part)
+                self._segments.appendleft(rest)
+            return self._outgoing(segment, first, stop, size)
         if self._first_token is None:
             return None
         self.state = State.COMMITTED
@@ -314,18 +315,18 @@ class Handoff:
         in_window = not self._on_the_way or size <= self._window_left
         return in_window and (not self._flight.size or self._flight.size + size <= self._flight.limit)
 
-    def _outgoing(self, segment: Segment, size: int) -> Outgoing:
+    def _outgoing(self, segment: Segment, first: int, stop: int, size: int) -> Outgoing:
         self._on_the_way.append((self._sequence, size))
         self._window_left -= size
         self._flight.size += size
         self._sequence += 1
         self.sent_bytes += size
-        self.sent_pages += segment.num_pages
+        self.sent_pages += stop - first
         return Outgoing(
             sequence=self._sequence - 1,
             layer=segment.layer,
-            first_page=segment.first_page,
-            page_ids=self.pages[segment.first_page : segment.first_page + segment.num_pages],
+            first_page=first,
+            page_ids=self.pages[first:stop],
             credit_wanted=self._wants_credit(size),
             ready=segment.ready,
             rank=segment.rank,

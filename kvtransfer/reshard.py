@@ -205,7 +205,7 @@ class RecutPages:
         rows = rows[wanted]
         step = max(COPY_BYTES // self._row_bytes, 1)
         for start in range(0, len(rows), step):
-            data = source.read_rows(self._row_bytes, places[start : start + step])
+            data = source.gather(self._row_bytes, places[start : start + step])
             self._store.write_rows(layer, self._row_bytes, rows[start : start + step], data)
 
 

@@ -56,7 +56,7 @@ class SharedSource:
             else:
                 np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
 
-    def read_rows(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+    def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
         """See `RowSource`."""
         memory = self._pages.reshape(-1, row_bytes)
         if rows.max(initial=0) >= len(memory):

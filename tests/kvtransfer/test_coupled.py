@@ -108,7 +108,7 @@ class InPlace:
                 raise ValueError("no such block")
             self.store.data[layer][page] = self.job.stores[0].data[from_layer][from_page]
 
-    def read_rows(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+    def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
         """See `RowSource`."""
         memory = b"".join(page for pages in self.job.stores[0].data for page in pages)
         return memoryview(np.frombuffer(memory, np.uint8).reshape(-1, row_bytes)[rows].tobytes())
