@@ -3,7 +3,8 @@
 | state      | on                              | does                                 | next      |
 | ---------- | ------------------------------- | ------------------------------------ | --------- |
 | UNPLACED   | `offer_to`                      | Offer                                | OFFERED   |
-| OFFERED    | Grant                           | remember what is held there          | GRANTED   |
+| OFFERED    | Grant                           | remember what is held and wanted     | GRANTED   |
+| OFFERED    | Grant of parts that aren't here | stop                                 | FAILED    |
 | OFFERED    | Refuse, Abort `unknown`         | may be offered to another, or again  | UNPLACED  |
 | GRANTED    | a layer is computed, in credit  | pages go to the data line            | GRANTED   |
 | GRANTED    | Credit                          | widen the window                     | GRANTED   |

@@ -250,7 +250,6 @@ def plan_landings(
 def _destination(
     sender: Layout, receiver: Layout, route: Route, store: PageStore, pages: list[PageId], held: int
 ) -> WholePages | RecutPages:
-    all_heads = route.part.num_heads == heads_a_rank(sender) == heads_a_rank(receiver)
-    if all_heads and sender.page_size == receiver.page_size:
+    if sender == receiver:
         return WholePages(store, pages)
     return RecutPages(Recut(sender, receiver, route, np.array(pages, np.int64), held), store)

@@ -447,11 +447,19 @@ class TwoToTwo(Handoffs):
     layouts = (layout(2, 2, 4), layout(2, 2, 4))
 
 
-MACHINES = (Handoffs, OneToTwo, TwoToOne, TwoToFour, TwoToTwo)
-TestHandoffs, TestOneToTwo, TestTwoToOne, TestTwoToFour, TestTwoToTwo = (machine.TestCase for machine in MACHINES)
+class OneHead(Handoffs):
+    """Both ranks need all of each page."""
+
+    layouts = (layout(1, 1, 4), layout(1, 2, 4))
+
+
+MACHINES = (Handoffs, OneToTwo, TwoToOne, TwoToFour, TwoToTwo, OneHead)
+TestHandoffs, TestOneToTwo, TestTwoToOne, TestTwoToFour, TestTwoToTwo, TestOneHead = (m.TestCase for m in MACHINES)
 TestHandoffs.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 FEWER = settings(max_examples=25, stateful_step_count=60, deadline=None)
-TestOneToTwo.settings = TestTwoToOne.settings = TestTwoToFour.settings = TestTwoToTwo.settings = FEWER
+TestOneToTwo.settings = TestTwoToOne.settings = TestTwoToFour.settings = TestTwoToTwo.settings = (
+    TestOneHead.settings
+) = FEWER
 
 
 @pytest.mark.parametrize("machine_type", MACHINES)
