@@ -126,15 +126,14 @@ class Write:
     content: bytes
     source: Source | None
 
-    def end(self) -> None:
-        """Write at last, reading only now what is read in place."""
+    def write(self) -> None:
+        """At last, reading only now what is read in place."""
         message = self.message
         if isinstance(message, Pages):
             self.destination.write(message.layer, message.first_page, message.num_pages, memoryview(self.content))
         else:
             assert self.source is not None
             self.destination.copy(self.source, message.layer, message.first_page, message.blocks)
-        self.landing.written(message, None)
 
 
 class Handoffs(RuleBasedStateMachine):
@@ -271,7 +270,7 @@ class Handoffs(RuleBasedStateMachine):
         """It is done at last. Whatever happened meanwhile, these pages are nobody else's."""
         write = self.writes.pop(index % len(self.writes))
         before = [[list(layer) for layer in store.data] for store in self.stores]
-        write.end()
+        write.write()
         changed = {
             page
             for store, old in zip(self.stores, before, strict=True)
@@ -282,6 +281,7 @@ class Handoffs(RuleBasedStateMachine):
         assert changed <= set(write.pages)
         assert not changed & {page for request in self.decoding for page in request.pages}
         assert all(self.pool._references[page] == 1 for page in changed)
+        write.landing.written(write.message, None)
 
     @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost"]))
     def line_to_receiver(self, sender: str, fate: str) -> None:
