@@ -109,25 +109,43 @@ class KVCache:
 
     def read_pages(self, layer: int, page_ids: Sequence[int]) -> memoryview:
         """A contiguous copy of these pages' bytes, in order."""
+        return self.read_rows(layer, self.page_bytes, page_ids)
+
+    def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
+        """Overwrite these pages. Raises `ValueError` where `data` is not `len(page_ids) * page_bytes` long."""
         if self._array is not None:
-            copy: memoryview = self._array[layer].take(page_ids, axis=0).reshape(-1).data
+            self.write_rows(layer, self.page_bytes, page_ids, data)
+        else:
+            source = _as_rows(data, len(page_ids), self.page_bytes)
+            self.write_blocks(layer, page_ids, source, np.arange(len(page_ids)))
+
+    def read_rows(self, layer: int, row_bytes: int, rows: Sequence[int] | np.ndarray) -> memoryview:
+        """A contiguous copy of parts of pages: of rows, each `row_bytes` long, of one layer's memory."""
+        if self._array is not None:
+            copy: memoryview = self._array[layer].reshape(-1, row_bytes).take(rows, axis=0).reshape(-1).data
             return copy
         with torch.cuda.stream(self._copying):
-            gathered = self._bytes[layer].index_select(0, self._index(page_ids))
+            gathered = self._bytes[layer].view(-1, row_bytes).index_select(0, self._index(rows))
             host = torch.empty(gathered.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(gathered, non_blocking=True)
             self._copying.synchronize()
         return host.numpy().reshape(-1).data
 
-    def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
-        """Overwrite these pages. Raises `ValueError` where `data` is not `len(page_ids) * page_bytes` long."""
-        if len(data) != len(page_ids) * self.page_bytes:
-            raise ValueError(f"{len(data)} bytes for {len(page_ids)} pages of {self.page_bytes}")
-        source = np.frombuffer(data, dtype=np.uint8).reshape(len(page_ids), self.page_bytes)
+    def write_rows(self, layer: int, row_bytes: int, rows: Sequence[int] | np.ndarray, data: memoryview) -> None:
+        """Overwrite rows. Raises `ValueError` where `data` is not `len(rows) * row_bytes` long."""
+        source = _as_rows(data, len(rows), row_bytes)
         if self._array is not None:
-            self._array[layer][page_ids] = source
+            self._array[layer].reshape(-1, row_bytes)[rows] = source
             return
-        self.write_blocks(layer, page_ids, source, np.arange(len(page_ids)))
+        pinned = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
+        np.copyto(pinned.numpy(), source)
+        # By a kernel, unlike whole pages: rows are too small, and too many, for a copy each.
+        with torch.cuda.stream(self._copying):
+            arrived = pinned.to(self.pages.device, non_blocking=True)
+            self._bytes[layer].view(-1, row_bytes).index_copy_(0, self._index(rows), arrived)
+            written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            written.record()
+        written.synchronize()
 
     def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
         """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
@@ -165,7 +183,7 @@ class KVCache:
             except OSError as error:
                 log.warning("memory can't be pinned, handing pages over by shm will be slow: %s", error)
 
-    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def _index(self, numbers: Sequence[int] | np.ndarray) -> torch.Tensor:
         return upload([np.array(numbers, np.int64)], self.pages.device)[0]
 
     def share(self) -> tuple[str, bytes, int] | None:
@@ -223,6 +241,12 @@ class OpenedCache:
         if max(blocks) >= len(self._memory):
             raise ValueError(f"page {max(blocks)} of {len(self._memory)} is not in the sender's memory")
         return Part(self._memory, moves, done)
+
+
+def _as_rows(data: memoryview, count: int, row_bytes: int) -> np.ndarray:
+    if len(data) != count * row_bytes:
+        raise ValueError(f"{len(data)} bytes for {count} rows of {row_bytes}")
+    return np.frombuffer(data, dtype=np.uint8).reshape(count, row_bytes)
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

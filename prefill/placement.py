@@ -40,5 +40,6 @@ class Placement:
 
     def _load(self, worker: Member) -> tuple[float, str]:
         total = worker.stats.get("kv_pages_total", 1.0) or 1.0
-        spoken_for = worker.stats.get("kv_pages_in_use", 0.0) + self._sender.pages_promised(worker.id)
+        promised = self._sender.tokens_promised(worker.id) / worker.stats.get("kv_page_tokens", 1.0)
+        spoken_for = worker.stats.get("kv_pages_in_use", 0.0) + promised
         return spoken_for / total, worker.id

@@ -28,7 +28,7 @@ class Bench:
         self.now = 0.0
         self.receiver = Receiver(
             LAYOUT,
-            self.store,
+            [self.store],
             self.pool,
             num_pages,
             lambda peer, message: self.sent.append((peer, message)),
@@ -135,7 +135,7 @@ def refuse_cause(bench: Bench) -> str:
 
 
 def test_another_layout_is_refused_naming_both(bench: Bench) -> None:
-    """Pages of another shape can't be read here."""
+    """Pages of another type can't be read here."""
     bench.receiver.handle(PREFILL, make_offer([1], layout=msgspec.structs.replace(LAYOUT, dtype="bfloat16")))
     assert refuse_cause(bench) == "layout"
     assert isinstance(bench.last, Refuse)
