@@ -55,6 +55,8 @@ from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
 WINDOW_BYTES = 64 * 2**20
+IN_PLACE_WINDOW_BYTES = 2**30
+"""Where pages stay in the sender's memory until they are copied, nothing of them is on the way but their names."""
 MAX_WAITING = 4096
 MAX_REMEMBERED = 16384
 """Requests whose newest attempt is remembered, so that a stale one is told from a new one."""
@@ -273,7 +275,7 @@ class Receiver:
             request_id=request_id,
             attempt=attempt,
             held_pages=held,
-            window_bytes=WINDOW_BYTES,
+            window_bytes=WINDOW_BYTES if transport == "tcp" else IN_PLACE_WINDOW_BYTES,
             transport=transport,
             wire_dtype=wire_dtype,
         )
