@@ -36,7 +36,7 @@ chaos-kv: $(VENV)/installed
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)
 
-# PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda, nixl and nixl-cu12
+# PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda (and the system's libibverbs1), nixl and nixl-cu12 (--no-deps)
 bench-kv: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.kv_bench $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
