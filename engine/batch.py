@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.paged_attention import DecodePlan, decode_attention
+from headrace.kernels.paged_attention import DecodePlan, PagedPlan, decode_attention
 from headrace.kernels.prefill_attention import TilePlan, TorchPlan, prefill_attention
+from headrace.kernels.verify_attention import VerifyPlan, verify_attention
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class ForwardBatch:
     """[T] int64: the page that each token's K and V go to."""
     slot_offsets: torch.Tensor
     """[T] int64: and where in that page."""
-    plan: TorchPlan | TilePlan | DecodePlan
-    """Who attends to what, the same in all layers: prompts' tokens, or one new token a request."""
+    plan: TorchPlan | TilePlan | DecodePlan | PagedPlan | VerifyPlan
+    """Who attends to what, the same in all layers: prompts' tokens, one new token a request, or one and a draft."""
 
     def attend(
         self,
@@ -36,6 +37,9 @@ class ForwardBatch:
 
         `qkv` is the packed projection of the same tokens: see `prefill_attention`.
         """
+        assert not isinstance(self.plan, PagedPlan), "its kernels attend by themselves"
         if isinstance(self.plan, DecodePlan):
             return decode_attention(queries, layer_pages, self.plan, scaling)
+        if isinstance(self.plan, VerifyPlan):
+            return verify_attention(queries, layer_pages, self.plan, scaling)
         return prefill_attention(queries, layer_pages, self.plan, scaling, qkv=qkv)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 VARIABLE = "HEADRACE_CPU_SHARE"
 """`FILE:INDEX`: the shared file and this engine's byte in it. Without it, an engine takes itself to be alone."""
@@ -20,8 +19,9 @@ VARIABLE = "HEADRACE_CPU_SHARE"
 class CpuShare:
     """This engine's part of the cores. `adjust` belongs on the thread that computes; `rest` may be called anywhere."""
 
-    def __init__(self, fixed_threads: int | None) -> None:
+    def __init__(self, fixed_threads: int | None, use_threads: Callable[[int], None]) -> None:
         self._fixed = fixed_threads
+        self._use_threads = use_threads
         self._cores = len(os.sched_getaffinity(0))
         self._flags = memoryview(bytearray(1))
         self._index = 0
@@ -38,7 +38,7 @@ class CpuShare:
         self._flags[self._index] = 1
         threads = self._fixed or max(self._cores // sum(self._flags), 1)
         if threads != self._threads:
-            torch.set_num_threads(threads)
+            self._use_threads(threads)
             self._threads = threads
 
     def rest(self) -> None:

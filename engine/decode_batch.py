@@ -1,19 +1,24 @@
-"""The running batch of a decode worker: one row a request, one token a row and step."""
+"""The running batch of a decode worker: one row a request; a token a row and step, or more where drafts are right."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
-from headrace.kernels.paged_attention import plan_decode
+from headrace.engine.verify import verify
+from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
+from headrace.kernels.verify_attention import VerifyPlan, plan_verify
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
+NO_DRAFTS: Mapping[Any, Sequence[int]] = MappingProxyType({})
 
 
 class RunningBatch(Protocol[K]):
@@ -42,11 +47,17 @@ class RunningBatch(Protocol[K]):
     def add_pages(self, key: K, pages: Sequence[int]) -> None:
         """Append pages to a request's block table."""
 
-    def start(self) -> None:
-        """Start a step of all requests, each of which must have a page for its newest token."""
+    def keep_pages(self, key: K, count: int) -> None:
+        """Shorten a request's block table to `count` pages."""
+
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
+        """Start a step of all requests, each of which must have pages for its newest token and its draft, if any.
+
+        Drafts are verified on a CPU only: a `GraphBatch` takes none.
+        """
 
     def collect(self) -> list[tuple[K, SampledToken]]:
-        """The tokens of the oldest step that was started."""
+        """The tokens of the oldest step that was started, those of one request in order."""
 
 
 def new_batch(engine: Engine) -> RunningBatch[Any]:
@@ -79,6 +90,7 @@ class DecodeBatch(Generic[K]):
         self._sampler: BatchSampler | None = None
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
+        self._rows = np.arange(capacity)
         self._tokens = torch.zeros(capacity, dtype=torch.int64, device=engine.device)
         self._positions = torch.zeros_like(self._tokens)
         self._generated = torch.zeros_like(self._tokens)
@@ -124,6 +136,10 @@ class DecodeBatch(Generic[K]):
         self._block_table[row, first : first + len(pages)] = torch.tensor(pages, device=self._engine.device)
         self._num_pages[row] = first + len(pages)
 
+    def keep_pages(self, key: K, count: int) -> None:
+        """See `RunningBatch`."""
+        self._num_pages[self._row_of[key]] = count
+
     def step(self) -> list[tuple[K, SampledToken]]:
         """One more token for every request."""
         self.start()
@@ -135,20 +151,31 @@ class DecodeBatch(Generic[K]):
         return self._computed
 
     @torch.inference_mode()
-    def start(self) -> None:
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
         """Compute a step at once: on a CPU there is nothing to run ahead of."""
+        self._engine.cpu_share.adjust()
+        self.in_flight = 1
+        if drafts:
+            self._verify([drafts.get(key, ()) for key in self._keys])
+        else:
+            self._step()
+
+    def _step(self) -> None:
         rows, engine = len(self._keys), self._engine
         page_size = engine.layout.page_size
-        engine.cpu_share.adjust()
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling, engine.model_config.vocab_size, engine.device)
         positions, table = self._positions[:rows], self._block_table[:rows, : max(self._num_pages)]
+        if engine.model.follows_tables:
+            plan: PagedPlan | DecodePlan = PagedPlan(table, self._rows[:rows])
+        else:
+            plan = plan_decode(engine.cache.layer(0), table, self._lengths)
         batch = ForwardBatch(
             token_ids=self._tokens[:rows],
             positions=positions,
             slot_pages=table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1),
             slot_offsets=positions % page_size,
-            plan=plan_decode(engine.cache.layer(0), table, self._lengths),
+            plan=plan,
         )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         tokens = self._sampler.sample(logits, self._generated[:rows])
@@ -157,4 +184,39 @@ class DecodeBatch(Generic[K]):
         self._lengths = [length + 1 for length in self._lengths]
         self._generated[:rows] += 1
         self._computed = list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))
-        self.in_flight = 1
+
+    def _verify(self, drafts: list[Sequence[int]]) -> None:
+        """Compute what follows each request's newest token and each token of its draft, and keep what stands.
+
+        The K and V of refused tokens stay behind in their slots: the next tokens are written there before any query
+        sees them.
+        """
+        rows, engine = len(self._keys), self._engine
+        page_size = engine.layout.page_size
+        counts = [len(draft) + 1 for draft in drafts]
+        newest = self._tokens[:rows].tolist()
+        tokens = [token for first, draft in zip(newest, drafts, strict=True) for token in (first, *draft)]
+        owners = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)], device=engine.device)
+        offsets = torch.tensor([at for count in counts for at in range(count)], device=engine.device)
+        positions, table = self._positions[owners] + offsets, self._block_table[:rows, : max(self._num_pages)]
+        if engine.model.follows_tables:
+            plan: PagedPlan | VerifyPlan = PagedPlan(table, owners.numpy())
+        else:
+            contexts = [length + len(draft) for length, draft in zip(self._lengths, drafts, strict=True)]
+            plan = plan_verify(engine.cache.layer(0), table, counts, contexts)
+        batch = ForwardBatch(
+            token_ids=torch.tensor(tokens, device=engine.device),
+            positions=positions,
+            slot_pages=table[owners, positions // page_size],
+            slot_offsets=positions % page_size,
+            plan=plan,
+        )
+        logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
+        found = verify(self._sampling, self._generated[:rows].tolist(), drafts, logits)
+        self._sampler = None
+        taken = torch.tensor([len(tokens) for tokens in found], device=engine.device)
+        self._tokens[:rows] = torch.tensor([tokens[-1].token_id for tokens in found], device=engine.device)
+        self._positions[:rows] += taken
+        self._generated[:rows] += taken
+        self._lengths = [length + len(tokens) for length, tokens in zip(self._lengths, found, strict=True)]
+        self._computed = [(key, token) for key, tokens in zip(self._keys, found, strict=True) for token in tokens]

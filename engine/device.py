@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -30,12 +31,23 @@ def choose_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> torc
 
 
 @cache
+def can_pack() -> bool:
+    """Whether packed weights can be multiplied here: numba is installed, and the processor has AVX2, FMA and F16C."""
+    flags = _cpu_flags()
+    return {"avx2", "fma", "f16c"} <= flags and importlib.util.find_spec("numba") is not None
+
+
+@cache
 def _cpu_multiplies_bfloat16() -> bool:
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_flags())
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return frozenset()
 
 
 def available_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import torch
 from headrace.engine.base import LayerAnnounced, Model, Ready
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.cpu_share import CpuShare
-from headrace.engine.device import available_memory, choose_device, choose_dtype
+from headrace.engine.device import available_memory, can_pack, choose_device, choose_dtype
 from headrace.engine.errors import EngineError
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
@@ -23,6 +23,7 @@ from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
 from headrace.engine.weights import Progress, load_decoder
+from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.prefill_attention import FEW_TOKENS, plan_prefill
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
@@ -51,7 +52,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     cpu_threads: int | None = None
-    quantization: str = "none"
+    quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     random_weights: bool = False
 
@@ -87,7 +88,10 @@ class PrefillOutput:
 
 
 class Engine:
-    """Not thread-safe: `prefill` and decode steps belong on one thread. The pool may be used on another one."""
+    """`prefill` belongs on one thread, and so do decode steps: on a CPU on the same one.
+
+    The pool may be used on another one.
+    """
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int
@@ -100,7 +104,7 @@ class Engine:
         self.pool = PagePool(cache.num_pages, cache.layout.page_size)
         self.max_model_len = max_model_len
         self.device = cache.pages.device
-        self.cpu_share = CpuShare(config.cpu_threads)
+        self.cpu_share = CpuShare(config.cpu_threads, model.use_threads)
         self.graph_decoder: GraphDecoder | None = None
         """Set by `prepare_decode` where the model and the device have one."""
 
@@ -115,7 +119,7 @@ class Engine:
         max_model_len = min(config.max_model_len or limit, limit)
         with torch.inference_mode():
             model = _load_model(config, model_config, device, dtype, max_model_len, progress)
-        cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+        cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else model.cache_dtype or dtype
         layout = CacheLayout(
             str(cache_dtype).removeprefix("torch."),
             model_config.num_layers,
@@ -143,6 +147,11 @@ class Engine:
                 self.prefill([PrefillChunk([0] * (length + 1), 1, length, pages, sampled)])
             self.pool.release(pages)
         self.cpu_share.rest()
+
+    def synchronize(self) -> None:
+        """Wait for all that this thread has started on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     @torch.inference_mode()
     def prepare_decode(self, progress: Progress) -> None:
@@ -202,6 +211,9 @@ class Engine:
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
         heads = self.model_config.num_heads
+        if self.model.follows_tables:
+            paged = PagedPlan(flat_table.view(table.shape), np.repeat(np.arange(len(chunks)), lengths))
+            return ForwardBatch(token_ids, at_positions, pages, offsets, paged)
         plan = plan_prefill(self.cache.layer(0), flat_table.view(table.shape), lengths, contexts, heads)
         return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
 
@@ -248,6 +260,11 @@ def _load_model(
 
         progress("loading through transformers", 0.0)
         return GeneralModel(config.model_folder, device, dtype, max_model_len)
+    packs = config.quantization == "auto" and config.dtype == "auto" and device.type == "cpu"
+    if packs and not config.random_weights:
+        packed = _load_packed(config.model_folder, model_config, max_model_len, progress)
+        if packed is not None:
+            return packed
     weights = load_decoder(
         config.model_folder,
         model_config,
@@ -259,6 +276,20 @@ def _load_model(
         random=config.random_weights,
     )
     return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fused_on_gpu)
+
+
+def _load_packed(folder: Path, model_config: ModelConfig, max_model_len: int, progress: Progress) -> Model | None:
+    """The model with packed weights, where they, the processor and what is installed allow it."""
+    if not can_pack():
+        return None
+    from headrace.engine.compiled_kernels import keep_compiled
+
+    if not keep_compiled():
+        progress("compiling kernels, once on a machine", 0.0)
+    from headrace.engine.packed_decoder import PackedDecoder, load_packed
+
+    weights = load_packed(folder, model_config, progress)
+    return None if weights is None else PackedDecoder(model_config, weights, max_model_len)
 
 
 def _num_pages(config: EngineConfig, layout: CacheLayout, device: torch.device, max_model_len: int) -> int:

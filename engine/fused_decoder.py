@@ -28,6 +28,9 @@ Writer = Callable[[LayerWeights, torch.Tensor, torch.Tensor], torch.Tensor]
 class FusedDecoder:
     """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
 
+    follows_tables = False
+    cache_dtype: torch.dtype | None = None
+
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup, *, norms_are_folded: bool = False
     ) -> None:
@@ -106,6 +109,10 @@ class FusedDecoder:
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         slots = (batch.slot_pages, batch.slot_offsets)
         return rope_cache(qkv, rows, rope, norms, self._config.norm_eps, pages, *slots, keep_keys=keep_keys)
+
+    def use_threads(self, threads: int) -> None:
+        """See `Model.use_threads`."""
+        torch.set_num_threads(threads)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model.logits`."""

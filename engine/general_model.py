@@ -21,6 +21,9 @@ ATTENTION = "headrace_paged"
 class GeneralModel:
     """Loads a folder by `AutoModelForCausalLM`; models whose attention is more than softmax(QK)V are refused."""
 
+    follows_tables = False
+    cache_dtype: torch.dtype | None = None
+
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:
         AttentionInterface.register(ATTENTION, _paged_attention)
         AttentionMaskInterface.register(ATTENTION, lambda *arguments, **options: None)
@@ -54,6 +57,10 @@ class GeneralModel:
         self._step = None
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
+
+    def use_threads(self, threads: int) -> None:
+        """See `Model.use_threads`."""
+        torch.set_num_threads(threads)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model.logits`."""

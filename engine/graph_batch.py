@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
@@ -114,6 +115,10 @@ class GraphBatch(Generic[K]):
         self._num_pages[row] = first + len(pages)
         self._table_changes.append((row, first, first + len(pages)))
 
+    def keep_pages(self, key: K, count: int) -> None:
+        """See `RunningBatch`."""
+        self._num_pages[self._row_of[key]] = count
+
     @property
     def in_flight(self) -> int:
         """See `RunningBatch`."""
@@ -124,14 +129,22 @@ class GraphBatch(Generic[K]):
         step = self._running.popleft()
         if step.done is not None:
             step.done.synchronize()
+        tokens = step.tokens.tolist()
+        if not step.logprobs:
+            return list(zip(step.keys, map(SampledToken, tokens), strict=True))
         return [
             (key, SampledToken(token, step.logprobs.get(row)))
-            for row, (key, token) in enumerate(zip(step.keys, step.tokens.tolist(), strict=True))
+            for row, (key, token) in enumerate(zip(step.keys, tokens, strict=True))
         ]
 
     @torch.inference_mode()
-    def start(self) -> None:
-        """See `RunningBatch`; returns while the device is at work."""
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
+        """See `RunningBatch`; returns while the device is at work.
+
+        No drafts: a captured step has one row a request, and the next one starts before the host knows the tokens of
+        this one, which the next drafts would follow.
+        """
+        assert not drafts, "steps on a GPU take no drafts"
         assert self.in_flight <= self.lookahead, "collect a step first"
         rows, decoder = len(self._keys), self._decoder
         self._send_changes()

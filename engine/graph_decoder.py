@@ -92,6 +92,7 @@ class GraphDecoder:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            # a graph's kernels keep the priority of the stream that they were captured on
             with torch.cuda.graph(graph, pool=pool):
                 self._forward(size)
             self._graphs[size] = graph

@@ -113,11 +113,7 @@ class KVCache:
 
     def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
         """Overwrite these pages. Raises `ValueError` where `data` is not `len(page_ids) * page_bytes` long."""
-        if self._array is not None:
-            self.write_rows(layer, self.page_bytes, page_ids, data)
-        else:
-            source = _as_rows(data, len(page_ids), self.page_bytes)
-            self.write_blocks(layer, page_ids, source, np.arange(len(page_ids)))
+        self.write_rows(layer, self.page_bytes, page_ids, data)
 
     def read_rows(self, layer: int, row_bytes: int, rows: Sequence[int] | np.ndarray) -> memoryview:
         """A contiguous copy of parts of pages: of rows, each `row_bytes` long, of one layer's memory."""
@@ -133,30 +129,26 @@ class KVCache:
 
     def write_rows(self, layer: int, row_bytes: int, rows: Sequence[int] | np.ndarray, data: memoryview) -> None:
         """Overwrite rows. Raises `ValueError` where `data` is not `len(rows) * row_bytes` long."""
-        source = _as_rows(data, len(rows), row_bytes)
+        if len(data) != len(rows) * row_bytes:
+            raise ValueError(f"{len(data)} bytes for {len(rows)} rows of {row_bytes}")
+        source = np.frombuffer(data, dtype=np.uint8).reshape(len(rows), row_bytes)
         if self._array is not None:
             self._array[layer].reshape(-1, row_bytes)[rows] = source
             return
         pinned = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
         np.copyto(pinned.numpy(), source)
-        # By a kernel, unlike whole pages: rows are too small, and too many, for a copy each.
-        with torch.cuda.stream(self._copying):
-            arrived = pinned.to(self.pages.device, non_blocking=True)
-            self._bytes[layer].view(-1, row_bytes).index_copy_(0, self._index(rows), arrived)
-            written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            written.record()
-        written.synchronize()
+        self._write_pinned(layer, rows, pinned)
 
     def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
         """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
         pinned = torch.empty(len(page_ids), self.page_bytes, dtype=torch.uint8, pin_memory=True)
         np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
-        # Run by run, which a copy engine does: a kernel would take processors away from decode steps, and wait for its
-        # turn where another process computes on this GPU.
+        self._write_pinned(layer, page_ids, pinned)
+
+    def _write_pinned(self, layer: int, rows: Sequence[int] | np.ndarray, pinned: torch.Tensor) -> None:
         with torch.cuda.stream(self._copying):
-            for start, end in _runs(page_ids):
-                place = self._bytes[layer, page_ids[start] : page_ids[start] + end - start]
-                place.copy_(pinned[start:end], non_blocking=True)
+            arrived = pinned.to(self.pages.device, non_blocking=True)
+            self._bytes[layer].view(-1, pinned.shape[1]).index_copy_(0, self._index(rows), arrived)
             written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             written.record()
         written.synchronize()
@@ -241,12 +233,6 @@ class OpenedCache:
         if max(blocks) >= len(self._memory):
             raise ValueError(f"page {max(blocks)} of {len(self._memory)} is not in the sender's memory")
         return Part(self._memory, moves, done)
-
-
-def _as_rows(data: memoryview, count: int, row_bytes: int) -> np.ndarray:
-    if len(data) != count * row_bytes:
-        raise ValueError(f"{len(data)} bytes for {count} rows of {row_bytes}")
-    return np.frombuffer(data, dtype=np.uint8).reshape(count, row_bytes)
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

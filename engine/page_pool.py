@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import xxhash
 
@@ -40,11 +40,25 @@ class PagePool:
         self._page_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         """Unused pages with a hash, the least recently used first."""
+        self.on_freed: list[Callable[[], None]] = []
+        """Called whenever pages came free."""
+        self._reserved = 0
 
     @property
     def num_free(self) -> int:
         """Pages that `allocate` could give: free and cached ones."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def num_spare(self) -> int:
+        """Free pages that prompts may take."""
+        return self.num_free - self._reserved
+
+    def reserve(self, count: int) -> None:
+        """Have prompts leave so many free pages alone."""
+        self._reserved, before = count, self._reserved
+        if count < before:
+            self._tell()
 
     @property
     def num_in_use(self) -> int:
@@ -88,6 +102,13 @@ class PagePool:
 
         Later pages go first: of a cached prefix the end is evicted before the start, without which it can't be found.
         """
+        free = self.num_free
+        self.put_back(pages)
+        if self.num_free > free:
+            self._tell()
+
+    def put_back(self, pages: Iterable[int]) -> None:
+        """The same for pages that were just taken, and that nobody need be told of."""
         for page in reversed(list(pages)):
             assert self._references[page] > 0, f"page {page} is not in use"
             self._references[page] -= 1
@@ -96,6 +117,10 @@ class PagePool:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
+
+    def _tell(self) -> None:
+        for callback in self.on_freed:
+            callback()
 
     def publish(self, page: int, page_hash: bytes) -> None:
         """Let a full page, which must be in use, be found by its hash. Nothing happens where the hash is known."""

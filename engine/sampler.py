@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 import torch
 
@@ -22,12 +23,11 @@ FEW_CANDIDATES = 256
 """Likeliest tokens looked at before the whole vocabulary is sorted."""
 
 
-@dataclass(frozen=True)
-class SampledToken:
-    """One request's next token."""
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
+    """One request's next token. A struct, since a step makes one a request, in a fifth of a dataclass's time."""
 
     token_id: int
-    logprobs: TokenLogprobs | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(eq=False)

@@ -61,6 +61,7 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         cpu_threads=settings.cpu_threads,
+        random_weights=settings.load_format == "dummy",
     )
     engine = Engine.load(config, _LoggedProgress())
     log.info("warming up")

@@ -1,4 +1,4 @@
-"""The command line: `headrace up | gateway | prefill | decode | keys`. Flags are generated from `Settings`."""
+"""The command line: `headrace up | gateway | prefill | decode | colocate | keys`, with flags made from `Settings`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "up": ("headrace.up", "start a whole mesh on this machine"),
     "gateway": ("headrace.gateway.main", "serve the OpenAI API and queue requests"),
     "prefill": ("headrace.prefill.main", "compute prompts' KV pages and hand them to decode workers"),
+    "colocate": ("headrace.colocate.main", "be a prefill and a decode worker in one process"),
     "decode": ("headrace.decode.main", "receive KV pages and make tokens"),
 }
 
@@ -88,6 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
     field = Settings.model_fields[name]
     choices = [c for c in _alternatives(field.annotation) if isinstance(c, str)] or None
+    if field.annotation is bool:
+        help = f"{field.description} [{env_name(name)}]"
+        parser.add_argument(flag_name(name), dest=name, action="store_const", const=True, help=help)
+        return
     metavar = None if choices else name.split("_")[-1].upper()
     default = "" if field.default is None else f" (default: {field.default})"
     help = f"{field.description}{default} [{env_name(name)}]".replace("%", "%%")

@@ -15,6 +15,8 @@ __all__ = ["Keys", "RedisError", "connect"]
 
 SOCKET_TIMEOUT_SECONDS = 5.0
 """Longer than any blocking read (see `RequestQueue.take`), so that a dead server is told from a quiet one."""
+MAX_CONNECTIONS = 64
+"""Of one process; more commands at once take turns, each waiting `SOCKET_TIMEOUT_SECONDS` at most."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class Keys:
 
 def connect(url: str) -> redis.asyncio.Redis:
     """A client for `url`; connects at the first command. Fails after a few quick retries, never hangs."""
-    return redis.asyncio.Redis.from_url(
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=SOCKET_TIMEOUT_SECONDS,
         socket_timeout=SOCKET_TIMEOUT_SECONDS,
         socket_connect_timeout=SOCKET_TIMEOUT_SECONDS,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
         health_check_interval=10,
     )
+    return redis.asyncio.Redis.from_pool(pool)

@@ -21,8 +21,8 @@ NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_CPU_SHARE"}
 """Variables with our prefix that are read elsewhere."""
 
 GATEWAY = ("up", "gateway")
-WORKER = ("up", "prefill", "decode")
-ALL = ("up", "gateway", "prefill", "decode")
+WORKER = ("up", "prefill", "decode", "colocate")
+ALL = (*WORKER, "gateway")
 
 
 class SettingsError(StartError):
@@ -57,12 +57,17 @@ class Settings(BaseModel):
     request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
 
     worker_id: str | None = _field(
-        None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode")
+        None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode", "colocate")
     )
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "where the model runs", WORKER)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field("auto", "type of weights and activations", WORKER)
-    quantization: Literal["none", "fp8"] = _field("none", "8-bit weights of a GPU's fused path", WORKER)
+    quantization: Literal["auto", "none", "fp8"] = _field(
+        "auto",
+        "`fp8`: 8-bit weights of a GPU's fused path; `auto`: on a CPU with --dtype auto, weights of 4 bits stay packed",
+        WORKER,
+    )
     kv_cache_dtype: Literal["auto", "fp8"] = _field("auto", "type of the KV cache; `auto` is --dtype", WORKER)
+    load_format: Literal["auto", "dummy"] = _field("auto", "`dummy` makes random weights, to measure speed", WORKER)
     model_impl: Literal["auto", "fused", "transformers"] = _field("auto", "which path runs the model", WORKER)
     max_model_len: int | None = _field(
         None, "longest prompt + output in tokens (default: the model's own)", WORKER, ge=16
@@ -71,9 +76,14 @@ class Settings(BaseModel):
     kv_cache_memory_bytes: int | None = _field(None, "size of the KV cache (default: by device)", WORKER, ge=1)
     gpu_memory_utilization: float = _field(0.9, "share of a GPU's memory that a worker may use", WORKER, gt=0, le=1)
     kv_wire_dtype: Literal["auto", "fp8"] = _field(
-        "auto", "how KV pages travel over a network: as they are stored, or in half the bytes", ("up", "prefill")
+        "auto",
+        "how KV pages travel over a network: as they are stored, or in half the bytes",
+        ("up", "prefill", "colocate"),
     )
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
+    speculation: Literal["auto", "off"] = _field(
+        "auto", "draft tokens and verify several at once, as long as that is faster", ("up", "decode", "colocate")
+    )
     max_num_batched_tokens: int | None = _field(
         None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16
     )
@@ -82,6 +92,14 @@ class Settings(BaseModel):
         None, "threads of one worker on a CPU (default: its part of the cores)", WORKER, ge=1
     )
     drain_timeout: float = _field(30.0, "seconds that a stopping worker may take to finish what it holds", WORKER, ge=0)
+
+    itl_target: float | None = _field(
+        None,
+        "milliseconds between two tokens beside which prompts are computed (default: 12 on a GPU, 200 on a CPU)",
+        ("up", "colocate"),
+        gt=0,
+    )
+    colocate: bool = _field(False, "start one worker that is both tiers, in place of --prefill and --decode", ("up",))
 
     prefill: int = _field(1, "prefill workers to start", ("up",), ge=1, le=64)
     decode: int = _field(1, "decode workers to start", ("up",), ge=1, le=64)

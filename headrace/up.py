@@ -20,7 +20,7 @@ from headrace.errors import StartError
 from headrace.models.locate import locate_model
 from headrace.node import until_stopped
 from headrace.redis_server import private_redis
-from headrace.settings import Settings
+from headrace.settings import Settings, SettingsError
 from headrace.supervisor import Child, Supervisor
 
 READY_TIMEOUT_SECONDS = 900.0
@@ -37,6 +37,11 @@ caches, which is half as fast again."""
 async def run(settings: Settings) -> None:
     """Start everything, say where it is, and stop everything again. Raises `StartError`."""
     started = time.monotonic()
+    if settings.colocate and (settings.prefill, settings.decode) != (1, 1):
+        raise SettingsError(
+            "--colocate starts one worker that is both tiers: leave --prefill and --decode away, and add others with "
+            "`headrace prefill` and `headrace decode`"
+        )
     console = Console(stderr=True, highlight=False)
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
@@ -79,16 +84,17 @@ async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
 def _children(settings: Settings, folder: Path) -> list[Child]:
     """In the order in which they are stopped: the gateway first, so that nothing new comes in."""
     cpu_share = folder / "cpu-share"
-    cpu_share.write_bytes(bytes(settings.prefill + settings.decode))
+    tiers = {"colocate": 1} if settings.colocate else {"prefill": settings.prefill, "decode": settings.decode}
+    cpu_share.write_bytes(bytes(sum(tiers.values())))
     environment = settings.as_environment()
     children = [Child("gateway", "gateway", environment)]
-    for tier, count in (("prefill", settings.prefill), ("decode", settings.decode)):
+    for tier, count in tiers.items():
         for index in range(count):
             name = f"{tier}-{index}"
             own = {
                 "GOMP_SPINCOUNT": SPIN_COUNT,
                 "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_COPIES),
-                "HEADRACE_WORKER_ID": name,
+                "HEADRACE_WORKER_ID": str(index) if settings.colocate else name,
                 "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
             }
             children.append(Child(name, tier, environment | own))

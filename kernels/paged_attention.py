@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 GATHER_BYTES = 4 * 2**20
 """Decode gathers the pages of so many requests at once as fit: the copy is still in the cache when it is multiplied."""
+
+
+@dataclass(frozen=True)
+class PagedPlan:
+    """A plan for kernels that follow block tables themselves; `request` [T] names each token's row of the table."""
+
+    block_table: torch.Tensor
+    """int64 [B, max_pages]."""
+    request: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,9 @@ class PageAllocator(Protocol):
     def release(self, page_ids: Sequence[PageId]) -> None:
         """Drop one reference on each."""
 
+    def put_back(self, page_ids: Sequence[PageId]) -> None:
+        """The same for pages that were taken just now."""
+
     def hashes(self, token_ids: Sequence[int]) -> list[bytes]:
         """One for each full page of a prompt; each covers all tokens up to its page's end."""
 

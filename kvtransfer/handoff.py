@@ -175,6 +175,11 @@ class Handoff:
         """(request id, attempt)."""
         return self.offer.request_id, self.offer.attempt
 
+    @property
+    def wants_layers(self) -> bool:
+        """Whether computed layers need be announced: not where the receiver is known to hold all pages."""
+        return self.state is not State.GRANTED or self.held_pages < len(self.pages)
+
     def offer_to(self, receiver: str, flight: Flight | None = None, staging: Staging | None = None) -> Offer:
         """Begin with `receiver`, sharing the room on the way there; the caller sends what is returned.
 

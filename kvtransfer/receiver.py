@@ -2,6 +2,7 @@
 
 | state      | on                         | does                                             | next       |
 | ---------- | -------------------------- | ------------------------------------------------ | ---------- |
+| (none)     | Offer, its pages are this pool's own | own them, too, Grant (`local`: all are held) | RECEIVING |
 | (none)     | Offer, pages free          | reserve, choose a transport, Grant               | RECEIVING  |
 | (none)     | Offer, pool full           | queue, first come first served                   | WAITING    |
 | (none)     | Offer, unusable            | Refuse                                           | (none)     |
@@ -86,6 +87,9 @@ class ReceivedRequest:
 class Choice(Protocol):
     """How pages can come from a sender."""
 
+    def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
+        """The prompt's pages where the sender shares this worker's page pool: they need not come at all."""
+
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """The best transport that both ends can use, and the sender's memory where it is read in place."""
 
@@ -95,6 +99,9 @@ class Choice(Protocol):
 
 class TcpOnly:
     """Without shared memory."""
+
+    def pages_here(self, sender: str, offer: Offer) -> None:
+        """See `Choice`."""
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
@@ -187,6 +194,11 @@ class Receiver:
         """Handoffs that have not been committed yet, those that wait among them."""
         return len(self._incoming)
 
+    @property
+    def pages_wanted(self) -> int:
+        """At most so many the next of those will take."""
+        return next((self._pages_needed(incoming.offer) for incoming in self._waiting.values()), 0)
+
     def handle(self, sender: str, message: ToReceiver) -> None:
         """Apply one message."""
         match message:
@@ -218,9 +230,15 @@ class Receiver:
             self._abort(self._incoming[key], "cancelled", "a newer attempt began")
         self._remember(offer.request_id, _Seen(offer.attempt))
         incoming = _Incoming(sender, offer, self._clock() + LEASE_SECONDS, self._pool.hashes(offer.token_ids))
-        self._incoming[offer.request_id, offer.attempt] = incoming
-        self._waiting[offer.request_id, offer.attempt] = incoming
-        self.grant_waiting()
+        self._incoming[incoming.key] = incoming
+        pages = self._choice.pages_here(sender, offer)
+        if pages is None:
+            self._waiting[incoming.key] = incoming
+            self.grant_waiting()
+        else:  # nobody need wait for what takes no page, and whose waiting would keep pages from those who do
+            self._pool.share(pages)
+            incoming.pages = pages
+            self._grant(incoming, len(pages), "local", None)
 
     def _reason_to_refuse(self, offer: Offer) -> tuple[RefuseCause, str] | None:
         if not can_recut(offer.layout, self._layout):
@@ -258,13 +276,13 @@ class Receiver:
             held = self._pool.match_prefix(incoming.hashes)
             missing = self._pages_needed(incoming.offer) - len(held)
             if missing + self.reserve_pages > self._pool.num_free:
-                self._pool.release(held)
+                self._pool.put_back(held)
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)
-            self._grant(incoming, len(held))
+            self._grant(incoming, len(held), *self._choice.choose(incoming.sender, incoming.offer))
 
-    def _grant(self, incoming: _Incoming, held: int) -> None:
+    def _grant(self, incoming: _Incoming, held: int, transport: TransportName, source: Source | None) -> None:
         request_id, attempt = incoming.key
 
         def notify() -> None:  # on a line's thread
@@ -275,7 +293,6 @@ class Receiver:
         num_parts = len(plan.destinations)
         landing = Landing(plan.num_pages, plan.held_pages, self._layout.num_layers, notify, num_parts)
         incoming.landing = landing
-        transport, source = self._choice.choose(incoming.sender, offer)
         wire_dtype = offer.wire_dtype if transport == "tcp" else "auto"
         arriving = Arriving(landing, plan.destinations, transport, source, wire_dtype)
         self.arrivals.expect((incoming.sender, *incoming.key), arriving)

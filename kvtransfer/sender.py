@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from headrace.kvtransfer.base import PageId
 from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, State
 from headrace.kvtransfer.messages import Abort, Commit, Refuse, Renew, ToSender
 from headrace.kvtransfer.staging import Staging
@@ -52,6 +53,11 @@ class Sender:
     def tokens_promised(self, receiver: str) -> int:
         """Tokens of open handoffs that go to `receiver`, whose pages its own figures may not show yet."""
         return sum(len(handoff.offer.token_ids) for handoff in self._open.values() if handoff.receiver == receiver)
+
+    def pages_of(self, request_id: str, attempt: int) -> list[PageId] | None:
+        """A copy of an open handoff's list of pages; None where there is no such handoff."""
+        handoff = self._open.get((request_id, attempt))
+        return list(handoff.pages) if handoff is not None else None
 
     async def deliver(self, handoff: Handoff, choose: Callable[[Handoff], Awaitable[str]]) -> None:
         """Offer until granted, send each layer as it is computed, commit; returns when the receiver has acknowledged.

@@ -1,5 +1,9 @@
 """Which transport a handoff takes: the receiver chooses, when it grants, the best one that the Offer and itself can do.
 
+`local` needs nothing of what an Offer says: both ends hold references of their own on the prompt's pages, in the one
+pool that counts them, so each may end, in whatever order, as with pages of two pools. What was computed is complete
+when the Commit comes, since the first token, which follows from all of it, has been read by then.
+
 | transport  | when                                          | what a page goes through                       |
 | ---------- | --------------------------------------------- | ---------------------------------------------- |
 | `local`    | same process, same page pool                  | nothing: it changes owner                      |
@@ -19,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from headrace.kvtransfer.base import PageStore, Source
+from headrace.kvtransfer.base import PageId, PageStore, Source
 from headrace.kvtransfer.host import this_host
 from headrace.kvtransfer.layout import CacheShape
 from headrace.kvtransfer.messages import CudaMemory, Host, Layout, Offer, SharedMemory, TransportName
@@ -67,19 +71,37 @@ def exports_of(cache: Exporting) -> Exports:
     return Exports(this_host(), cuda_ipc, shm)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The prefill worker of the same process, whose pages are of the same pool."""
+
+    id: str
+    pages_of: Callable[[str, int], list[PageId] | None]
+    """Of its handoff (request id, attempt), as long as that is open."""
+
+
 class Transports:
     """A receiver's choice, and the senders' memory that it has opened."""
 
-    def __init__(self, layout: Layout, store: PageStore, refuse: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, layout: Layout, store: PageStore, refuse: Callable[[str, str], None], beside: Beside | None = None
+    ) -> None:
         """`store` is the cache of the first rank. `refuse(sender, reason)` counts an offer of memory that can't be used
         as it says.
         """
         self._layout = layout
+        self._beside = beside
         self._store = store
         self._refuse = refuse
         self._host = this_host()
         self._opened: dict[str, dict[tuple[Memory, Layout], Source | None]] = {}
         """By sender; None where it could not be opened."""
+
+    def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
+        """See `Choice`."""
+        if self._beside is None or sender != self._beside.id:
+            return None
+        return self._beside.pages_of(offer.request_id, offer.attempt)
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""

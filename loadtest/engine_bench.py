@@ -12,6 +12,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ READ_BYTES_A_SECOND = 3.05e12
 PRODUCT_FLOPS = 720e12
 """What an H100 reached in large bf16 products, as measured."""
 INPUT, OUTPUT = 512, 256
+STEPS_BEFORE = 4
+"""That are not timed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Shape:
     """Milliseconds a step, or for the model that the chip bounds, its ratio to the bound."""
     prefill: tuple[tuple[int, str], ...] = ()
     decode_is_ratio: bool = False
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """Of `EngineConfig`."""
 
 
@@ -74,10 +77,10 @@ def bound_seconds(config: dict[str, Any], batch: int, context: float) -> float:
     return float(products + cached / READ_BYTES_A_SECOND)
 
 
-def load(shape: Shape, largest_batch: int, device: str) -> tuple[Engine, float]:
-    """An engine with random weights that is ready for requests, and how long that took."""
+def load(shape: Shape, largest_batch: int, device: str, longest: int = INPUT + OUTPUT) -> tuple[Engine, float]:
+    """An engine with random weights that is ready for requests of `longest` tokens, and how long that took."""
     started = time.perf_counter()
-    longest = min(max([INPUT + OUTPUT, *[length for length, _ in shape.prefill]]) + 64, 16384)
+    longest = min(max([longest, *[length for length, _ in shape.prefill]]) + 64, 16384)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
             model_folder(shape.config, Path(folder)),
@@ -86,7 +89,7 @@ def load(shape: Shape, largest_batch: int, device: str) -> tuple[Engine, float]:
             max_model_len=min(longest, shape.config["max_position_embeddings"]),
             max_num_seqs=largest_batch,
             random_weights=True,
-            **shape.options,  # type: ignore[arg-type]
+            **shape.options,
         )
         engine = Engine.load(config)
     engine.warm_up()
@@ -96,14 +99,14 @@ def load(shape: Shape, largest_batch: int, device: str) -> tuple[Engine, float]:
     return engine, time.perf_counter() - started
 
 
-def decode_step_seconds(engine: Engine, batch_size: int, steps: int) -> float:
-    """Mean time of a step from `INPUT` tokens of context to `INPUT + steps`."""
+def decode_step_seconds(engine: Engine, contexts: Sequence[int], steps: int) -> float:
+    """Mean time of `steps` steps of requests that have so many tokens before the first of them."""
     batch = new_batch(engine)
     params = SamplingParams(max_tokens=steps + 1, temperature=0)
-    held = [engine.pool.allocate(engine.pool.pages_for(INPUT + steps + 8)) for _ in range(batch_size)]
-    for key, pages in enumerate(held):
-        batch.join(key, [1] * INPUT, 1, pages, params)
-    for _ in range(4):  # the first one sends all rows to the device
+    held = [engine.pool.allocate(engine.pool.pages_for(context + steps + 8)) for context in contexts]
+    for key, (pages, context) in enumerate(zip(held, contexts, strict=True)):
+        batch.join(key, [1] * (context - STEPS_BEFORE), 1, pages, params)
+    for _ in range(STEPS_BEFORE):  # the first one sends all rows to the device
         batch.start()
         if batch.in_flight > batch.lookahead:
             batch.collect()
@@ -145,7 +148,7 @@ def measure(shape: Shape, device: str, quick: bool) -> list[Figure]:
     engine, seconds = load(shape, largest, device)
     figures.append(Figure(f"{shape.name} start", seconds, "s"))
     for batch, target in shape.decode:
-        seconds = decode_step_seconds(engine, batch, 8 if quick else OUTPUT)
+        seconds = decode_step_seconds(engine, [INPUT] * batch, 8 if quick else OUTPUT)
         bound = bound_seconds(shape.config, batch, INPUT + OUTPUT / 2)
         figures += [
             Figure(

@@ -60,6 +60,9 @@ class Only:
         self._transport = config.transport
         self._transports = Transports(layout_of("bench", config.layout, VOCABULARY), store, _refuse)
 
+    def pages_here(self, sender: str, offer: Offer) -> None:
+        """See `Choice`."""
+
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
         if self._transport == "tcp":

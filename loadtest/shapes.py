@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 LLAMA_8B: dict[str, Any] = {  # meta-llama/Llama-3.1-8B
     "model_type": "llama",
@@ -59,4 +62,29 @@ def model_folder(config: dict[str, Any], folder: Path) -> Path:
     """A folder with nothing but a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def servable_folder(config: dict[str, Any], folder: Path) -> Path:
+    """A folder that a mesh can serve with random weights.
+
+    It has no tensors; its tokenizer writes token 1000 as `t1000`, and the first 256 tokens are single bytes.
+    """
+    model_folder(config, folder)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    vocabulary |= {f"t{number}": number for number in range(256, config["vocab_size"])}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder

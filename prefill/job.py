@@ -42,6 +42,11 @@ class Job:
         """(request id, attempt)."""
         return self.entry.request_id, self.attempt
 
+    @property
+    def wants_layers(self) -> bool:
+        """See `Handoff`."""
+        return self.handoff is not None and self.handoff.wants_layers
+
     def chunk(self, chunk: Chunk) -> PrefillChunk:
         """The engine's input for one chunk of this prompt."""
         entry = self.entry

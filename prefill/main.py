@@ -6,6 +6,7 @@ from headrace.data_lines import DataLines
 from headrace.engine.startup import loaded_model
 from headrace.kvtransfer.layout import layout_of
 from headrace.node import join_mesh, until_stopped
+from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 
@@ -25,7 +26,7 @@ async def run(settings: Settings) -> None:
             model.engine,
             model.device_thread,
             layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
-            token_budget=settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
+            turns=OwnDevice(settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type]),
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,
             lines=lines,

@@ -11,14 +11,19 @@ from headrace.registry import Member, Registry
 RETRY_SECONDS = 0.2
 FINAL_CAUSES = {"layout", "too_long", "invalid"}
 """Causes for a refusal that asking again can't change."""
+CROWDED = 0.9
 
 
 class Placement:
-    """Chooses the decode worker with the smallest share of its pages spoken for."""
+    """Chooses the decode worker with the smallest share of its pages spoken for.
 
-    def __init__(self, registry: Registry, sender: Sender) -> None:
+    One in the same process comes first, unless it is crowded: pages need not travel to it.
+    """
+
+    def __init__(self, registry: Registry, sender: Sender, beside: str | None = None) -> None:
         self._registry = registry
         self._sender = sender
+        self._beside = beside
         self._joined = asyncio.Event()
         registry.on_join.append(lambda _: self._joined.set())
 
@@ -28,7 +33,7 @@ class Placement:
             workers = [worker for worker in self._registry.tier("decode") if not worker.draining]
             willing = [worker for worker in workers if worker.id not in handoff.refused]
             if willing:
-                return min(willing, key=self._load).id
+                return min(willing, key=self._rank).id
             causes = {handoff.refused[worker.id] for worker in workers}
             if causes and causes <= FINAL_CAUSES:
                 raise HandoffFailed(f"no decode worker can take it: {', '.join(sorted(causes))}")
@@ -38,8 +43,8 @@ class Placement:
             except TimeoutError:
                 handoff.refused = {id: cause for id, cause in handoff.refused.items() if cause in FINAL_CAUSES}
 
-    def _load(self, worker: Member) -> tuple[float, str]:
+    def _rank(self, worker: Member) -> tuple[bool, float, str]:
         total = worker.stats.get("kv_pages_total", 1.0) or 1.0
         promised = self._sender.tokens_promised(worker.id) / worker.stats.get("kv_page_tokens", 1.0)
-        spoken_for = worker.stats.get("kv_pages_in_use", 0.0) + promised
-        return spoken_for / total, worker.id
+        load = (worker.stats.get("kv_pages_in_use", 0.0) + promised) / total
+        return worker.id != self._beside or load > CROWDED, load, worker.id

@@ -27,10 +27,9 @@ class _Waiting:
 
 
 class PrefillScheduler:
-    """First come, first served, up to `token_budget` tokens a step; a long prompt is cut at page boundaries."""
+    """First come, first served; a long prompt is cut at page boundaries."""
 
-    def __init__(self, token_budget: int, page_size: int) -> None:
-        self._token_budget = max(token_budget // page_size, 1) * page_size
+    def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._waiting: deque[_Waiting] = deque()
 
@@ -44,10 +43,13 @@ class PrefillScheduler:
         """Forget a prompt, whether it is still here or not."""
         self._waiting = deque(waiting for waiting in self._waiting if waiting.key != key)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, which count as computed from now on. Empty where nothing waits."""
+    def schedule(self, token_budget: int) -> list[Chunk]:
+        """The chunks of the next step, which count as computed from now on. Empty where nothing waits.
+
+        They have `token_budget` tokens at most, but a page in any case.
+        """
         chunks: list[Chunk] = []
-        budget = self._token_budget
+        budget = max(token_budget // self._page_size, 1) * self._page_size
         while self._waiting and budget > 0:
             head = self._waiting[0]
             left = head.num_tokens - head.computed

@@ -10,8 +10,8 @@ from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_lines import DataLines
-from headrace.engine.base import Ready
-from headrace.engine.engine import Engine, PrefillOutput
+from headrace.engine.base import LayerAnnounced, Ready
+from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
@@ -26,6 +26,7 @@ from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
 from headrace.prefill.placement import Placement
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
+from headrace.prefill.turns import Turns
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.registry import Member
@@ -46,30 +47,38 @@ class PrefillWorker:
         engine: Engine,
         device_thread: ThreadPoolExecutor,
         layout: Layout,
-        token_budget: int,
+        turns: Turns,
         max_jobs: int,
         lease_seconds: float,
         lines: DataLines,
         wire_dtype: WireDtype,
+        beside: str | None = None,
     ) -> None:
+        """`beside` is the decode worker of the same process, if there is one."""
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
         self._layout = layout
         self._lease_seconds = lease_seconds
         self._intake = Intake(node.queue, node.id, lease_seconds)
-        self._scheduler = PrefillScheduler(token_budget, layout.page_size)
+        self._scheduler = PrefillScheduler(layout.page_size)
+        self._turns = turns
         call_soon = asyncio.get_running_loop().call_soon_threadsafe
         departures = LineDepartures([engine.cache], layout.dtype, lines, call_soon)
         self._sender = Sender(node.mesh.send, departures, engine.cache.staging_blocks)
         self._exports = exports_of(engine.cache)
         self._wire_dtype: WireDtype = wire_dtype
-        self._placement = Placement(node.registry, self._sender)
+        self._placement = Placement(node.registry, self._sender, beside)
         self._room = asyncio.Semaphore(max_jobs)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._jobs: dict[tuple[str, int], Job] = {}
         self._page_turn = asyncio.Lock()
         self._pages_freed = asyncio.Event()
+        engine.pool.on_freed.append(self._pages_freed.set)
+        self._computing: set[tuple[str, int]] = set()
+        """Jobs that the step on the device writes to."""
+        self._retired: list[list[int]] = []
+        """Pages of those among them that were given up: others may have them when the step has ended."""
         self._work = asyncio.Event()
         self._recomputed = 0
         self._stopping = False
@@ -162,8 +171,7 @@ class PrefillWorker:
         finally:
             self._jobs.pop((entry.request_id, delivery.attempt), None)
             self._scheduler.remove((entry.request_id, delivery.attempt))
-            self._engine.pool.release(pages)
-            self._pages_freed.set()
+            self._give_back((entry.request_id, delivery.attempt), pages)
         return PrefillReport(
             request_id=entry.request_id,
             attempt=delivery.attempt,
@@ -174,6 +182,16 @@ class PrefillWorker:
             cached_tokens=cached_tokens,
             prompt_logprobs=job.prompt_logprobs if entry.sampling.prompt_logprobs is not None else None,
         )
+
+    def pages_of(self, request_id: str, attempt: int) -> list[int] | None:
+        """See `Beside`."""
+        return self._sender.pages_of(request_id, attempt)
+
+    def _give_back(self, key: tuple[str, int], pages: list[int]) -> None:
+        if key in self._computing:
+            self._retired.append(pages)
+        else:
+            self._engine.pool.release(pages)
 
     def _check(self, delivery: Delivery) -> None:
         """Raise `RequestRejected` for what no worker, or not this one, can compute."""
@@ -198,9 +216,9 @@ class PrefillWorker:
             while True:
                 held = pool.match_prefix(hashes[:reusable])
                 missing = pool.pages_for(len(entry.token_ids)) - len(held)
-                if missing <= pool.num_free:
+                if missing <= pool.num_spare:
                     return held + pool.allocate(missing), len(held) * page_size
-                pool.release(held)
+                pool.put_back(held)
                 self._pages_freed.clear()
                 await self._pages_freed.wait()
 
@@ -257,7 +275,7 @@ class PrefillWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            chunks = self._scheduler.schedule()
+            chunks = self._scheduler.schedule(await self._turns.turn(self._is_handing_over()))
             if not chunks:
                 self._work.clear()
                 self._engine.cpu_share.rest()
@@ -268,13 +286,25 @@ class PrefillWorker:
                 loop.call_soon_threadsafe(self._layer_computed, layer, ready, step)
 
             inputs = [job.chunk(chunk) for job, chunk in step]
+            announce = on_layer if any(job.wants_layers for job, _ in step) else None
+            self._computing = {job.key for job, _ in step}
             try:
-                outputs = await loop.run_in_executor(self._device_thread, self._engine.prefill, inputs, on_layer)
+                outputs = await loop.run_in_executor(self._device_thread, self._compute, inputs, announce)
             except Exception as error:
                 log.exception("a prefill step failed")
                 self._fail_jobs([job for job, _ in step], error)
             else:
                 self._apply(step, outputs)
+            self._computing = set()
+            while self._retired:
+                self._engine.pool.release(self._retired.pop())
+
+    def _is_handing_over(self) -> bool:
+        return any(job.computed.done() for job in self._jobs.values())
+
+    def _compute(self, inputs: list[PrefillChunk], on_layer: LayerAnnounced | None) -> list[PrefillOutput]:
+        with self._turns.computing(sum(chunk.length for chunk in inputs)):
+            return self._engine.prefill(inputs, on_layer)
 
     def _layer_computed(self, layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]]) -> None:
         for job, chunk in step:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"gateway", "kernels", "engine", "kvtransfer", "prefill", "decode", "loadtest"}
+FOLDERS = {"gateway", "kernels", "engine", "kvtransfer", "prefill", "decode", "colocate", "loadtest"}
 BASE = "headrace"
 """The package's own modules, `messages` and `models` among them."""
 
@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "kernels": set(),
     "kvtransfer": {BASE},
     "engine": {BASE, "kernels"},
-    "prefill": FOLDERS - {"gateway", "decode", "loadtest"} | {BASE},
-    "decode": FOLDERS - {"gateway", "prefill", "loadtest"} | {BASE},
-    "loadtest": {BASE, "engine", "kernels", "kvtransfer", "prefill"},
+    "prefill": FOLDERS - {"gateway", "decode", "colocate", "loadtest"} | {BASE},
+    "decode": FOLDERS - {"gateway", "prefill", "colocate", "loadtest"} | {BASE},
+    "colocate": FOLDERS - {"gateway", "loadtest"} | {BASE},
+    "loadtest": {BASE, "engine", "kernels", "kvtransfer", "prefill", "decode"},
 }
 HEAVY = {"torch", "transformers", "triton", "accelerate"}
 FREE_OF_HEAVY = {BASE, "gateway", "kvtransfer"}

@@ -20,8 +20,8 @@ class TokenLogprobs(Record, frozen=True, kw_only=True):
     """Likeliest tokens first."""
 
 
-class TokenEvent(Record, frozen=True, kw_only=True):
-    """New tokens of one request.
+class TokenEvent(Record, frozen=True, kw_only=False, array_like=True, gc=False):
+    """New tokens of one request. Without names on the wire: most messages by far are these.
 
     `position` is the index of `token_ids[0]` in the output, counted from 0 over all attempts. With finish reason
     `stop` the last token is the stop token itself; it counts as generated and is not part of the text.

@@ -36,7 +36,7 @@ def locate_model(name: str) -> ModelFolder:
     Raises `ModelError`.
     """
     if name == BUILT_IN:
-        path = gguf_to_folder(_built_in_file())
+        path = gguf_to_folder(built_in_file())
         return ModelFolder(path, BUILT_IN, _fingerprint(path))
     local = Path(name).expanduser()
     if local.is_dir():
@@ -50,7 +50,8 @@ def locate_model(name: str) -> ModelFolder:
     return ModelFolder(path, name.rpartition("/")[2], _fingerprint(path))
 
 
-def _built_in_file() -> Path:
+def built_in_file() -> Path:
+    """The GGUF file of the built-in model. Raises `ModelError` where it is not installed."""
     # find_spec, not import: the package's own start-up code loads another engine.
     spec = importlib.util.find_spec(BUILT_IN_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:

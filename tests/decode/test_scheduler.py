@@ -124,6 +124,15 @@ def test_a_sequence_knows_its_end(
     assert Sequence(offer, tokens, [0], generated).finish_reason(max_model_len=16) == expected
 
 
+def test_tokens_after_the_last_one_are_dropped() -> None:
+    """A draft may go on past a stop token; what follows is nobody's output."""
+    sampling = SamplingParams(max_tokens=9, stop_token_ids=(2,))
+    sequence = Sequence(msgspec.structs.replace(make_offer([1]), sampling=sampling), [1, 5], [0], 1)
+    assert sequence.take([6, 7], max_model_len=16) is None
+    assert sequence.take([8, 2, 9], max_model_len=16) == "stop"
+    assert (sequence.token_ids, sequence.generated) == ([1, 5, 6, 7, 8, 2], 5)
+
+
 def test_a_page_comes_free_when_no_step_can_write_to_it() -> None:
     """Not when its request ends, but when the step that was started with it has ended."""
     pool = PagePool(2, PAGE_SIZE)
@@ -157,6 +166,44 @@ def test_nobody_is_given_up_while_a_step_may_free_pages() -> None:
     assert names(plan.preempted) == ["b"]
 
 
+def test_a_draft_gets_pages_and_a_refused_one_gives_them_back() -> None:
+    """The block table grows before the step and shrinks before the next one."""
+    pool = PagePool(8, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 2)
+    sequence = arrived(pool, "a", PAGE_SIZE - 1)
+    scheduler.add(sequence)
+    scheduler.schedule()
+    plan = scheduler.schedule()
+    scheduler.reserve(plan, {("a", 0): [1] * (PAGE_SIZE + 1)})
+    assert plan.drafts == {("a", 0): [1] * (PAGE_SIZE + 1)}
+    assert plan.new_pages == {("a", 0): sequence.pages[1:]}
+    assert len(sequence.pages) == 3
+    scheduler.started()
+    scheduler.collected()
+    sequence.in_flight -= 1
+    sequence.append(1)
+    scheduler.roll_back(sequence)
+    assert len(sequence.pages) == 2
+    assert pool.num_in_use == 2
+    plan = scheduler.schedule()
+    assert (plan.kept_pages, plan.new_pages) == ({("a", 0): 2}, {})
+    assert scheduler.schedule().kept_pages == {}
+
+
+def test_drafts_take_free_pages_only() -> None:
+    """They are cut, or dropped, where pages run out; nobody gives way."""
+    pool = PagePool(4, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 3)
+    for name, tokens in (("a", PAGE_SIZE - 2), ("b", PAGE_SIZE - 1), ("c", PAGE_SIZE - 1)):
+        scheduler.add(arrived(pool, name, tokens))
+    plan = scheduler.schedule()
+    scheduler.reserve(plan, {(name, 0): [1] * (2 * PAGE_SIZE) for name in "abc"})
+    assert plan.preempted == []
+    assert {key[0]: len(draft) for key, draft in plan.drafts.items()} == {"a": PAGE_SIZE + 1}
+    assert plan.new_pages == {}
+    assert pool.num_free == 0
+
+
 class Batch(RuleBasedStateMachine):
     """A scheduler and an engine that believes its plans and starts steps before it collects those before them."""
 
@@ -166,6 +213,7 @@ class Batch(RuleBasedStateMachine):
         self.scheduler = DecodeScheduler(self.pool, 3)
         self.engine: dict[tuple[str, int], list[int]] = {}
         self.in_flight: deque[dict[tuple[str, int], list[int]]] = deque()
+        self.drafts: deque[dict[tuple[str, int], list[int]]] = deque()
         self.count = 0
 
     @rule(tokens=st.integers(1, 3 * PAGE_SIZE))
@@ -182,17 +230,25 @@ class Batch(RuleBasedStateMachine):
         sequences = self.scheduler.sequences()
         self.scheduler.remove(sequences[index % len(sequences)].key)
 
-    @precondition(lambda self: len(self.in_flight) < 2)
-    @rule()
-    def start(self) -> None:
-        """A step begins: the engine's pages are the scheduler's, and there is one for each token to be written."""
+    @precondition(lambda self: len(self.in_flight) < 2 and not any(self.drafts))
+    @rule(lengths=st.lists(st.integers(0, 9), max_size=3))
+    def start(self, lengths: list[int]) -> None:
+        """A step begins: the engine's pages are the scheduler's, and there is one for each token to be written.
+
+        Drafts there are while no other step runs, and no other step starts while they are verified.
+        """
         oldest = self.scheduler.sequences()[:1]
         plan = self.scheduler.schedule()
         if plan is None:
             assert self.in_flight, "nothing to wait for"
             return
+        if not self.in_flight:
+            drafted = zip(self.scheduler.batch(), lengths, strict=False)
+            self.scheduler.reserve(plan, {sequence.key: [5] * length for sequence, length in drafted if length})
         for key in plan.leaves:
             del self.engine[key]
+        for key, count in plan.kept_pages.items():
+            del self.engine[key][count:]
         for key, pages in plan.new_pages.items():
             self.engine[key].extend(pages)
         for sequence in plan.joins:
@@ -203,24 +259,27 @@ class Batch(RuleBasedStateMachine):
             sequence = self.scheduler.running(key)
             assert sequence is not None
             assert pages == sequence.pages
-            assert sequence.pages_missing(PAGE_SIZE) == 0
+            assert sequence.pages_missing(PAGE_SIZE, len(plan.drafts.get(key, ()))) == 0
         if oldest and oldest[0] in plan.preempted:
             assert self.scheduler.num_running == 0
         if self.engine:
             self.scheduler.started()
             self.in_flight.append({key: list(pages) for key, pages in self.engine.items()})
+            self.drafts.append(plan.drafts)
 
     @precondition(lambda self: self.in_flight)
-    @rule()
-    def collect(self) -> None:
-        """The oldest step ends; the requests that still run get a token each."""
-        step = self.in_flight.popleft()
+    @rule(accepted=st.integers(0, 9))
+    def collect(self, accepted: int = 0) -> None:
+        """The oldest step ends; the requests that still run get a token each, and those of their drafts that stand."""
+        step, drafts = self.in_flight.popleft(), self.drafts.popleft()
         self.scheduler.collected()
         for key in step:
             sequence = self.scheduler.running(key)
             if sequence is not None:
                 sequence.in_flight -= 1
-                sequence.append(5)
+                for _ in range(1 + min(accepted, len(drafts.get(key, ())))):
+                    sequence.append(5)
+                self.scheduler.roll_back(sequence)
 
     @precondition(lambda self: self.in_flight)
     @rule()
@@ -232,6 +291,7 @@ class Batch(RuleBasedStateMachine):
         self.scheduler.schedule()
         self.engine.clear()
         self.in_flight.clear()
+        self.drafts.clear()
         assert not self.scheduler.has_work
         assert self.pool.num_in_use == 0
 

@@ -115,6 +115,23 @@ async def test_a_stop_string_ends_the_text_before_it(client: AsyncOpenAI, mesh: 
     await mesh.until_no_page_is_used()
 
 
+async def test_text_that_repeats_itself_is_drafted(client: AsyncOpenAI, mesh: LocalMesh) -> None:
+    """Drafts stand, several tokens come at once, each has its log probability, and all pages come back."""
+    chunks = [
+        chunk
+        async for chunk in await client.completions.create(
+            model=MODEL, prompt="red green blue " * 12, max_tokens=60, temperature=0, logprobs=1, stream=True
+        )
+    ]
+    scored = [token for chunk in chunks if (scores := chunk.choices[0].logprobs) for token in scores.tokens or []]
+    assert len(scored) == 60
+    assert "".join(scored) == "".join(chunk.choices[0].text for chunk in chunks)
+    assert len(chunks) < 50
+    await mesh.until_no_page_is_used()
+    accepted = await mesh.metrics("headrace_speculation_ngram_accepted_total")
+    assert accepted["decode-0"] > 10
+
+
 async def test_a_client_that_leaves_frees_its_pages(mesh: LocalMesh, client: AsyncOpenAI) -> None:
     """Disconnecting mid-stream cancels the request in both tiers."""
     stream = await client.completions.create(

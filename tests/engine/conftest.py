@@ -30,17 +30,18 @@ def fused_engine(built_in_folder: Path) -> Iterator[Engine]:
     gc.collect()
 
 
-def load(folder: Path, model_impl: str, max_model_len: int) -> Engine:
+def load(folder: Path, model_impl: str, max_model_len: int, quantization: str = "none") -> Engine:
     """A small float32 engine on the CPU, with one thread: two that wait for a busy core are slower than one."""
     return Engine.load(
         EngineConfig(
             folder,
             device="cpu",
-            dtype="float32",
+            dtype="float32" if quantization == "none" else "auto",
             model_impl=model_impl,
             max_model_len=max_model_len,
             max_num_seqs=16,
             cpu_threads=1,
+            quantization=quantization,
         )
     )
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from headrace.kernels import paged_attention, prefill_attention
+from headrace.kernels import verify_attention as verify
 from headrace.kernels.paged_attention import decode_attention, plan_decode
 from headrace.kernels.prefill_attention import plan_prefill
+from headrace.kernels.verify_attention import plan_verify, verify_attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 6, 2, 8, 4
 SCALE = 0.3
@@ -75,3 +77,14 @@ def test_prefill_equals_naive_attention(
     plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, HEADS, window)
     got = prefill_attention.prefill_attention(requests.queries, requests.pages, plan, SCALE, softcap)
     torch.testing.assert_close(got, requests.naive(window, softcap), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [2000, 2**22])
+def test_drafts_of_different_lengths_attend_like_prompts(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    """One to nine queries a request, in one group a size class and in almost one a request."""
+    monkeypatch.setattr(verify, "GATHER_BYTES", budget)
+    requests = Requests([30, 2, 7, 5, 31, 2, 9, 16], [9, 1, 4, 3, 1, 2, 9, 5])
+    plan = plan_verify(requests.pages, requests.table, requests.query_lengths, requests.contexts)
+    assert len(plan.groups) == {2000: 7, 2**22: 5}[budget]
+    got = verify_attention(requests.queries, requests.pages, plan, SCALE)
+    torch.testing.assert_close(got, requests.naive(None, None), atol=1e-5, rtol=1e-5)

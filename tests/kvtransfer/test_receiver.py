@@ -10,6 +10,7 @@ from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Released, Renew
 from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.kvtransfer.transports import Beside, Transports
 from headrace.wire import Message, encode
 from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, BytesPayload, MemoryStore, make_offer
 
@@ -104,6 +105,28 @@ def test_an_offer_is_granted_where_pages_are_free(bench: Bench) -> None:
     bench.offer(9)
     assert isinstance(bench.last, Grant)
     assert (bench.last.held_pages, bench.pool.num_in_use, bench.receiver.num_open) == (0, 3, 1)
+
+
+def test_a_worker_of_the_same_pool_needs_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(none) -> RECEIVING -> (none), though nothing is free and others wait; either side may let go first."""
+    bench = Bench(num_pages=4)
+    own = bench.pool.allocate(3)
+    pages = {("r", 0): own}
+    beside = Beside(PREFILL, lambda request_id, attempt: pages.get((request_id, attempt)))
+    monkeypatch.setattr(bench.receiver, "_choice", Transports(LAYOUT, bench.store, lambda *_: None, beside))  # type: ignore[arg-type]
+    bench.offer(8, "other", sender="prefill-2")
+    bench.offer(9)
+    assert isinstance(bench.last, Grant)
+    assert (bench.last.transport, bench.last.held_pages, bench.receiver.num_waiting) == ("local", 3, 1)
+    bench.commit(0)
+    bench.pool.release(own)
+    assert (bench.received[0].pages, bench.pool.num_in_use) == (own, 3)
+    bench.pool.release(bench.received[0].pages)
+    bench.receiver.grant_waiting()
+    assert isinstance(bench.last, Grant)
+    assert (bench.last.request_id, bench.last.transport) == ("other", "tcp")
+    bench.offer(9, "r", attempt=1)  # which that worker has given up meanwhile
+    assert bench.receiver.num_waiting == 1
 
 
 def test_waiting_offers_are_granted_in_order(bench: Bench) -> None:

@@ -12,51 +12,51 @@ PAGE = 4
 
 def test_short_prompts_share_a_step() -> None:
     """First come, first served, as long as the budget lasts."""
-    scheduler = PrefillScheduler(16, PAGE)
+    scheduler = PrefillScheduler(PAGE)
     scheduler.add(("a", 0), 5, 0)
     scheduler.add(("b", 0), 7, 4)
-    assert scheduler.schedule() == [Chunk(("a", 0), 0, 5, True), Chunk(("b", 0), 4, 3, True)]
-    assert scheduler.schedule() == []
+    assert scheduler.schedule(16) == [Chunk(("a", 0), 0, 5, True), Chunk(("b", 0), 4, 3, True)]
+    assert scheduler.schedule(16) == []
 
 
 def test_a_long_prompt_is_cut_at_page_boundaries() -> None:
     """What is left of the budget is rounded down to whole pages."""
-    scheduler = PrefillScheduler(16, PAGE)
+    scheduler = PrefillScheduler(PAGE)
     scheduler.add(("a", 0), 6, 0)
     scheduler.add(("b", 0), 20, 0)
-    assert scheduler.schedule()[1] == Chunk(("b", 0), 0, 8, False)
-    assert scheduler.schedule() == [Chunk(("b", 0), 8, 12, True)]
+    assert scheduler.schedule(16)[1] == Chunk(("b", 0), 0, 8, False)
+    assert scheduler.schedule(16) == [Chunk(("b", 0), 8, 12, True)]
 
 
 def test_a_budget_below_a_page_still_makes_progress() -> None:
     """A step computes one page at least."""
-    scheduler = PrefillScheduler(1, PAGE)
+    scheduler = PrefillScheduler(PAGE)
     scheduler.add(("a", 0), 5, 0)
-    assert [chunk.length for chunk in scheduler.schedule() + scheduler.schedule()] == [4, 1]
+    assert [chunk.length for chunk in scheduler.schedule(1) + scheduler.schedule(1)] == [4, 1]
 
 
 def test_a_removed_prompt_is_not_computed() -> None:
     """Removing is safe at any time, also of a prompt that is not there."""
-    scheduler = PrefillScheduler(8, PAGE)
+    scheduler = PrefillScheduler(PAGE)
     scheduler.add(("a", 0), 20, 0)
     scheduler.add(("b", 0), 4, 0)
-    scheduler.schedule()
+    scheduler.schedule(8)
     scheduler.remove(("a", 0))
     scheduler.remove(("a", 0))
-    assert scheduler.schedule() == [Chunk(("b", 0), 0, 4, True)]
+    assert scheduler.schedule(8) == [Chunk(("b", 0), 0, 4, True)]
 
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(1, 60), st.integers(0, 10)), max_size=8))
 def test_every_token_is_computed_once_and_in_order(budget: int, prompts: list[tuple[int, int]]) -> None:
     """Chunks of a prompt follow each other, start at pages, keep to the budget and end with the only last one."""
-    scheduler = PrefillScheduler(budget, PAGE)
+    scheduler = PrefillScheduler(PAGE)
     computed: dict[str, int] = {}
     for number, (tokens, cached_pages) in enumerate(prompts):
         cached = min(cached_pages, (tokens - 1) // PAGE) * PAGE
         scheduler.add((str(number), 0), tokens, cached)
         computed[str(number)] = cached
     finished = []
-    while chunks := scheduler.schedule():
+    while chunks := scheduler.schedule(budget):
         assert sum(chunk.length for chunk in chunks) <= max(budget, PAGE)
         for chunk in chunks:
             name = chunk.key[0]

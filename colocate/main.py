@@ -1,0 +1,92 @@
+"""`headrace colocate`: a prefill and a decode worker in one process.
+
+They are the same workers as elsewhere, each with its own place in the mesh, so that others may hand over to this one
+and it to others. What differs: both use one engine and one page pool, so pages change owner without a copy; and they
+take turns on the device.
+
+Both run on one thread and, on a GPU, one stream: a chunk of prompts, a decode step, a chunk. There the chunk's kernels
+are launched while the step is computed. So device work is in the order in which it was asked for, and pages need no
+events between the tiers: a prefill worker keeps the pages of a job that was given up until the chunk that writes to
+them has ended, and a decode worker those of an ended request until the steps that write to them have been collected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable
+
+from headrace.colocate.pacing import Pacing
+from headrace.data_lines import DataLines, data_listener
+from headrace.decode.main import speculator_for
+from headrace.decode.speculator import Speculator
+from headrace.decode.worker import DecodeWorker
+from headrace.engine.startup import LoadedModel, loaded_model
+from headrace.kvtransfer.layout import layout_of
+from headrace.kvtransfer.transports import Beside
+from headrace.node import join_mesh, until_stopped
+from headrace.prefill.main import TOKEN_BUDGET
+from headrace.prefill.worker import PrefillWorker
+from headrace.settings import Settings
+
+TARGET_MS = {"cuda": 15.0, "cpu": 200.0}
+"""Between two tokens of a stream, where --itl-target is not given."""
+FEWEST_TOKENS = {"cuda": 256, "cpu": 32}
+"""Of a chunk. Fewer take hardly less time: a GPU's host launches as many kernels, a CPU reads all weights."""
+
+
+async def run(settings: Settings) -> None:
+    """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
+    async with loaded_model(settings, decodes=True) as model:
+        await serve(settings, model, until_stopped(), await speculator_for(settings, model))
+
+
+async def serve(
+    settings: Settings, model: LoadedModel, stopped: Awaitable[None], speculator: Speculator | None = None
+) -> None:
+    """Both workers, until `stopped` is done and what they hold is finished."""
+    name = settings.worker_id or secrets.token_hex(3)
+    as_prefill = settings.model_copy(update={"worker_id": f"prefill-{name}"})
+    as_decode = settings.model_copy(update={"worker_id": f"decode-{name}"})
+    async with (
+        data_listener(settings.bind, settings.mesh_key) as listener,
+        join_mesh(as_decode, "decode", model.identity, listener.address) as decode_node,
+        join_mesh(as_prefill, "prefill", model.identity) as prefill_node,
+        DataLines(prefill_node.registry, settings.mesh_key) as lines,
+    ):
+        engine, kind = model.engine, model.engine.device.type
+        layout = layout_of(model.folder.fingerprint, engine.layout, engine.model_config.vocab_size)
+        most = settings.max_num_batched_tokens or TOKEN_BUDGET[kind]
+        target = (settings.itl_target or TARGET_MS[kind]) / 1000
+        pacing = Pacing(target, FEWEST_TOKENS[kind], most, engine.synchronize)
+        prefill = PrefillWorker(
+            prefill_node,
+            engine,
+            model.device_thread,
+            layout,
+            turns=pacing,
+            max_jobs=settings.max_num_prefills,
+            lease_seconds=settings.lease_seconds,
+            lines=lines,
+            wire_dtype=settings.kv_wire_dtype,
+            beside=decode_node.id,
+        )
+        decode = DecodeWorker(
+            decode_node,
+            engine,
+            model.device_thread,
+            layout,
+            max_num_seqs=settings.max_num_seqs,
+            listener=listener,
+            speculator=speculator,
+            beside=Beside(prefill_node.id, prefill.pages_of),
+            on_step=pacing.stepped,
+        )
+        async with asyncio.TaskGroup() as group:
+            prefilling = group.create_task(prefill.run(stopped, settings.drain_timeout))
+            # decode stops last: what the other one still holds is handed over to it
+            group.create_task(decode.run(_end_of(prefilling), settings.drain_timeout))
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    await asyncio.wait([task])

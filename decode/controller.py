@@ -1,0 +1,88 @@
+"""How long each request's draft is in the next step: as long as makes the most tokens a second, which may be zero.
+
+A step with R requests and n drafted tokens has R + n rows and makes R tokens and as many as stand of the drafted ones.
+Each further token of a draft is less likely to stand than the one before it, so the best n tokens of all drafts are a
+prefix of each: it suffices to sort all tokens by their chance and to try every n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headrace.decode.drafter import Draft
+from headrace.decode.step_cost import MAX_ROWS, StepCost
+
+GAIN = 1.05
+"""By how much drafts must be expected to be faster: the estimates are no better than that."""
+MIN_CHANCE = 0.02
+"""Tokens that are less likely to stand are not considered."""
+DEPTHS = 32
+"""Greater depths share the last one's estimate."""
+PRIOR, PRIOR_WEIGHT = 0.5, 2.0
+"""What is believed at the start, worth so many observations."""
+OTHERS_WEIGHT = 4.0
+"""What other requests have shown counts as so many observations of a new one."""
+MEMORY, REQUEST_MEMORY = 0.998, 0.94
+"""What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
+
+
+class RequestAcceptance:
+    """How often drafted tokens of one request stood, by depth, where all before them did."""
+
+    def __init__(self) -> None:
+        self.stood = [0.0] * DEPTHS
+        self.seen = [0.0] * DEPTHS
+
+
+class Acceptance:
+    """The same for all requests of one drafter together, on which each request's estimates lean."""
+
+    def __init__(self) -> None:
+        self._stood = [PRIOR * PRIOR_WEIGHT] * DEPTHS
+        self._seen = [PRIOR_WEIGHT] * DEPTHS
+        self._rates = [PRIOR] * DEPTHS
+
+    def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
+        """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
+        for index, (guessed, came) in enumerate(zip(draft.token_ids, token_ids, strict=False)):
+            depth = min(draft.depth + index, DEPTHS - 1)
+            stood = 1.0 if guessed == came else 0.0
+            request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
+            request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
+            self._stood[depth] = self._stood[depth] * MEMORY + stood
+            self._seen[depth] = self._seen[depth] * MEMORY + 1.0
+            self._rates[depth] = self._stood[depth] / self._seen[depth]
+            if not stood:
+                return
+
+    def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
+        """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
+        found, chance, depth = [], 1.0, draft.depth
+        for _ in draft.token_ids:
+            at = depth if depth < DEPTHS else DEPTHS - 1
+            chance *= (OTHERS_WEIGHT * self._rates[at] + request.stood[at]) / (OTHERS_WEIGHT + request.seen[at])
+            if chance < MIN_CHANCE:
+                break
+            found.append(chance)
+            depth += 1
+        return found
+
+
+def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost) -> list[int]:
+    """How many tokens of each draft to verify, for the most expected tokens a second.
+
+    `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
+    has anyway.
+    """
+    lengths = [0] * len(chances)
+    ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
+    best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
+    expected = float(num_requests)
+    for count, (chance, _) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
+        expected += chance
+        rate = expected / cost.verifying[num_requests + count]
+        if rate > best_rate:
+            best, best_rate = count, rate
+    for _, draft in ranked[:best]:
+        lengths[draft] += 1
+    return lengths

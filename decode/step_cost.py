@@ -1,0 +1,82 @@
+"""What a decode step costs on this device, by its rows: one for each request and one for each drafted token."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+
+import numpy as np
+
+MAX_ROWS = 256
+"""Drafts fill a step up to so many rows: their logits take memory, and further rows never paid."""
+FIRST_STRIDE, STRIDE = 0.1, 0.01
+"""A step that took more or less time than expected moves the estimates for the points beside its rows by so much, the
+first of its kind more than later ones: they follow the median, which other work on the machine does not disturb."""
+FADING = 0.001
+"""A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
+AVERAGING = 0.05
+"""Weight of a step in that average."""
+REFRESH_STEPS = 16
+"""`plain` and `verifying` are made anew after so many steps."""
+
+
+class StepCost:
+    """Straight lines between numbers of rows that were measured at the start, and the last one's slope beyond.
+
+    Contexts that grow, other sampling parameters and a prefill worker that takes half of the cores change what a step
+    costs, so the points follow what steps take: apart for steps with drafts, which do more than compute further rows.
+    """
+
+    def __init__(self, measured: Mapping[int, float], max_num_seqs: int) -> None:
+        """`measured`: seconds by rows, of 1 row and of at least one other number."""
+        assert len(measured) > 1, "one point makes no line"
+        assert min(measured) == 1, "a step of one row was not measured"
+        self._points = sorted(measured)
+        seconds = [measured[rows] for rows in self._points]
+        # More rows never take less time: where they seem to, something else took the time of the fewer.
+        self._measured = list(itertools.accumulate(reversed(seconds), min))[::-1]
+        self._drifts = {verified: [0.0] * len(self._points) for verified in (False, True)}
+        """By whether drafts were verified, and by point: logarithm of what a step takes now over what it took at the
+        start."""
+        self._seen = {verified: [0] * len(self._points) for verified in (False, True)}
+        self._mean_drift = 0.0
+        self._rows = np.arange(1, max(MAX_ROWS, max_num_seqs) + 1)
+        self._observed = 0
+        self._refresh()
+
+    def observe(self, rows: int, seconds: float, verified: bool) -> None:
+        """A step of so many rows took so long; whether drafted tokens are among them."""
+        drifts = self._drifts[verified]
+        right = max(min(bisect_left(self._points, rows), len(self._points) - 1), 1)
+        left = right - 1
+        share = (rows - self._points[left]) / (self._points[right] - self._points[left])
+        low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
+        nearest = left if share < 0.5 else right
+        self._seen[verified][nearest] += 1
+        stride = max(FIRST_STRIDE / self._seen[verified][nearest], STRIDE)
+        if seconds < low + (high - low) * share:
+            stride = -stride
+        share = min(share, 1.0)
+        drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
+        drifts[right] += stride * min(2.0 * share, 1.0)
+        self._mean_drift += AVERAGING * (drifts[left] * (1.0 - share) + drifts[right] * share - self._mean_drift)
+        self._observed += 1
+        if self._observed % REFRESH_STEPS == 0:
+            for each in self._drifts.values():
+                each[:] = [drift + FADING * REFRESH_STEPS * (self._mean_drift - drift) for drift in each]
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self.plain = self._seconds(self._drifts[False])
+        """Of steps without drafts, by rows: 0 to the most that a step may have."""
+        self.verifying = self._seconds(self._drifts[True])
+        """Of steps with drafts."""
+
+    def _seconds(self, drifts: list[float]) -> list[float]:
+        now = (seconds * math.exp(drift) for seconds, drift in zip(self._measured, drifts, strict=True))
+        points, costs = self._points, list(itertools.accumulate(now, max))
+        slope = (costs[-1] - costs[-2]) / (points[-1] - points[-2])
+        lines = np.interp(self._rows, points, costs) + slope * np.maximum(self._rows - points[-1], 0)
+        return [0.0, *lines.tolist()]

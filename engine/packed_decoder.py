@@ -1,0 +1,260 @@
+"""Runs a decoder of Llama's shape with packed weights on a CPU: no operation of torch's in a layer, no OpenMP pool."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from headrace.engine.base import OnLayer
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.kv_cache import KVCache
+from headrace.engine.model_config import ModelConfig
+from headrace.engine.weights import Checkpoint, Progress
+from headrace.kernels import packed_decoder as kernels
+from headrace.kernels.packed_linear import BLOCK, aligned, pack
+from headrace.kernels.packed_state import Buffers, Inputs, Shape, Weights
+from headrace.kernels.paged_attention import PagedPlan
+from headrace.kernels.simd import LANES
+
+LAYERS_AT_ONCE = 5
+"""Layers between two calls of `on_layer`: for each, the thread must wait for the interpreter's lock."""
+FIRST_ROWS = 16
+"""Rows that buffers are made for at first; they double when a batch has more."""
+
+
+class PackedWeights(NamedTuple):
+    """A model's records and norms, numpy arrays, and the embedding, a tensor [vocabulary, hidden]."""
+
+    embedding: torch.Tensor
+    records: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+    head_copies: int
+
+
+def load_packed(folder: Path, config: ModelConfig, progress: Progress) -> PackedWeights | None:
+    """Pack a checkpoint's weights without loss; None where they are not of so few bits, or the model is not as simple.
+
+    Raises `EngineError` where a weight is missing.
+    """
+    plain = config.activation == "silu" and config.embedding_scale == 1.0 and not config.norm_plus_one
+    if not plain or config.head_dim % BLOCK or config.rope.rotary_dim != config.head_dim:
+        return None
+    checkpoint = Checkpoint(folder, torch.device("cpu"), torch.float32)
+    try:
+        return _pack_all(checkpoint, config, progress)
+    finally:
+        checkpoint.close()
+
+
+def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -> PackedWeights | None:
+    records: dict[str, list[np.ndarray]] = {"qkv": [], "output": [], "gate_up": [], "down": []}
+    norms: dict[str, list[np.ndarray]] = {"input_norms": [], "mlp_norms": []}
+    for index in range(config.num_layers):
+        attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+        if any(name in checkpoint for name in (attention + "q_norm.weight", attention + "q_proj.bias")):
+            return None
+        if attention + "q_proj.weight" not in checkpoint:  # packed by whoever saved it, as Phi-3
+            return None
+        gate, up = (checkpoint.get(f"{mlp}{part}_proj.weight").numpy() for part in ("gate", "up"))
+        if len(gate) % BLOCK:
+            return None
+        in_turn = np.stack((gate.reshape(-1, BLOCK, gate.shape[1]), up.reshape(-1, BLOCK, up.shape[1])), axis=1)
+        weights = {
+            "qkv": checkpoint.stacked(*[f"{attention}{part}_proj.weight" for part in "qkv"]).numpy(),
+            "output": checkpoint.get(attention + "o_proj.weight").numpy(),
+            "gate_up": in_turn.reshape(-1, gate.shape[1]),
+            "down": checkpoint.get(mlp + "down_proj.weight").numpy(),
+        }
+        for name, weight in weights.items():
+            packed = pack(weight)
+            if packed is None or packed.copies != 1:
+                return None
+            records[name].append(packed.records)
+        for name, source in (("input_norms", "input_layernorm"), ("mlp_norms", "post_attention_layernorm")):
+            norms[name].append(checkpoint.get(f"model.layers.{index}.{source}.weight").numpy())
+        progress("packing weights", (index + 1) / config.num_layers)
+    embedding = checkpoint.get("model.embed_tokens.weight")
+    tied = config.tied_head or "lm_head.weight" not in checkpoint
+    head = pack((embedding if tied else checkpoint.get("lm_head.weight")).numpy())
+    if head is None:
+        return None
+    flat = {name: aligned(np.stack(parts)).reshape(-1) for name, parts in records.items()}
+    flat["head"] = head.records.reshape(-1)
+    norm = {name: np.concatenate(parts) for name, parts in norms.items()}
+    norm["norm"] = checkpoint.get("model.norm.weight").numpy()
+    return PackedWeights(embedding, flat, norm, head.copies)
+
+
+class PackedDecoder:
+    """See `Model`. Its batches' plans are `PagedPlan`s."""
+
+    follows_tables = True
+    cache_dtype: torch.dtype | None = torch.float16
+
+    def __init__(self, config: ModelConfig, weights: PackedWeights, max_model_len: int) -> None:
+        self._config = config
+        self._weights = weights
+        self._longest = max_model_len
+        self._frequencies = config.rope.inverse_frequencies().numpy()
+        self._cache: KVCache | None = None
+        self._rows = 0
+        self._threads = 1
+        self._team: _Team | None = None
+
+    def use_threads(self, threads: int) -> None:
+        """How many may work from now on, the caller's included."""
+        self._threads = threads
+        torch.set_num_threads(1)  # what is left to torch is small, and its pool would spin on the team's cores
+
+    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+        """See `Model.forward`. The result is overwritten by the next call."""
+        plan, rows = batch.plan, len(batch.token_ids)
+        assert isinstance(plan, PagedPlan)
+        team = self._team_for(rows, cache)
+        requests, width = plan.block_table.shape
+        torch.index_select(self._weights.embedding, 0, batch.token_ids, out=team.residual[:rows])
+        team.inputs.positions[:rows] = batch.positions.numpy()
+        team.inputs.request[:rows] = plan.request
+        team.tables[:requests, :width] = plan.block_table.numpy()
+        team.control[kernels.ROWS] = rows
+        layers, phases = self._config.num_layers, kernels.PHASES_OF_LAYER
+        end = layers * phases + kernels.LAST_NORM + 1
+        if on_layer is None:
+            team.run(0, end, self._threads)
+        else:
+            done = 0
+            for first in range(0, layers, LAYERS_AT_ONCE):
+                last = min(first + LAYERS_AT_ONCE, layers) - 1
+                written = last * phases + kernels.ROPE + 1
+                team.run(done, written, self._threads)
+                done = written
+                for layer in range(first, last + 1):
+                    on_layer(layer)
+            team.run(done, end, self._threads)
+        return team.hidden[:rows]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Model.logits`. The result is overwritten by the next call."""
+        assert self._team is not None, "logits follow a forward"
+        team, rows = self._team, len(hidden)
+        if hidden.data_ptr() != team.hidden.data_ptr():
+            team.hidden[:rows] = hidden
+        team.control[kernels.OUTPUT_ROWS] = rows
+        first = self._config.num_layers * kernels.PHASES_OF_LAYER + kernels.HEAD_INPUT
+        team.run(first, first + 2, self._threads)
+        return team.logits[:rows]
+
+    def _team_for(self, rows: int, cache: KVCache) -> _Team:
+        if self._team is None or rows > self._rows or cache is not self._cache:
+            self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
+            self._cache = cache
+            weights, shape = self._kernel_weights(cache), self._shape(cache)
+            self._team = _Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
+        return self._team
+
+    def _kernel_weights(self, cache: KVCache) -> Weights:
+        records, norms = self._weights.records, self._weights.norms
+        return Weights(
+            input_norms=norms["input_norms"],
+            qkv=records["qkv"],
+            output=records["output"],
+            mlp_norms=norms["mlp_norms"],
+            gate_up=records["gate_up"],
+            down=records["down"],
+            norm=norms["norm"],
+            head=records["head"],
+            inverse_frequencies=self._frequencies,
+            pages=cache.pages.view(torch.int16).view(-1).numpy(),
+        )
+
+    def _shape(self, cache: KVCache) -> Shape:
+        config, page_size = self._config, cache.layout.page_size
+        table_width = -(-self._longest // page_size) + 1
+        return Shape(
+            layers=config.num_layers,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocabulary=config.vocab_size,
+            head_copies=self._weights.head_copies,
+            num_pages=cache.num_pages,
+            page_size=page_size,
+            table_width=table_width,
+            longest=-(-table_width * page_size // LANES) * LANES,
+            eps=config.norm_eps,
+        )
+
+
+class _Team:
+    """Buffers for up to `rows` rows, and threads that sleep until there is work. They end with this object."""
+
+    def __init__(self, weights: Weights, shape: Shape, rows: int, threads: int) -> None:
+        self.control = np.zeros(kernels.CONTROL_SIZE, np.int64)
+        self.control[kernels.TICKET] = kernels.NO_PHASE << 16
+        self.inputs = Inputs(
+            np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows * shape.table_width, np.int64)
+        )
+        self.tables = self.inputs.tables.reshape(rows, -1)
+        buffers = _buffers(shape, rows, threads)
+        self.residual, self.hidden = (
+            torch.from_numpy(buffer.reshape(rows, -1)) for buffer in (buffers.residual, buffers.hidden)
+        )
+        self.logits = torch.from_numpy(buffers.logits.reshape(rows, -1))
+        self._semaphore = np.zeros(8, np.int64)  # sem_t: 32 bytes on 64-bit Linux
+        ctypes.CDLL(None).sem_init(ctypes.c_void_p(self._semaphore.ctypes.data), 0, 0)
+        self._arguments = (self._semaphore.ctypes.data, self.control, weights, shape, self.inputs, buffers)
+        self._threads = [
+            threading.Thread(target=kernels.take_part, args=(number, 0, *self._arguments), name="team", daemon=True)
+            for number in range(1, threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        weakref.finalize(self, _stop, self.control, self._semaphore, self._threads)
+
+    def run(self, first_phase: int, end_phase: int, threads: int) -> None:
+        """Run phases `first_phase` to `end_phase` on this thread and up to `threads` - 1 others."""
+        helpers = min(threads - 1, len(self._threads))
+        kernels.open_phases(self.control, first_phase, end_phase)
+        kernels.take_part(0, helpers, *self._arguments)
+
+
+def _stop(control: np.ndarray, semaphore: np.ndarray, threads: list[threading.Thread]) -> None:
+    control[kernels.STOP] = 1
+    for _ in threads:
+        ctypes.CDLL(None).sem_post(ctypes.c_void_p(semaphore.ctypes.data))
+
+
+def _buffers(shape: Shape, rows: int, threads: int) -> Buffers:
+    def floats(*size: int) -> np.ndarray:
+        return aligned(np.zeros(size, np.float32)).reshape(-1)
+
+    attended = shape.heads * shape.head_dim
+    wide, inner = shape.hidden * shape.head_copies, max(shape.inner, attended)
+    group = shape.heads // shape.kv_heads
+    return Buffers(
+        residual=floats(rows, shape.hidden),
+        cosines=floats(rows, shape.head_dim // 2),
+        sines=floats(rows, shape.head_dim // 2),
+        hidden=floats(rows, shape.hidden),
+        qkv=floats(rows, attended + 2 * shape.kv_heads * shape.head_dim),
+        attended=floats(rows, attended),
+        gate_up=floats(rows, 2 * shape.inner),
+        logits=floats(rows, shape.vocabulary),
+        codes=aligned(np.zeros(rows * wide, np.int8)),
+        scales=floats(rows, wide // BLOCK),
+        sums=floats(rows, wide // BLOCK),
+        inner_codes=aligned(np.zeros(rows * inner, np.int8)),
+        inner_scales=floats(rows, inner // BLOCK),
+        inner_sums=floats(rows, inner // BLOCK),
+        shares=floats(threads, group),
+        scores=floats(threads, group, shape.longest),
+    )

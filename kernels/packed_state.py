@@ -1,0 +1,74 @@
+"""What the compiled decoder of `packed_decoder` is given: weights, sizes, inputs, and room to work in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Weights(NamedTuple):
+    """All flat. `records` of a projection are those of all layers, one after the other."""
+
+    input_norms: np.ndarray
+    qkv: np.ndarray
+    output: np.ndarray
+    mlp_norms: np.ndarray
+    gate_up: np.ndarray
+    """Rows in turn: 32 of the gate, the same 32 of up."""
+    down: np.ndarray
+    norm: np.ndarray
+    head: np.ndarray
+    inverse_frequencies: np.ndarray
+    pages: np.ndarray
+    """The KV cache, bits of float16 [layers, pages, 2, KV heads, page size, head size]."""
+
+
+class Shape(NamedTuple):
+    """Numbers of the model and its cache."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    head_copies: int
+    num_pages: int
+    page_size: int
+    table_width: int
+    longest: int
+    """Room for the scores of a context, whole pages and a multiple of 8."""
+    eps: float
+
+
+class Inputs(NamedTuple):
+    """int64; `tables` is [requests, table_width], and `request` names each row's."""
+
+    positions: np.ndarray
+    request: np.ndarray
+    tables: np.ndarray
+
+
+class Buffers(NamedTuple):
+    """float32, but int8 for what ends in codes; a row for each token, and for the head one for each row of logits."""
+
+    residual: np.ndarray
+    cosines: np.ndarray
+    sines: np.ndarray
+    hidden: np.ndarray
+    qkv: np.ndarray
+    attended: np.ndarray
+    gate_up: np.ndarray
+    logits: np.ndarray
+    codes: np.ndarray
+    scales: np.ndarray
+    sums: np.ndarray
+    inner_codes: np.ndarray
+    inner_scales: np.ndarray
+    inner_sums: np.ndarray
+    shares: np.ndarray
+    """[threads, query heads of a KV head]: one over the sum of a softmax."""
+    scores: np.ndarray
+    """[threads, query heads of a KV head, longest context]: before and after the softmax."""

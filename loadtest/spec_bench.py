@@ -1,0 +1,307 @@
+"""`make bench-spec`: decoding with drafts against decoding without, on a CPU, in one process and in turns.
+
+Two batches with the same prompts take turns of a few steps each, so that both see the same machine. A request that ends
+is replaced by the next prompt, so that the batches stay full. What is timed is all that a decode worker does in a step:
+drafting, scheduling, the model, and taking the tokens. `--lossless` compares greedy outputs instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from headrace.decode.ngram import NgramDrafter
+from headrace.decode.scheduler import DecodeScheduler
+from headrace.decode.sequence import Key, Sequence
+from headrace.decode.speculator import Counters, Speculator
+from headrace.decode.step import run_step
+from headrace.decode.step_cost import StepCost
+from headrace.engine.decode_batch import new_batch
+from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
+from headrace.engine.step_timing import time_steps
+from headrace.kvtransfer.layout import layout_of
+from headrace.kvtransfer.messages import Offer
+from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.spec_prompts import KINDS, chat_messages
+from headrace.messages.request import SamplingParams
+from headrace.models.locate import locate_model
+
+OUTPUT = 128
+STEPS_A_TURN = 6
+BATCHES = (1, 2, 4, 8, 16)
+DISTURBED = 4.0
+"""Steps that take so many times their side's median are left out, on both sides: a step with the longest drafts takes
+two to three times one without."""
+PROMPTS = 16
+"""Of each kind; they come round again."""
+LOSSLESS_PROMPTS = 200
+
+
+class Prompts:
+    """Prompts whose KV is computed once and copied to the pages of each request."""
+
+    def __init__(self, engine: Engine, max_num_seqs: int) -> None:
+        folder = locate_model("smollm2")
+        self._engine = engine
+        self._layout = layout_of(folder.fingerprint, engine.layout, engine.model_config.vocab_size)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path)
+        self._known: dict[str, tuple[list[int], list[int], int]] = {}
+        """By message: its tokens, its pages, and the first token of the answer."""
+        self._names = itertools.count()
+        self.step_seconds = time_steps(engine)
+        self._max_num_seqs = max_num_seqs
+
+    def request(self, message: str, output: int) -> Sequence:
+        """A request for exactly `output` greedy tokens, as the receiver hands it over."""
+        engine = self._engine
+        sampling = SamplingParams(max_tokens=output, temperature=0)
+        if message not in self._known:
+            chat = [{"role": "user", "content": message}]
+            tokens = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            pages = engine.pool.allocate(engine.pool.pages_for(len(tokens)))
+            (prefilled,) = engine.prefill([PrefillChunk(tokens, 0, len(tokens), pages, sampling)])
+            assert prefilled.token is not None
+            self._known[message] = (tokens, pages, prefilled.token.token_id)
+        tokens, source, first = self._known[message]
+        pages = engine.pool.allocate(len(source))
+        for layer in range(engine.layout.num_layers):
+            engine.cache.write_pages(layer, pages, engine.cache.read_pages(layer, source))
+        offer = Offer(
+            request_id=f"{next(self._names)}",
+            attempt=0,
+            gateway="bench",
+            layout=self._layout,
+            token_ids=tokens,
+            generated=0,
+            sampling=sampling,
+            deadline=0,
+        )
+        return Sequence(offer, [*tokens, first], pages, 1)
+
+    def speculator(self) -> Speculator:
+        """A decode worker's, at its start."""
+        return Speculator(NgramDrafter(), StepCost(self.step_seconds, self._max_num_seqs), self._engine.max_model_len)
+
+    def forget(self) -> None:
+        """Give all pages back."""
+        for _, pages, _ in self._known.values():
+            self._engine.pool.release(pages)
+        self._known.clear()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step took and gave."""
+
+    seconds: float
+    tokens: int
+    drafting_seconds: float
+    controlling_seconds: float
+
+
+@dataclass
+class Side:
+    """A batch that is kept full, with drafts or without."""
+
+    engine: Engine
+    requests: Iterator[Sequence]
+    size: int
+    speculator: Speculator | None
+    steps: list[Step] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._scheduler = DecodeScheduler(self.engine.pool, self.size)
+        self._batch = new_batch(self.engine)
+
+    def step(self) -> bool:
+        """One step of all requests; False where none is left."""
+        missing = self.size - len(self._scheduler.sequences())
+        for request in itertools.islice(self.requests, missing):
+            self._scheduler.add(request)
+        if not self._scheduler.has_work:
+            return False
+        counters = self.speculator.counters if self.speculator is not None else Counters()
+        drafting, controlling = counters.drafting_seconds, counters.controlling_seconds
+        tokens = 0
+        started = time.perf_counter()
+        plan = self._scheduler.schedule()
+        assert plan is not None, "no step runs ahead"
+        assert not plan.preempted, "the cache is too small for this"
+        if self.speculator is not None:
+            self._scheduler.reserve(plan, self.speculator.propose(self._scheduler.batch()))
+        if self._scheduler.num_running:
+            self._scheduler.started()
+        found = run_step(self._batch, plan) or []
+        self._scheduler.collected()
+        for key, of_request in itertools.groupby(found, lambda keyed: keyed[0]):
+            tokens += self._take(key, [token.token_id for _, token in of_request])
+        seconds = time.perf_counter() - started
+        if self.speculator is not None:
+            self.speculator.ran(plan.drafts, seconds)
+        drafting, controlling = counters.drafting_seconds - drafting, counters.controlling_seconds - controlling
+        self.steps.append(Step(seconds, tokens, drafting, controlling))
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(step.seconds for step in self.steps)
+
+    def undisturbed(self) -> list[Step]:
+        """Without the steps during which something else had the cores."""
+        limit = DISTURBED * statistics.median(step.seconds for step in self.steps)
+        return [step for step in self.steps if step.seconds <= limit]
+
+    def _take(self, key: Key, token_ids: list[int]) -> int:
+        sequence = self._scheduler.running(key)
+        assert sequence is not None
+        sequence.in_flight -= 1
+        before = sequence.generated
+        if sequence.take(token_ids, self.engine.max_model_len) is None:
+            self._scheduler.roll_back(sequence)
+        else:
+            self._scheduler.remove(key)
+            self.ended.append(sequence)
+        return sequence.generated - before
+
+    def close(self) -> None:
+        """Free what the requests that run hold."""
+        for sequence in self._scheduler.sequences():
+            self._scheduler.remove(sequence.key)
+
+
+def compare_speeds(
+    engine: Engine, prompts: Prompts, speculator: Speculator, kind: str, batch: int, seconds: float
+) -> list[Figure]:
+    """One cell: tokens a second with drafts over those without, for `seconds` of each.
+
+    `speculator` lives through all cells, as in a worker.
+    """
+    messages = chat_messages(kind, PROMPTS)
+
+    def side(speculator: Speculator | None) -> Side:
+        requests = (prompts.request(message, OUTPUT) for message in itertools.cycle(messages))
+        return Side(engine, requests, batch, speculator)
+
+    speculator.counters = Counters()
+    plain, drafted = side(None), side(speculator)
+    for one in (plain, drafted):  # what is new to the machine is not timed
+        one.step()
+        one.steps.clear()
+    while min(plain.seconds, drafted.seconds) < seconds and max(plain.seconds, drafted.seconds) < 2 * seconds:
+        for one in (plain, drafted):
+            for _ in range(STEPS_A_TURN):
+                one.step()
+    plain.close()
+    drafted.close()
+    speculator.propose([])  # counts what the last step brought
+    counters, name = speculator.counters, f"{kind}, batch {batch}"
+    steps = drafted.undisturbed()
+    without, speed = tokens_a_second(plain.undisturbed()), tokens_a_second(steps)
+    left_out = 1 - (len(steps) + len(plain.undisturbed())) / (len(drafted.steps) + len(plain.steps))
+    step_seconds = statistics.median(step.seconds for step in steps)
+    drafting = statistics.median(step.drafting_seconds for step in steps)
+    controlling = statistics.median(step.controlling_seconds for step in steps)
+    fast_enough = ">= 2" if (kind, batch) == ("editing", 1) else ">= 0.97"
+    return [
+        Figure(f"{name}: speed with drafts over speed without", speed / without, "", fast_enough),
+        Figure(f"{name}: without drafts", without, "tokens/s"),
+        Figure(f"{name}: accepted of a draft", counters.accepted / max(counters.drafts, 1), "tokens"),
+        Figure(f"{name}: accepted of drafted", counters.accepted / max(counters.drafted, 1), ""),
+        Figure(f"{name}: steps without drafts", counters.steps_without_drafts / counters.steps, ""),
+        Figure(f"{name}: drafting", drafting / step_seconds * 100, "% of a step", "<= 1"),
+        Figure(f"{name}: controller", controlling / batch * 1e6, "us/request", "<= 20"),
+        Figure(f"{name}: steps left out", left_out * 100, "%"),
+    ]
+
+
+def tokens_a_second(steps: list[Step]) -> float:
+    """Of all steps together."""
+    return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
+
+
+def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output: int, part: slice) -> list[Figure]:
+    """Greedy outputs with drafts, in batches of these sizes, against those without in batches of 16."""
+    each = LOSSLESS_PROMPTS // len(KINDS) + 1
+    messages = [message for kind in KINDS for message in chat_messages(kind, each)][:LOSSLESS_PROMPTS][part]
+
+    def outputs(batch: int, speculator: Speculator | None) -> dict[tuple[int, ...], list[int]]:
+        requests = (prompts.request(message, output) for message in messages)
+        side = Side(engine, requests, batch, speculator)
+        while side.step():
+            pass
+        return {tuple(s.offer.token_ids): s.token_ids[len(s.offer.token_ids) :] for s in side.ended}
+
+    plain = outputs(16, None)
+    figures = []
+    for batch in batches:
+        speculator = prompts.speculator()
+        drafted = outputs(batch, speculator)
+        assert drafted.keys() == plain.keys()
+        same = sum(drafted[prompt] == tokens for prompt, tokens in plain.items())
+        print(f"batch {batch}: {same} of {len(plain)} the same", file=sys.stderr, flush=True)
+        figures += [
+            Figure(f"greedy outputs of {len(plain)} prompts that are the same, batch {batch}", same, "",
+                   f"= {len(plain)}"),
+            Figure(f"tokens of them that were accepted drafts, batch {batch}", speculator.counters.accepted, "tokens"),
+        ]  # fmt: skip
+    return figures
+
+
+def main() -> None:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three cells, within 45 seconds")
+    parser.add_argument("--kind", choices=KINDS, help="one kind of prompt alone")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each side of a cell")
+    parser.add_argument("--lossless", type=int, nargs="+", metavar="BATCH", help="compare outputs in these batch sizes")
+    parser.add_argument("--output", type=int, default=48, help="tokens of each output that --lossless compares")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, LOSSLESS_PROMPTS), help="first and end of the prompts of --lossless"
+    )
+    parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
+    options = parser.parse_args()
+    config = EngineConfig(
+        locate_model("smollm2").path, device="cpu", dtype="float32", max_model_len=2048, max_num_seqs=max(BATCHES),
+        kv_cache_bytes=3 * 2**30, cpu_threads=options.threads,
+    )  # fmt: skip
+    engine = Engine.load(config)
+    engine.warm_up()
+    prompts = Prompts(engine, max(BATCHES))
+    if options.lossless:
+        part = slice(*options.part)
+        name = "-".join(map(str, [*options.lossless, *options.part[:1]]))
+        publish(f"spec-lossless-{name}", compare_outputs(engine, prompts, options.lossless, options.output, part))
+        return
+    kinds = [options.kind] if options.kind else list(KINDS)
+    figures = [
+        Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.items())
+    ]
+    speculator = prompts.speculator()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: the cells so far are published"))
+    try:
+        for kind in kinds:
+            for batch in (4,) if options.quick else BATCHES:
+                seconds = 2.0 if options.quick else options.seconds
+                figures += compare_speeds(engine, prompts, speculator, kind, batch, seconds)
+                print(f"{kind}, batch {batch}: done", file=sys.stderr, flush=True)
+            prompts.forget()
+    finally:
+        name = "-".join(["spec", *(["quick"] if options.quick else []), *kinds[: 1 if options.kind else 0]])
+        publish(name.replace(" ", "-"), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The controller against a search through all lengths, and in simulations with known chances and costs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from headrace.decode.controller import GAIN, Acceptance, RequestAcceptance, choose_lengths
+from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
+from headrace.decode.step_cost import MAX_ROWS, StepCost
+
+MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
+"""Milliseconds of the built-in model in float32 on two cores."""
+
+chances = st.lists(st.floats(0.02, 1.0), max_size=4).map(lambda rates: list(itertools.accumulate(rates, float.__mul__)))
+
+
+def test_costs_follow_what_steps_take() -> None:
+    """Rows that are met change their own cost, all others' in time; single slow steps change nothing."""
+    cost = StepCost({1: 1.0, 8: 1.0, 64: 1.0}, 64)
+    for step in range(500):
+        cost.observe(8, 100.0 if step % 10 == 0 else 2.0, True)
+        cost.observe(8, 1.5, False)
+        cost.observe(1, 1.0, False)
+    assert cost.plain[1] == pytest.approx(1.0, rel=0.05)
+    assert cost.plain[8] == pytest.approx(1.5, rel=0.05)
+    assert cost.verifying[8] == pytest.approx(2.0, rel=0.05)
+    assert cost.verifying[64] > 1.9
+
+
+def test_drafts_that_cost_more_than_was_measured_are_left_away() -> None:
+    """They seemed to cost nothing, and hardly one is right."""
+
+    def right(generator: random.Random, request: int, step: int) -> bool:
+        return generator.random() < 0.1
+
+    free = {rows: 41.0 + rows / 100 for rows in MEASURED}
+    plain, _ = simulate(4, 3000, right, fixed=0)
+    assert simulate(4, 3000, right, believed=free)[0] > 0.95 * plain
+
+
+def test_what_was_slow_for_a_while_is_tried_again() -> None:
+    """Steps with drafts take ten times as long during 600 steps; after another 2,000 they are chosen again."""
+    cost, guess = StepCost(MEASURED, 64), [[0.9**length for length in range(1, 16)]]
+    usual = choose_lengths(guess, 1, cost)
+    for _ in range(600):
+        length = choose_lengths(guess, 1, cost)[0]
+        cost.observe(1 + length, 410.0 if length else 41.0, length > 0)
+    assert choose_lengths(guess, 1, cost) < usual
+    for _ in range(2000):
+        length = choose_lengths(guess, 1, cost)[0]
+        cost.observe(1 + length, StepCost(MEASURED, 64).verifying[1 + length], length > 0)
+    assert choose_lengths(guess, 1, cost)[0] > usual[0] / 2
+
+
+def test_costs_lie_on_lines_and_never_fall() -> None:
+    """Where few rows seem to take longer than more of them, the more are right."""
+    seconds = StepCost({1: 3.0, 2: 2.0, 4: 4.0}, 8).plain
+    assert seconds[1:7] == [2.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert len(seconds) == MAX_ROWS + 1
+    assert len(StepCost({1: 3.0, 2: 2.0}, 1000).verifying) == 1001
+
+
+@given(
+    drafts=st.lists(chances, max_size=3),
+    more=st.integers(0, 3),
+    slopes=st.lists(st.floats(0.1, 2), min_size=5, max_size=5),
+)
+@hypothesis_settings(deadline=None)
+def test_no_choice_of_lengths_makes_more_tokens_a_second(
+    drafts: list[list[float]], more: int, slopes: list[float]
+) -> None:
+    """All combinations are tried; drafts are left away where they gain less than `GAIN`."""
+    requests = max(len(drafts) + more, 1)
+    points = itertools.accumulate(slopes, initial=5.0)
+    cost = StepCost(dict(zip((1, 2, 3, 5, 8, 20), points, strict=True)), 8)
+    seconds = cost.plain
+
+    def rate(lengths: tuple[int, ...]) -> float:
+        expected = sum(sum(along[:length]) for along, length in zip(drafts, lengths, strict=True))
+        return (requests + expected) / seconds[requests + sum(lengths)]
+
+    chosen = tuple(choose_lengths(drafts, requests, cost))
+    best = max(map(rate, itertools.product(*[range(len(along) + 1) for along in drafts])))
+    nothing = rate((0,) * len(drafts))
+    if any(chosen):
+        assert rate(chosen) == pytest.approx(best)
+        assert rate(chosen) > GAIN * nothing * 0.999
+    else:
+        assert best <= GAIN * nothing * 1.001
+
+
+def test_a_full_step_takes_no_drafts() -> None:
+    """However sure they are and however little they cost."""
+    cost = StepCost({1: 1.0, 2: 1.0}, 300)
+    assert sum(choose_lengths([[1.0] * 4] * 50, MAX_ROWS - 100, cost)) == 100
+    assert choose_lengths([[1.0] * 4] * 50, MAX_ROWS + 10, cost) == [0] * 50
+
+
+def simulate(
+    batch: int,
+    steps: int,
+    right: Callable[[random.Random, int, int], bool],
+    fixed: int | None = None,
+    believed: dict[int, float] = MEASURED,
+) -> tuple[float, float]:
+    """Tokens a second and the mean draft of `batch` requests that never end.
+
+    `right(generator, request, step)`: whether a drafted token is right, if those before it are. `fixed`: a draft length
+    without a controller. `believed`: what the controller takes for the costs at the start.
+    """
+    generator = random.Random(batch)
+    seconds = StepCost(MEASURED, 64).plain
+    cost = StepCost(believed, 64)
+    acceptance = Acceptance()
+    requests = [RequestAcceptance() for _ in range(batch)]
+    tokens, drafted, elapsed = 0, 0, 0.0
+    guess = Draft([1] * MAX_DRAFT_TOKENS, 0)
+    for step in range(steps):
+        if fixed is None:
+            along = [acceptance.chances(request, guess) for request in requests]
+            lengths = choose_lengths(along, batch, cost)
+        else:
+            lengths = [fixed] * batch
+        rows = batch + sum(lengths)
+        elapsed += seconds[rows]
+        cost.observe(rows, seconds[rows], rows > batch)
+        drafted += sum(lengths)
+        for number, length in enumerate(lengths):
+            came = [1 if right(generator, number, step) else 0 for _ in range(length + 1)]
+            stood = next((at for at, token in enumerate(came) if token == 0), length)
+            came = came[: min(stood, length) + 1]
+            tokens += len(came)
+            acceptance.observe(requests[number], guess, came)
+    return tokens / elapsed, drafted / batch / steps
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+def test_drafts_that_are_never_right_cost_next_to_nothing(batch: int) -> None:
+    """After the first few steps, plain decoding."""
+    speed, _ = simulate(batch, 1000, lambda generator, request, step: False)
+    plain, _ = simulate(batch, 1000, lambda generator, request, step: False, fixed=0)
+    assert speed >= 0.99 * plain
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97])
+def test_with_a_constant_chance_the_controller_is_near_the_best_fixed_length(batch: int, rate: float) -> None:
+    """Within 5 % of the best of all lengths, zero among them, without having been told the chance."""
+
+    def right(generator: random.Random, request: int, step: int) -> bool:
+        return generator.random() < rate
+
+    steps = 2000 // batch
+    longest = min(MAX_DRAFT_TOKENS, MAX_ROWS // batch - 1)
+    best = max(simulate(batch, steps, right, fixed)[0] for fixed in range(longest + 1))
+    assert simulate(batch, steps, right)[0] >= 0.95 * best
+
+
+def test_requests_of_one_batch_have_their_own_lengths() -> None:
+    """Half of the requests copy, half are never guessed: faster than any length for all."""
+
+    def right(generator: random.Random, request: int, step: int) -> bool:
+        return request % 2 == 0 and generator.random() < 0.95
+
+    best = max(simulate(8, 300, right, fixed)[0] for fixed in range(MAX_DRAFT_TOKENS + 1))
+    assert simulate(8, 300, right)[0] > 1.15 * best
+
+
+def test_the_controller_follows_a_request_that_changes() -> None:
+    """Every 60 steps a request begins or ends copying."""
+
+    def right(generator: random.Random, request: int, step: int) -> bool:
+        return step // 60 % 2 == 0 and generator.random() < 0.95
+
+    speed, _ = simulate(1, 1200, right)
+    plain, _ = simulate(1, 1200, right, fixed=0)
+    best = max(simulate(1, 1200, right, fixed)[0] for fixed in range(1, MAX_DRAFT_TOKENS + 1))
+    assert speed > 1.3 * plain
+    assert speed > best
+
+
+def test_chances_fall_along_a_draft_and_end_where_nothing_is_left() -> None:
+    """A wrong token says something about its own depth alone."""
+    acceptance, request = Acceptance(), RequestAcceptance()
+    draft = Draft([1, 2, 3, 4], 2)
+    for _ in range(10):
+        acceptance.observe(request, draft, [1, 2, 9])
+    along = acceptance.chances(request, draft)
+    assert along[0] > along[1] > 0.9
+    assert 0.02 < along[2] < 0.1
+    newcomer = acceptance.chances(RequestAcceptance(), draft)
+    assert 0.8 < newcomer[1] < along[1]
+    assert along[2] < newcomer[2] < 0.2

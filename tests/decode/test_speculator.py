@@ -1,0 +1,89 @@
+"""What is drafted, learned and counted between a scheduler and a drafter."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.decode.ngram import NgramDrafter
+from headrace.decode.sequence import Sequence
+from headrace.decode.speculator import Speculator
+from headrace.decode.step_cost import StepCost
+from headrace.messages.request import SamplingParams
+from tests.kvtransfer.parts import make_offer
+
+CHEAP = StepCost({1: 1.0, 2: 1.001}, 8)
+DEAR = StepCost({1: 1.0, 2: 2.0}, 8)
+LOOP = [5, 6, 7, 8] * 4
+
+
+def request(tokens: list[int], name: str = "a", max_tokens: int = 100, generated: int = 1) -> Sequence:
+    """A request of the batch with this prompt and output."""
+    offer = msgspec.structs.replace(make_offer(tokens, name), sampling=SamplingParams(max_tokens=max_tokens))
+    return Sequence(offer, list(tokens), [], generated)
+
+
+def speculator(cost: StepCost = CHEAP, max_model_len: int = 1000) -> Speculator:
+    """With `ngram`."""
+    return Speculator(NgramDrafter(), cost, max_model_len)
+
+
+def test_a_request_that_repeats_itself_gets_a_draft() -> None:
+    """One that does not gets none."""
+    drafts = speculator().propose([request(LOOP), request([1, 2, 3], "b")])
+    assert list(drafts) == [("a", 0)]
+    assert drafts["a", 0] == [5, 6, 7, 8] * (len(drafts["a", 0]) // 4) + [5, 6, 7][: len(drafts["a", 0]) % 4]
+
+
+def test_drafts_that_do_not_pay_are_left_away() -> None:
+    """A drafted token costs as much as a step of its own."""
+    assert speculator(DEAR).propose([request(LOOP)]) == {}
+
+
+def test_a_draft_leaves_room_for_the_steps_own_token() -> None:
+    """Neither `max_tokens` nor the model's length is passed."""
+    assert len(speculator().propose([request(LOOP, max_tokens=10, generated=7)])["a", 0]) == 2
+    assert speculator().propose([request(LOOP, max_tokens=10, generated=9)]) == {}
+    assert len(speculator(max_model_len=len(LOOP) + 2).propose([request(LOOP)])["a", 0]) == 1
+    assert speculator(max_model_len=len(LOOP) + 1).propose([request(LOOP)]) == {}
+
+
+def test_accepted_tokens_are_counted_also_of_a_request_that_ended() -> None:
+    """Each step's first token is no draft's."""
+    speculating, sequence = speculator(), request(LOOP)
+    drafts = speculating.propose([sequence])
+    speculating.ran(drafts, 0.5)
+    for token in (5, 6, 7):
+        sequence.append(token)
+    again = speculating.propose([sequence])
+    assert again["a", 0][:2] == [8, 5]
+    speculating.ran(again, 0.25)
+    sequence.append(8)
+    sequence.append(5)
+    assert speculating.propose([]) == {}
+    speculating.ran({}, 0.125)
+    counters = speculating.counters
+    assert (counters.accepted, counters.drafts, counters.steps, counters.steps_without_drafts) == (3, 2, 3, 1)
+    assert counters.drafted == len(drafts["a", 0]) + len(again["a", 0])
+    assert counters.verification_seconds == 0.75
+    stats = speculating.stats()
+    assert stats["speculation_ngram_accepted_total"] == 3
+    assert stats["speculation_ngram_mean_accepted_length"] == 1.5
+
+
+def test_guesses_that_were_not_verified_are_learned_from_too() -> None:
+    """So that drafts come back where a request turns predictable."""
+    between = StepCost({1: 1.0, 2: 1.7, 16: 11.5}, 8)
+    speculating, sequence = speculator(between), request(LOOP)
+    assert speculating.propose([sequence]) == {}
+    for step in range(30):
+        sequence.append(5 + step % 4)
+        drafts = speculating.propose([sequence])
+    assert drafts
+
+
+def test_a_key_that_comes_back_is_a_new_request() -> None:
+    """A drafter forgets who is not in the batch."""
+    speculating = speculator()
+    assert speculating.propose([request(LOOP)])
+    assert speculating.propose([request([1, 2, 3], "b")]) == {}
+    assert speculating.propose([request([1, 2, 3, 4, 1, 2])])["a", 0][0] == 3
