@@ -27,7 +27,7 @@ async def test_tokens_do_not_depend_on_the_page_sizes_of_the_tiers(mesh: LocalMe
     port = _free_port()
     async with private_redis(tmp_path) as url:
         settings = Settings(
-            redis=url, port=port, dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=2**26, cpu_threads=1
+            redis=url, port=port, dtype="float32", max_model_len=512, kv_cache_memory_bytes=2**26, max_num_seqs=16
         )
         children = [Child("gateway", "gateway", settings.as_environment())]
         for name, block_size in BLOCK_SIZES.items():
