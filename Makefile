@@ -39,7 +39,7 @@ bench-engine: $(VENV)/installed
 bench-worker: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.worker_bench $(if $(QUICK),--quick) $(ARGS)
 
-# PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda, nixl and nixl-cu12
+# PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda (and the system's libibverbs1), nixl and nixl-cu12 (--no-deps)
 bench-kv: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.kv_bench $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 

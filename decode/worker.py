@@ -62,12 +62,12 @@ class DecodeWorker:
         self._speculator = speculator
         self._receiver = Receiver(
             layout,
-            engine.cache,
+            [engine.cache],
             engine.pool,
             engine.pool.num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(engine.cache, node.mesh.refuse_from, beside),
+            choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
         )
@@ -309,6 +309,7 @@ class DecodeWorker:
         stats: dict[str, float] = {
             "kv_pages_in_use": pool.num_in_use,
             "kv_pages_total": pool.num_pages,
+            "kv_page_tokens": pool.page_size,
             "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,
             "requests_running": self._scheduler.num_running,
             "handoff_recomputed_total": 0,

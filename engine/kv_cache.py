@@ -109,33 +109,46 @@ class KVCache:
 
     def read_pages(self, layer: int, page_ids: Sequence[int]) -> memoryview:
         """A contiguous copy of these pages' bytes, in order."""
+        return self.read_rows(layer, self.page_bytes, page_ids)
+
+    def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
+        """Overwrite these pages. Raises `ValueError` where `data` is not `len(page_ids) * page_bytes` long."""
+        self.write_rows(layer, self.page_bytes, page_ids, data)
+
+    def read_rows(self, layer: int, row_bytes: int, rows: Sequence[int] | np.ndarray) -> memoryview:
+        """A contiguous copy of parts of pages: of rows, each `row_bytes` long, of one layer's memory."""
         if self._array is not None:
-            copy: memoryview = self._array[layer].take(page_ids, axis=0).reshape(-1).data
+            copy: memoryview = self._array[layer].reshape(-1, row_bytes).take(rows, axis=0).reshape(-1).data
             return copy
         with torch.cuda.stream(self._copying):
-            gathered = self._bytes[layer].index_select(0, self._index(page_ids))
+            gathered = self._bytes[layer].view(-1, row_bytes).index_select(0, self._index(rows))
             host = torch.empty(gathered.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(gathered, non_blocking=True)
             self._copying.synchronize()
         return host.numpy().reshape(-1).data
 
-    def write_pages(self, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
-        """Overwrite these pages. Raises `ValueError` where `data` is not `len(page_ids) * page_bytes` long."""
-        if len(data) != len(page_ids) * self.page_bytes:
-            raise ValueError(f"{len(data)} bytes for {len(page_ids)} pages of {self.page_bytes}")
-        source = np.frombuffer(data, dtype=np.uint8).reshape(len(page_ids), self.page_bytes)
+    def write_rows(self, layer: int, row_bytes: int, rows: Sequence[int] | np.ndarray, data: memoryview) -> None:
+        """Overwrite rows. Raises `ValueError` where `data` is not `len(rows) * row_bytes` long."""
+        if len(data) != len(rows) * row_bytes:
+            raise ValueError(f"{len(data)} bytes for {len(rows)} rows of {row_bytes}")
+        source = np.frombuffer(data, dtype=np.uint8).reshape(len(rows), row_bytes)
         if self._array is not None:
-            self._array[layer][page_ids] = source
+            self._array[layer].reshape(-1, row_bytes)[rows] = source
             return
-        self.write_blocks(layer, page_ids, source, np.arange(len(page_ids)))
+        pinned = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
+        np.copyto(pinned.numpy(), source)
+        self._write_pinned(layer, rows, pinned)
 
     def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
         """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
         pinned = torch.empty(len(page_ids), self.page_bytes, dtype=torch.uint8, pin_memory=True)
         np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
+        self._write_pinned(layer, page_ids, pinned)
+
+    def _write_pinned(self, layer: int, rows: Sequence[int] | np.ndarray, pinned: torch.Tensor) -> None:
         with torch.cuda.stream(self._copying):
             arrived = pinned.to(self.pages.device, non_blocking=True)
-            self._bytes[layer].index_copy_(0, self._index(page_ids), arrived)
+            self._bytes[layer].view(-1, pinned.shape[1]).index_copy_(0, self._index(rows), arrived)
             written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             written.record()
         written.synchronize()
@@ -162,7 +175,7 @@ class KVCache:
             except OSError as error:
                 log.warning("memory can't be pinned, handing pages over by shm will be slow: %s", error)
 
-    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def _index(self, numbers: Sequence[int] | np.ndarray) -> torch.Tensor:
         return upload([np.array(numbers, np.int64)], self.pages.device)[0]
 
     def share(self) -> tuple[str, bytes, int] | None:

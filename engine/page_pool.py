@@ -74,13 +74,14 @@ class PagePool:
         return page_hashes(token_ids, self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages with one reference each, evicting cached ones as needed.
+        """Take `count` pages with one reference each, evicting cached ones as needed, in ascending order.
 
         Raises `OutOfPages`, taking none.
         """
         if count > self.num_free:
             raise OutOfPages(f"{count} pages wanted, {self.num_free} of {self.num_pages} are free")
-        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        # Neighbours are moved as one piece by a handoff; an earlier prompt's pages come back last page first.
+        pages = sorted(self._free.pop() if self._free else self._evict() for _ in range(count))
         for page in pages:
             self._references[page] = 1
         return pages

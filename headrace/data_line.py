@@ -32,6 +32,8 @@ PREAMBLE = struct.Struct("<4sIQ")
 MAGIC = b"HRD1"
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_PAYLOAD_BYTES = 2**30
+MAX_PARTS = 1024
+"""Pieces of memory in one system call (IOV_MAX)."""
 MAX_CONNECTIONS = 1024
 ACCEPT_AGAIN_SECONDS = 0.1
 TIMEOUT_SECONDS = 5.0
@@ -166,9 +168,9 @@ class TcpConnection:
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         """See `Connection`."""
         preamble = PREAMBLE.pack(MAGIC, len(header), sum(view.nbytes for view in payload))
-        self._socket.sendall(preamble + header, socket.MSG_MORE if payload else 0)
-        for view in payload:
-            self._socket.sendall(view)
+        left = [memoryview(preamble + header), *payload]
+        while left:
+            left = _after(left, self._socket.sendmsg(left[:MAX_PARTS]))
 
     def interrupt(self) -> None:
         """See `Connection`."""
@@ -293,12 +295,22 @@ def _receive(connection: socket.socket) -> tuple[memoryview, _TcpPayload]:
     return header, _TcpPayload(connection, payload_bytes)
 
 
-def _fill(connection: socket.socket, view: memoryview) -> None:
-    while len(view):
-        count = connection.recv_into(view)
+def _fill(connection: socket.socket, *views: memoryview) -> None:
+    left = _after(views, 0)
+    while left:
+        count = connection.recvmsg_into(left[:MAX_PARTS], 0, socket.MSG_WAITALL)[0]
         if count == 0:
             raise ConnectionError("closed by the other end")
-        view = view[count:]
+        left = _after(left, count)
+
+
+def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of these bytes when the first `count` are gone; no view in it is empty."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *(view for view in views[index + 1 :] if len(view))]
+        count -= len(view)
+    return []
 
 
 class _TcpPayload:
@@ -311,9 +323,8 @@ class _TcpPayload:
 
     def read_into(self, views: Sequence[memoryview]) -> None:
         assert sum(view.nbytes for view in views) == self.size
-        for view in views:
-            self._left -= view.nbytes
-            _fill(self._connection, view)
+        self._left = 0
+        _fill(self._connection, *views)
 
     def skip(self) -> None:
         """Read what nobody wanted."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import xxhash
 
 from headrace.kvtransfer import fp8
-from headrace.kvtransfer.base import PageId, PageStore, Source
+from headrace.kvtransfer.base import Destination, Source
 from headrace.kvtransfer.landing import Landing, Problem
 from headrace.kvtransfer.messages import OnDataLine, Pages, PagesInPlace, TransportName, WireDtype
 from headrace.wire import Decoder, WireError
@@ -39,9 +39,16 @@ class Arriving:
     """One granted handoff, as the lines need to know it."""
 
     def __init__(
-        self, landing: Landing, transport: TransportName, source: Source | None, wire_dtype: WireDtype
+        self,
+        landing: Landing,
+        destinations: Sequence[Destination],
+        transport: TransportName,
+        source: Source | None,
+        wire_dtype: WireDtype,
     ) -> None:
+        """`destinations`: one for each part of the Grant, one where pages come whole."""
         self.landing = landing
+        self.destinations = destinations
         self.transport = transport
         self.source = source
         self.wire_dtype = wire_dtype
@@ -50,9 +57,8 @@ class Arriving:
 class Arrivals:
     """All granted handoffs of one worker."""
 
-    def __init__(self, store: PageStore, dtype: str, refuse: Callable[[str, str], None]) -> None:
+    def __init__(self, dtype: str, refuse: Callable[[str, str], None]) -> None:
         """`refuse(sender, reason)` counts a message that breaks the protocol; it is called on any thread."""
-        self._store = store
         self._dtype = dtype
         self._refuse = refuse
         self._decode: Decoder[OnDataLine] = Decoder(OnDataLine)
@@ -81,17 +87,16 @@ class Arrivals:
     def apply(self, sender: str, message: OnDataLine, payload: Payload) -> None:
         """Write one message's pages. One that fits no granted handoff is late, and is dropped."""
         arriving = self._arriving.get((sender, message.request_id, message.attempt))
-        page_ids = arriving.landing.claim(message) if arriving is not None else None
-        if arriving is None or page_ids is None:
+        if arriving is None or not arriving.landing.claim(message):
             with self._lock:
                 self.dropped += 1
             return
         if isinstance(message, PagesInPlace):
-            self._copy(sender, arriving, message, page_ids)
+            self._copy(sender, arriving, message)
             return
         problem: Problem | None = FAILED
         try:
-            problem = self._read(arriving, message, page_ids, payload)
+            problem = self._read(arriving, message, payload)
         finally:
             self._end(sender, arriving, message, problem)
 
@@ -100,27 +105,25 @@ class Arrivals:
             self._refuse(sender, problem[1])
         arriving.landing.written(message, problem)
 
-    def _read(self, arriving: Arriving, message: Pages, page_ids: list[PageId], payload: Payload) -> Problem | None:
-        size = len(page_ids) * self._store.page_bytes
+    def _read(self, arriving: Arriving, message: Pages, payload: Payload) -> Problem | None:
+        destination = arriving.destinations[message.part]
+        layer, first_page, num_pages = message.layer, message.first_page, message.num_pages
+        stored = size = num_pages * destination.page_bytes
         if arriving.wire_dtype == "fp8":
-            size = fp8.packed_bytes(size, self._dtype)
+            size = fp8.packed_bytes(stored, self._dtype)
         if payload.size != size or arriving.transport != "tcp":
             return "checksum", "the payload has not the announced size"
-        views = self._store.host_views(message.layer, page_ids) if arriving.wire_dtype == "auto" else None
+        views = destination.host_views(layer, first_page, num_pages) if arriving.wire_dtype == "auto" else None
         received = views or [memoryview(bytearray(size))]
         payload.read_into(received)
         if checksum(received) != message.checksum:
-            return "checksum", f"layer {message.layer}, page {message.first_page}: the payload was damaged on the way"
+            return "checksum", f"layer {layer}, page {first_page}: the payload was damaged on the way"
         if views is None:
-            data = (
-                received[0]
-                if arriving.wire_dtype == "auto"
-                else fp8.unpack(received[0], len(page_ids) * self._store.page_bytes, self._dtype)
-            )
-            self._store.write_pages(message.layer, page_ids, data)
+            data = received[0] if arriving.wire_dtype == "auto" else fp8.unpack(received[0], stored, self._dtype)
+            destination.write(layer, first_page, num_pages, data)
         return None
 
-    def _copy(self, sender: str, arriving: Arriving, message: PagesInPlace, page_ids: list[PageId]) -> None:
+    def _copy(self, sender: str, arriving: Arriving, message: PagesInPlace) -> None:
         """Now, or soon on another thread, which the message is then left to."""
         taken = False
 
@@ -132,7 +135,8 @@ class Arrivals:
         problem: Problem = FAILED
         try:
             if arriving.source is not None:
-                arriving.source.copy(message.blocks, message.layer, page_ids, done)
+                destination = arriving.destinations[message.part]
+                destination.copy(arriving.source, message.layer, message.first_page, message.blocks, done)
                 taken = True
             else:
                 problem = "sequence", f"pages are to be sent by {arriving.transport}"

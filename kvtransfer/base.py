@@ -1,17 +1,22 @@
-"""What the handoff needs of a worker's KV cache: two small interfaces, so that this package knows no engine."""
+"""What the handoff needs of a worker's KV cache: small interfaces, so that this package knows no engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 PageId = int
+Done = Callable[[Exception | None], None]
+"""Told once that a copy has ended, on any thread, and what went wrong."""
 
 
 class PageStore(Protocol):
-    """The bytes of a paged KV cache. One page of one layer is `page_bytes` long: K, then V."""
+    """The bytes of a paged KV cache. One page of one layer is `page_bytes` long: K, then V.
+
+    Each of these is [heads, tokens, head size].
+    """
 
     page_bytes: int
     num_pages: int
@@ -32,6 +37,12 @@ class PageStore(Protocol):
     def stage(self, layer: int, page_ids: Sequence[PageId], blocks: Sequence[int]) -> None:
         """Where `host_views` has none: copy these pages to blocks of the staging memory (`staging.py`)."""
 
+    def read_rows(self, layer: int, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+        """A contiguous copy of parts of pages: of these rows of a layer's memory, each `row_bytes` long."""
+
+    def write_rows(self, layer: int, row_bytes: int, rows: np.ndarray[Any, Any], data: memoryview) -> None:
+        """Overwrite these rows. `data` holds `len(rows) * row_bytes` bytes."""
+
     def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> Source | None:
         """Another process's pages on the same GPU; None where they are not there.
 
@@ -42,12 +53,55 @@ class PageStore(Protocol):
 class Source(Protocol):
     """A sender's memory that this process can read."""
 
-    def copy(
-        self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Callable[[Exception | None], None]
-    ) -> None:
+    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Done) -> None:
         """Copy pages from there into this worker's cache, now or soon, then call `done` once, on any thread, with what
         went wrong. Raises `ValueError`, and never calls `done`, where there is no such block.
         """
+
+
+@runtime_checkable
+class RowSource(Source, Protocol):
+    """One whose pages can be cut anew."""
+
+    def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+        """A copy of these rows of the whole memory, each `row_bytes` long. Raises `ValueError` where there is none."""
+
+
+class Destination(Protocol):
+    """Where one handoff's pages, or one part of each, go. Pages are counted as the sender cuts the prompt."""
+
+    page_bytes: int
+    """Of one page as it travels."""
+
+    def host_views(self, layer: int, first_page: int, num_pages: int) -> list[memoryview] | None:
+        """The memory itself, in order, where pages may be received right into it."""
+
+    def write(self, layer: int, first_page: int, num_pages: int, data: memoryview) -> None:
+        """Put `num_pages * page_bytes` bytes where they belong."""
+
+    def copy(self, source: Source, layer: int, first_page: int, blocks: Sequence[int], done: Done) -> None:
+        """The same with pages that lie in the sender's memory. Calls `done` and raises as `Source.copy` does."""
+
+
+class WholePages:
+    """See `Destination`: sender and receiver cut alike, so each page goes to a page."""
+
+    def __init__(self, store: PageStore, pages: list[PageId]) -> None:
+        self.page_bytes = store.page_bytes
+        self._store = store
+        self._pages = pages
+
+    def host_views(self, layer: int, first_page: int, num_pages: int) -> list[memoryview] | None:
+        """See `Destination`."""
+        return self._store.host_views(layer, self._pages[first_page : first_page + num_pages])
+
+    def write(self, layer: int, first_page: int, num_pages: int, data: memoryview) -> None:
+        """See `Destination`."""
+        self._store.write_pages(layer, self._pages[first_page : first_page + num_pages], data)
+
+    def copy(self, source: Source, layer: int, first_page: int, blocks: Sequence[int], done: Done) -> None:
+        """See `Destination`."""
+        source.copy(blocks, layer, self._pages[first_page : first_page + len(blocks)], done)
 
 
 class PageAllocator(Protocol):

@@ -14,6 +14,7 @@ from headrace.kvtransfer.arrivals import checksum
 from headrace.kvtransfer.base import PageStore
 from headrace.kvtransfer.handoff import Handoff, Outgoing
 from headrace.kvtransfer.messages import Pages, PagesInPlace
+from headrace.kvtransfer.reshard import head_rows, heads_a_rank
 from headrace.wire import encode
 
 
@@ -33,10 +34,16 @@ class LineDepartures:
     """See `Departures`."""
 
     def __init__(
-        self, store: PageStore, dtype: str, lines: Lines, call_soon: Callable[[Callable[[], None]], object]
+        self,
+        stores: Sequence[PageStore],
+        dtype: str,
+        lines: Lines,
+        call_soon: Callable[[Callable[[], None]], object],
     ) -> None:
-        """`call_soon` brings a line's failure to the handoff's own thread."""
-        self._store = store
+        """`stores`: the cache of each tensor-parallel rank. `call_soon` brings a line's failure to the handoff's own
+        thread.
+        """
+        self._stores = stores
         self._dtype = dtype
         self._lines = lines
         self._call_soon = call_soon
@@ -66,6 +73,7 @@ class LineDepartures:
                 num_pages=len(outgoing.page_ids),
                 checksum=checksum(views),
                 credit_wanted=outgoing.credit_wanted,
+                part=outgoing.part,
             )
             return encode(pages), views
         in_place = PagesInPlace(
@@ -76,25 +84,33 @@ class LineDepartures:
             first_page=outgoing.first_page,
             blocks=self._blocks(outgoing),
             credit_wanted=outgoing.credit_wanted,
+            part=outgoing.part,
         )
         return encode(in_place), ()
 
     def _blocks(self, outgoing: Outgoing) -> list[int]:
         """Where the receiver finds the pages. Those of a handoff that is over aren't there; it drops the message."""
-        staged = outgoing.staged
+        staged, store = outgoing.staged, self._stores[outgoing.rank]
         if staged is None:
-            first_block = outgoing.layer * self._store.num_pages
+            first_block = outgoing.layer * store.num_pages
             return [first_block + page for page in outgoing.page_ids]
         if staged.begin():
             try:
-                self._store.stage(outgoing.layer, outgoing.page_ids, staged.blocks)
+                store.stage(outgoing.layer, outgoing.page_ids, staged.blocks)
             finally:
                 staged.end()
         return staged.blocks
 
     def _views(self, handoff: Handoff, outgoing: Outgoing) -> Sequence[memoryview]:
         """The bytes: the cache's own memory where that is possible."""
-        if handoff.wire_dtype == "auto":
-            views = self._store.host_views(outgoing.layer, outgoing.page_ids)
-            return views or [self._store.read_pages(outgoing.layer, outgoing.page_ids)]
-        return [fp8.pack(self._store.read_pages(outgoing.layer, outgoing.page_ids), self._dtype)]
+        store = self._stores[outgoing.rank]
+        if handoff.wire_dtype == "auto" and outgoing.heads is None:
+            views = store.host_views(outgoing.layer, outgoing.page_ids)
+            return views or [store.read_pages(outgoing.layer, outgoing.page_ids)]
+        if outgoing.heads is None:
+            data = store.read_pages(outgoing.layer, outgoing.page_ids)
+        else:
+            layout = handoff.offer.layout
+            rows = head_rows(layout, outgoing.page_ids, outgoing.heads)
+            data = store.read_rows(outgoing.layer, store.page_bytes // (2 * heads_a_rank(layout)), rows)
+        return [data if handoff.wire_dtype == "auto" else fp8.pack(data, self._dtype)]

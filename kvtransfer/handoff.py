@@ -3,7 +3,8 @@
 | state      | on                              | does                                 | next      |
 | ---------- | ------------------------------- | ------------------------------------ | --------- |
 | UNPLACED   | `offer_to`                      | Offer                                | OFFERED   |
-| OFFERED    | Grant                           | remember what is held there          | GRANTED   |
+| OFFERED    | Grant                           | remember what is held and wanted     | GRANTED   |
+| OFFERED    | Grant of parts that aren't here | stop                                 | FAILED    |
 | OFFERED    | Refuse, Abort `unknown`         | may be offered to another, or again  | UNPLACED  |
 | GRANTED    | a layer is computed, in credit  | pages go to the data line            | GRANTED   |
 | GRANTED    | Credit                          | widen the window                     | GRANTED   |
@@ -24,19 +25,22 @@ stay untouched until `receiver_is_done`; who gives a handoff up tells the receiv
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from headrace.kvtransfer.base import PageId, PageStore, Ready
 from headrace.kvtransfer.messages import (
+    MAX_PAGES_PER_MESSAGE,
     Abort,
     Ack,
     Commit,
     Credit,
     Grant,
     Offer,
+    Part,
     Refuse,
     RefuseCause,
     Released,
@@ -44,6 +48,7 @@ from headrace.kvtransfer.messages import (
     TransportName,
     WireDtype,
 )
+from headrace.kvtransfer.reshard import heads_a_rank
 from headrace.kvtransfer.staging import Staged, Staging
 from headrace.messages.stream import TokenLogprobs
 
@@ -74,6 +79,10 @@ class Segment:
     first_page: int
     num_pages: int
     ready: Ready | None = None
+    rank: int = 0
+    """The tensor-parallel rank whose cache they are in; each rank announces its own."""
+    part: int = 0
+    """Which of the Grant's this is to leave as, once there is one."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,11 @@ class Outgoing:
     page_ids: list[PageId]
     credit_wanted: bool
     ready: Ready | None
-    staged: Staged | None = None
+    rank: int
+    part: int
+    heads: range | None
+    """Those of the rank that travel; None: all."""
+    staged: Staged | None
     """Where to copy them for the receiver to read."""
 
 
@@ -114,6 +127,7 @@ class Handoff:
     """One request on its way to a decode worker."""
 
     def __init__(self, offer: Offer, pages: list[PageId], store: PageStore) -> None:
+        """`store` is the cache of any of this worker's ranks: all have the same pages."""
         self.offer = offer
         self.receiver: str | None = None
         self.state = State.UNPLACED
@@ -130,7 +144,11 @@ class Handoff:
         """Why it failed, in a word."""
         self.timings = Timings()
         self.pages = pages
-        self._page_bytes = store.page_bytes
+        self._whole_page_bytes = store.page_bytes
+        self._parts: list[Part] = []
+        """Of each page; empty where pages travel whole."""
+        self._page_bytes = [store.page_bytes]
+        """By part."""
         self._segments: deque[Segment] = deque()
         """Computed, in order, and not sent."""
         self._sequence = 0
@@ -139,7 +157,9 @@ class Handoff:
         self._unasked_bytes = 0
         """Sent since credit was last asked for."""
         self._flight = Flight(2**62)
-        self._most_pages = 1
+        self._most_pages = [1]
+        """Of one message, by part."""
+        self._largest_message = store.page_bytes
         self._on_the_way: deque[tuple[int, int]] = deque()
         """(sequence, bytes) of the pages that no Credit has covered."""
         self._staging: Staging | None = None
@@ -176,8 +196,13 @@ class Handoff:
 
     def layer_ready(self, segment: Segment) -> None:
         """These pages of this layer are in the cache."""
-        self._segments.append(segment)
+        self._segments.extend(self._by_part(segment))
         self._changed.set()
+
+    def _by_part(self, segment: Segment) -> list[Segment]:
+        if not self._parts:
+            return [segment]
+        return [replace(segment, part=part) for part, of in enumerate(self._parts) if of.rank == segment.rank]
 
     def finish(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """The prompt is computed (all its layers have been announced) and this is the first token."""
@@ -221,12 +246,26 @@ class Handoff:
         self.transport = grant.transport
         self.wire_dtype = grant.wire_dtype
         self._window_bytes = self._window_left = grant.window_bytes
-        size = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
-        self._most_pages = max(size // self._page_bytes, 1)
         if grant.transport != "shm":
             self._staging = None
-        elif self._staging is not None:
-            self._most_pages = min(self._most_pages, self._staging.num_blocks)
+        if grant.parts:
+            self._cut(grant.parts)
+        size = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
+        most = self._staging.num_blocks if self._staging is not None else MAX_PAGES_PER_MESSAGE
+        self._most_pages = [min(max(size // page_bytes, 1), most) for page_bytes in self._page_bytes]
+        self._largest_message = max(map(operator.mul, self._most_pages, self._page_bytes))
+
+    def _cut(self, parts: list[Part]) -> None:
+        """From now on pages leave in these parts, what is computed already among them."""
+        layout = self.offer.layout
+        heads = heads_a_rank(layout)
+        for part in parts:
+            if part.rank >= layout.tensor_parallel_size or part.first_head + part.num_heads > heads:
+                self.fail(f"{self.receiver} wants {part}, where {layout.tensor_parallel_size} ranks hold {heads} heads")
+                return
+        self._parts = parts
+        self._page_bytes = [self._whole_page_bytes // heads * part.num_heads for part in parts]
+        self._segments = deque(cut for segment in self._segments for cut in self._by_part(segment))
 
     def _landed(self, end: int) -> None:
         while self._on_the_way and self._on_the_way[0][0] < end:
@@ -278,8 +317,9 @@ class Handoff:
             first, end = max(segment.first_page, self.held_pages), segment.first_page + segment.num_pages
             if first >= end:
                 continue
-            stop = min(end, first + self._most_pages)
-            size = (stop - first) * self._page_bytes
+            page_bytes = self._page_bytes[segment.part]
+            stop = min(end, first + self._most_pages[segment.part])
+            size = (stop - first) * page_bytes
             has_room = self._has_room(size)
             if has_room and self._staging is not None:
                 has_room = self._stage(stop - first)
@@ -287,8 +327,9 @@ class Handoff:
                 self._segments.appendleft(segment)
                 return None
             if stop < end:
-                self._segments.appendleft(Segment(segment.layer, stop, end - stop, segment.ready))
-            return self._outgoing(Segment(segment.layer, first, stop - first, segment.ready), size)
+                rest = Segment(segment.layer, stop, end - stop, segment.ready, segment.rank, segment.part)
+                self._segments.appendleft(rest)
+            return self._outgoing(segment, first, stop, size)
         if self._first_token is None:
             return None
         self.state = State.COMMITTED
@@ -312,22 +353,31 @@ class Handoff:
             self._staged[self._sequence] = staged
         return staged is not None
 
-    def _outgoing(self, segment: Segment, size: int) -> Outgoing:
+    def _outgoing(self, segment: Segment, first: int, stop: int, size: int) -> Outgoing:
         self._on_the_way.append((self._sequence, size))
         self._window_left -= size
         self._flight.size += size
         self._sequence += 1
         self.sent_bytes += size
-        self.sent_pages += segment.num_pages
+        self.sent_pages += stop - first
         return Outgoing(
             sequence=self._sequence - 1,
             layer=segment.layer,
-            first_page=segment.first_page,
-            page_ids=self.pages[segment.first_page : segment.first_page + segment.num_pages],
+            first_page=first,
+            page_ids=self.pages[first:stop],
             credit_wanted=self._wants_credit(size),
             ready=segment.ready,
+            rank=segment.rank,
+            part=segment.part,
+            heads=self._heads_of(segment.part),
             staged=self._staged.get(self._sequence - 1),
         )
+
+    def _heads_of(self, part: int) -> range | None:
+        if self._page_bytes[part] == self._whole_page_bytes:
+            return None
+        first_head = self._parts[part].first_head
+        return range(first_head, first_head + self._parts[part].num_heads)
 
     def _wants_credit(self, size: int) -> bool:
         """Whether to ask for credit for what is sent now.
@@ -339,7 +389,7 @@ class Handoff:
         self._unasked_bytes += size
         crowded = self._flight.size > self._flight.limit // 2
         half_full = self._window_left < self._window_bytes // 2
-        full = self._window_left < self._most_pages * self._page_bytes
+        full = self._window_left < self._largest_message
         eighth = half_full and self._unasked_bytes >= self._window_bytes // 8
         if crowded or full or eighth or self._staging is not None:
             self._unasked_bytes = 0

@@ -2,13 +2,13 @@
 
 | state   | on                                  | does                                | next    |
 | ------- | ----------------------------------- | ----------------------------------- | ------- |
-| OPEN    | `claim`: new, in bounds             | name the cache's pages, writers + 1 | OPEN    |
-| OPEN    | `claim`: sequence seen before       | nothing (None)                      | OPEN    |
-| OPEN    | `claim`: anything else              | remember the problem (None), notify | BROKEN  |
+| OPEN    | `claim`: new, in bounds             | writers + 1 (True)                  | OPEN    |
+| OPEN    | `claim`: sequence seen before       | nothing (False)                     | OPEN    |
+| OPEN    | `claim`: anything else              | the problem (False), notify         | BROKEN  |
 | OPEN    | `written`, all right                | writers - 1, count                  | OPEN    |
 | OPEN    | `written`: credit is due, or it was the last page | notify                | OPEN    |
 | OPEN    | `written`, damaged                  | writers - 1, the problem, notify    | BROKEN  |
-| BROKEN  | `claim`                             | nothing (None)                      | BROKEN  |
+| BROKEN  | `claim`                             | nothing (False)                     | BROKEN  |
 | any     | `close`                             | nothing may be claimed any more     | CLOSED  |
 | CLOSED  | `written`                           | writers - 1; the last one notifies  | CLOSED  |
 
@@ -20,22 +20,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from headrace.kvtransfer.base import PageId
 from headrace.kvtransfer.messages import AbortCause, OnDataLine
 
 Problem = tuple[AbortCause, str]
 
 
 class Landing:
-    """Thread-safe. `pages` are the prompt's; the first `held` of them are here already, in every layer."""
+    """Thread-safe. The prompt has `num_pages`, of which the first `held` are here already, in every layer."""
 
-    def __init__(self, pages: list[PageId], held: int, num_layers: int, notify: Callable[[], None]) -> None:
-        self.pages = pages
+    def __init__(
+        self, num_pages: int, held: int, num_layers: int, notify: Callable[[], None], num_parts: int = 1
+    ) -> None:
+        """Each page comes in `num_parts` parts."""
         self._notify = notify
         self._lock = threading.Lock()
-        self._missing = (len(pages) - held) * num_layers
-        self._free = [bytearray(held) + b"\1" * (len(pages) - held) for _ in range(num_layers)]
-        """By layer and page: 1 until claimed."""
+        self._num_pages = num_pages
+        self._num_layers = num_layers
+        self._missing = (num_pages - held) * num_layers * num_parts
+        self._free = [bytearray(held) + b"\1" * (num_pages - held) for _ in range(num_layers * num_parts)]
+        """By part, layer and page: 1 until claimed."""
         self._claimed: set[int] = set()
         self._written: set[int] = set()
         """Sequence numbers from `_next` on."""
@@ -48,33 +51,36 @@ class Landing:
         self._progressed = False
         self.problem: Problem | None = None
 
-    def claim(self, message: OnDataLine) -> list[PageId] | None:
-        """The pages to write this message's bytes to, and then to call `written`; None where they aren't wanted."""
+    def claim(self, message: OnDataLine) -> bool:
+        """Whether this message's pages are to be written, which the caller then does and calls `written`."""
         with self._lock:
             if self._closed or self.problem is not None or self._seen(message.sequence):
-                return None
+                return False
             problem = self._problem_with(message)
             if problem is None:
                 end = message.first_page + message.num_pages
-                self._free[message.layer][message.first_page : end] = bytes(message.num_pages)
+                self._row(message)[message.first_page : end] = bytes(message.num_pages)
                 self._claimed.add(message.sequence)
                 self._writers += 1
-                return self.pages[message.first_page : end]
+                return True
             self.problem = problem
             tell = self._must_notify()
         self._tell(tell)
-        return None
+        return False
+
+    def _row(self, message: OnDataLine) -> bytearray:
+        return self._free[message.part * self._num_layers + message.layer]
 
     def _seen(self, sequence: int) -> bool:
         return sequence < self._next or sequence in self._claimed
 
     def _problem_with(self, message: OnDataLine) -> Problem | None:
-        if message.layer >= len(self._free):
-            return "sequence", f"there is no layer {message.layer}"
+        if message.layer >= self._num_layers or message.part * self._num_layers >= len(self._free):
+            return "sequence", f"there is no layer {message.layer}, or no part {message.part}"
         end = message.first_page + message.num_pages
-        if end > len(self.pages):
+        if end > self._num_pages:
             return "sequence", f"{message.num_pages} pages from {message.first_page} are more than were granted"
-        if not all(self._free[message.layer][message.first_page : end]):
+        if not all(self._row(message)[message.first_page : end]):
             return "sequence", f"layer {message.layer}, page {message.first_page} is here already"
         return None
 

@@ -22,8 +22,8 @@ class CacheShape(Protocol):
     def page_size(self) -> int: ...
 
 
-def layout_of(model_fingerprint: str, shape: CacheShape, vocab_size: int, tensor_parallel_size: int = 1) -> Layout:
-    """The layout fingerprint of a worker."""
+def layout_of(model_fingerprint: str, shape: CacheShape, vocab_size: int) -> Layout:
+    """The layout fingerprint of a worker of one rank."""
     return Layout(
         model_fingerprint=model_fingerprint,
         dtype=shape.dtype,
@@ -31,6 +31,6 @@ def layout_of(model_fingerprint: str, shape: CacheShape, vocab_size: int, tensor
         kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         page_size=shape.page_size,
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=1,
         vocab_size=vocab_size,
     )

@@ -21,20 +21,26 @@ from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, To
 
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 MAX_PAGES_PER_MESSAGE = 65536
+MAX_PARTS = 4096
 MAX_RENEWED = 1024
 """Handoffs in one `Renew`: more than a prefill worker can have open."""
 
 
 class Layout(Record, frozen=True, kw_only=True):
-    """The shape of the pages. Two workers can hand over to each other only where all of it agrees."""
+    """The shape of the pages, the same on all ranks of a worker.
+
+    Two workers can hand over to each other where all of it agrees but page size and tensor-parallel degree.
+    """
 
     model_fingerprint: Annotated[str, msgspec.Meta(max_length=64)]
     dtype: Annotated[str, msgspec.Meta(max_length=32)]
     num_layers: Count
     kv_heads: Count
+    """Of the model; each rank holds its share."""
     head_dim: Count
-    page_size: Count
-    tensor_parallel_size: Count
+    page_size: Annotated[int, msgspec.Meta(ge=1, le=65536)]
+    """In tokens."""
+    tensor_parallel_size: Annotated[int, msgspec.Meta(ge=1, le=65536)]
     vocab_size: Count
     """Token ids are below it."""
 
@@ -95,8 +101,21 @@ class Offer(Message, frozen=True, kw_only=True):
     """How the sender would have pages travel where they travel over a network."""
 
 
-class Grant(Message, frozen=True, kw_only=True):
-    """Pages are reserved: send. The first `held_pages` pages of the prompt are already here and need not travel."""
+class Part(Record, frozen=True, kw_only=True):
+    """What one rank of the receiver takes of each page of one rank of the sender."""
+
+    rank: Count
+    """The sender's."""
+    first_head: Count
+    """Among the KV heads of that rank."""
+    num_heads: PageCount
+
+
+class Grant(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Pages are reserved: send. The first `held_pages` pages of the prompt are already here and need not travel.
+
+    Pages are the sender's, here and in all that follows.
+    """
 
     request_id: RequestId
     attempt: Attempt
@@ -105,6 +124,8 @@ class Grant(Message, frozen=True, kw_only=True):
     """Page bytes that may be on the way, unacknowledged by a `Credit`, at any time."""
     transport: TransportName = "tcp"
     wire_dtype: WireDtype = "auto"
+    parts: Annotated[list[Part], msgspec.Meta(max_length=MAX_PARTS)] = []
+    """Each part of each page travels by itself. Empty: pages travel whole, as part 0 of rank 0."""
 
 
 RefuseCause = Literal["layout", "full", "duplicate", "stale", "stopping", "too_long", "invalid"]
@@ -119,8 +140,8 @@ class Refuse(Message, frozen=True, kw_only=True):
     message: str
 
 
-class Pages(Message, frozen=True, kw_only=True):
-    """KV of consecutive pages of one layer; their bytes follow."""
+class Pages(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """KV of consecutive pages of one layer, or of one part of each; their bytes follow."""
 
     request_id: RequestId
     attempt: Attempt
@@ -133,9 +154,11 @@ class Pages(Message, frozen=True, kw_only=True):
     """XXH3-64 of the payload."""
     credit_wanted: bool = True
     """The window is half empty: tell when this has been written."""
+    part: Count = 0
+    """Which of the Grant's."""
 
 
-class PagesInPlace(Message, frozen=True, kw_only=True):
+class PagesInPlace(Message, frozen=True, kw_only=True, omit_defaults=True):
     """The same, but the bytes stay where they are: the receiver copies them out of memory that it shares (or maps)."""
 
     request_id: RequestId
@@ -146,6 +169,7 @@ class PagesInPlace(Message, frozen=True, kw_only=True):
     blocks: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_PAGES_PER_MESSAGE)]
     """Each page's place in the sender's memory, in pages of one layer."""
     credit_wanted: bool = True
+    part: Count = 0
 
     @property
     def num_pages(self) -> int:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,6 +52,7 @@ from headrace.kvtransfer.messages import (
     ToReceiver,
     TransportName,
 )
+from headrace.kvtransfer.reshard import can_recut, plan_landings
 from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
@@ -140,7 +141,7 @@ class Receiver:
     def __init__(
         self,
         layout: Layout,
-        store: PageStore,
+        stores: Sequence[PageStore],
         pool: PageAllocator,
         total_pages: int,
         send: Callable[[str, Message], None],
@@ -151,7 +152,9 @@ class Receiver:
         call_soon: Callable[[Callable[[], None]], object] = _at_once,
         refuse: Callable[[str, str], None] = lambda sender, reason: None,
     ) -> None:
-        """`call_soon` brings what a line's thread has to say to this object's own thread. `refuse(sender, reason)`
+        """`stores`: the cache of each tensor-parallel rank; `pool` owns the pages of all of them.
+
+        `call_soon` brings what a line's thread has to say to this object's own thread. `refuse(sender, reason)`
         counts what no honest worker sends, and is called on any thread.
         """
         self.stopping = False
@@ -164,8 +167,9 @@ class Receiver:
         """Other messages that came again, or cross an Abort on its way: they change nothing."""
         self.transports: Counter[str] = Counter()
         """Grants by transport."""
-        self.arrivals = Arrivals(store, layout.dtype, refuse)
+        self.arrivals = Arrivals(layout.dtype, refuse)
         self._layout = layout
+        self._stores = stores
         self._pool = pool
         self._total_pages = total_pages
         self._send = send
@@ -237,7 +241,7 @@ class Receiver:
             self._grant(incoming, len(pages), "local", None)
 
     def _reason_to_refuse(self, offer: Offer) -> tuple[RefuseCause, str] | None:
-        if offer.layout != self._layout:
+        if not can_recut(offer.layout, self._layout):
             return "layout", f"offered {offer.layout}, this worker holds {self._layout}"
         if self._pages_needed(offer) > self._total_pages:
             return "too_long", f"{len(offer.token_ids)} tokens don't fit into {self._total_pages} pages"
@@ -284,17 +288,23 @@ class Receiver:
         def notify() -> None:  # on a line's thread
             self._call_soon(lambda: self._landed(incoming, landing))
 
-        landing = incoming.landing = Landing(incoming.pages, held, self._layout.num_layers, notify)
-        wire_dtype = incoming.offer.wire_dtype if transport == "tcp" else "auto"
-        self.arrivals.expect((incoming.sender, *incoming.key), Arriving(landing, transport, source, wire_dtype))
+        offer = incoming.offer
+        plan = plan_landings(offer.layout, self._layout, self._stores, len(offer.token_ids), incoming.pages, held)
+        num_parts = len(plan.destinations)
+        landing = Landing(plan.num_pages, plan.held_pages, self._layout.num_layers, notify, num_parts)
+        incoming.landing = landing
+        wire_dtype = offer.wire_dtype if transport == "tcp" else "auto"
+        arriving = Arriving(landing, plan.destinations, transport, source, wire_dtype)
+        self.arrivals.expect((incoming.sender, *incoming.key), arriving)
         self.transports[transport] += 1
         incoming.grant = Grant(
             request_id=request_id,
             attempt=attempt,
-            held_pages=held,
+            held_pages=plan.held_pages,
             window_bytes=WINDOW_BYTES if transport == "tcp" else WINDOWS_IN_PLACE * WINDOW_BYTES,
             transport=transport,
             wire_dtype=wire_dtype,
+            parts=plan.parts,
         )
         self._send(incoming.sender, incoming.grant)
 

@@ -50,9 +50,9 @@ class Sender:
         """Handoffs that are not acknowledged yet."""
         return len(self._open)
 
-    def pages_promised(self, receiver: str) -> int:
-        """Pages of open handoffs that go to `receiver` and that its own figures may not show yet."""
-        return sum(len(handoff.pages) for handoff in self._open.values() if handoff.receiver == receiver)
+    def tokens_promised(self, receiver: str) -> int:
+        """Tokens of open handoffs that go to `receiver`, whose pages its own figures may not show yet."""
+        return sum(len(handoff.offer.token_ids) for handoff in self._open.values() if handoff.receiver == receiver)
 
     def pages_of(self, request_id: str, attempt: int) -> list[PageId] | None:
         """A copy of an open handoff's list of pages; None where there is no such handoff."""

@@ -13,11 +13,12 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from headrace.kvtransfer.base import PageId, PageStore
+from headrace.kvtransfer.base import Done, PageId, PageStore
 from headrace.kvtransfer.messages import Host, SharedMemory
 
 FILE_NAME = "headrace-kv"
@@ -29,21 +30,22 @@ NEEDED_SEALS = F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE
 class SharedSource:
     """A sender's memory, mapped to read. Unmapped when nobody uses it any more."""
 
-    def __init__(self, host: Host, memory: SharedMemory, store: PageStore) -> None:
-        """Raises `OSError` where the memory can't be had and `ValueError` where it isn't what it is said to be."""
+    def __init__(self, host: Host, memory: SharedMemory, page_bytes: int, store: PageStore) -> None:
+        """`page_bytes` are the sender's. Whole pages are copied to `store`.
+
+        Raises `OSError` where the memory can't be had and `ValueError` where it isn't what it is said to be.
+        """
         self._store = store
         self._num_blocks = memory.num_blocks
-        size = memory.num_blocks * store.page_bytes
+        size = memory.num_blocks * page_bytes
         descriptor = _open(f"/proc/{host.pid}/fd/{memory.descriptor}", size)
         try:
             mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(descriptor)
-        self._pages = np.frombuffer(mapping, dtype=np.uint8).reshape(memory.num_blocks, store.page_bytes)
+        self._pages = np.frombuffer(mapping, dtype=np.uint8).reshape(memory.num_blocks, page_bytes)
 
-    def copy(
-        self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Callable[[Exception | None], None]
-    ) -> None:
+    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Done) -> None:
         """See `Source`; on the caller's thread."""
         if max(blocks) >= self._num_blocks:
             raise ValueError(f"page {max(blocks)} of {self._num_blocks} is not in the sender's memory")
@@ -55,6 +57,14 @@ class SharedSource:
             source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
             np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
         done(None)
+
+    def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+        """See `RowSource`."""
+        memory = self._pages.reshape(-1, row_bytes)
+        if rows.max(initial=0) >= len(memory):
+            raise ValueError(f"pages past the {self._num_blocks} of the sender's memory were named")
+        copy: memoryview = memory.take(rows, axis=0).reshape(-1).data
+        return copy
 
 
 def _open(path: str, size: int) -> int:

@@ -17,6 +17,9 @@ Some blocks of it are one message's from the moment it is named until the receiv
 So no two messages write to one block, and none is written to before the receiver has said that it has read it (or has
 left, or has not answered an Abort for so long that the registry has dropped it, as with pages that are read in place).
 That is why the bytes need no checksum here.
+
+Pages are copied there whole, as they lie in the cache: a receiver that cuts them anew picks its rows here
+(`reshard.py`), and each of its ranks has messages, and so blocks, of its own.
 """
 
 from __future__ import annotations

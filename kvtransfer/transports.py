@@ -11,6 +11,9 @@ when the Commit comes, since the first token, which follows from all of it, has 
 | `shm`      | same machine and user otherwise               | one copy from the sender's memory (from a GPU: |
 |            |                                               | pinned memory, to which it was copied before)  |
 | `tcp`      | otherwise                                     | a data line, with a checksum                   |
+
+Pages that are cut anew (`reshard.py`) never come by `cuda_ipc`, which copies whole pages. A sender of several ranks has
+several caches, of which an Offer names none: its pages come by `tcp`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Protocol
 from headrace.kvtransfer.base import PageId, PageStore, Source
 from headrace.kvtransfer.host import this_host
 from headrace.kvtransfer.layout import CacheShape
-from headrace.kvtransfer.messages import CudaMemory, Host, Offer, SharedMemory, TransportName
+from headrace.kvtransfer.messages import CudaMemory, Host, Layout, Offer, SharedMemory, TransportName
+from headrace.kvtransfer.reshard import page_bytes_of
 from headrace.kvtransfer.shm import SharedSource
 
 log = logging.getLogger(__name__)
@@ -79,13 +83,18 @@ class Beside:
 class Transports:
     """A receiver's choice, and the senders' memory that it has opened."""
 
-    def __init__(self, store: PageStore, refuse: Callable[[str, str], None], beside: Beside | None = None) -> None:
-        """`refuse(sender, reason)` counts an offer of memory that can't be used as it says."""
+    def __init__(
+        self, layout: Layout, store: PageStore, refuse: Callable[[str, str], None], beside: Beside | None = None
+    ) -> None:
+        """`store` is the cache of the first rank. `refuse(sender, reason)` counts an offer of memory that can't be used
+        as it says.
+        """
+        self._layout = layout
         self._beside = beside
         self._store = store
         self._refuse = refuse
         self._host = this_host()
-        self._opened: dict[str, dict[Memory, Source | None]] = {}
+        self._opened: dict[str, dict[tuple[Memory, Layout], Source | None]] = {}
         """By sender; None where it could not be opened."""
 
     def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
@@ -96,9 +105,10 @@ class Transports:
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
-        if offer.host is None or offer.host.machine != self._host.machine:
+        if offer.host is None or offer.host.machine != self._host.machine or offer.layout.tensor_parallel_size > 1:
             return "tcp", None
-        if offer.cuda_ipc is not None and (source := self._open(sender, offer, offer.cuda_ipc)) is not None:
+        whole = offer.layout == self._layout
+        if whole and offer.cuda_ipc is not None and (source := self._open(sender, offer, offer.cuda_ipc)) is not None:
             return "cuda_ipc", source
         if offer.shm is not None and (source := self._open(sender, offer, offer.shm)) is not None:
             return "shm", source
@@ -106,18 +116,20 @@ class Transports:
 
     def _open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
         opened = self._opened.setdefault(sender, {})
-        if memory not in opened:
+        key = memory, offer.layout
+        if key not in opened:
             if len(opened) >= 4:
                 self._refuse(sender, "it offers ever new memory")
                 return None
-            opened[memory] = self._try_to_open(sender, offer, memory)
-        return opened[memory]
+            opened[key] = self._try_to_open(sender, offer, memory)
+        return opened[key]
 
     def _try_to_open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
         assert offer.host is not None
         try:
             if isinstance(memory, SharedMemory):
-                return SharedSource(offer.host, memory, self._store)
+                page_bytes = page_bytes_of(offer.layout, self._layout, self._store.page_bytes)
+                return SharedSource(offer.host, memory, page_bytes, self._store)
             return self._store.open(memory.device, memory.handle, memory.offset, memory.num_blocks)
         except ValueError as error:
             self._refuse(sender, str(error))

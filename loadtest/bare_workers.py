@@ -54,12 +54,12 @@ class BareDecode:
         self.cache = new_cache(num_pages)
         self.receiver = Receiver(
             LAYOUT,
-            self.cache,
+            [self.cache],
             self.pool,
             num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(self.cache, node.mesh.refuse_from),
+            choice=Transports(LAYOUT, self.cache, node.mesh.refuse_from),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
         )
@@ -102,7 +102,11 @@ class BareDecode:
             self.receiver.reap()
             self.check_integrity()
             self._node.registry.update_stats(
-                {"kv_pages_in_use": self.pool.num_in_use, "kv_pages_total": self.pool.num_pages}
+                {
+                    "kv_pages_in_use": self.pool.num_in_use,
+                    "kv_pages_total": self.pool.num_pages,
+                    "kv_page_tokens": PAGE_SIZE,
+                }
             )
 
     def check_integrity(self) -> None:
@@ -174,7 +178,7 @@ class BarePrefill:
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._intake = Intake(node.queue, node.id, lease_seconds)
-        departures = LineDepartures(self._cache, LAYOUT.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
+        departures = LineDepartures([self._cache], LAYOUT.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
         self._sender = Sender(lambda peer, message: self.send(peer, message), departures)
         self._placement = Placement(node.registry, self._sender)
         self._room = asyncio.Semaphore(MAX_JOBS)

@@ -174,7 +174,10 @@ class Mutations:
             offer = msgspec.structs.replace(offer, token_ids=[1] * 20_000)
         else:
             old = getattr(LAYOUT, field)
-            new = "other" if isinstance(old, str) else self.random.choice([0, old - 1, old ^ 8])
+            if field in ("page_size", "tensor_parallel_size"):
+                new: Any = self.random.choice([-1, 0, 2**31])
+            else:
+                new = "other" if isinstance(old, str) else self.random.choice([0, old - 1, old ^ 8])
             offer = msgspec.structs.replace(offer, layout=msgspec.structs.replace(LAYOUT, **{field: new}))
         return encode(offer), b""
 
@@ -202,7 +205,7 @@ class Mutations:
         good = self.random.randbytes(PAGE_BYTES)
         payload = good
         changes: dict[str, Any] = {}
-        match self.random.randrange(9):
+        match self.random.randrange(10):
             case 0:
                 changes["layer"] = self.random.choice([NUM_LAYERS, 2**31 - 1])
             case 1:
@@ -227,6 +230,8 @@ class Mutations:
                 data[self.random.randrange(PAGE_BYTES)] ^= 1 << self.random.randrange(8)
                 payload = bytes(data)
             case 8:
+                changes["part"] = self.random.choice([1, 2**31 - 1])
+            case 9:
                 changes["sequence"] = 2**31 - 1
                 changes["checksum"] = bytes(8)
         header = encode(self.pages(request_id, attempt, good, **changes))

@@ -58,7 +58,7 @@ class Only:
 
     def __init__(self, config: PairConfig, store: KVCache) -> None:
         self._transport = config.transport
-        self._transports = Transports(store, _refuse)
+        self._transports = Transports(layout_of("bench", config.layout, VOCABULARY), store, _refuse)
 
     def pages_here(self, sender: str, offer: Offer) -> None:
         """See `Choice`."""
@@ -137,7 +137,7 @@ async def _target(connection: Connection, config: PairConfig) -> None:
     last: list[list[int]] = []
     receiver = Receiver(
         layout_of("bench", config.layout, VOCABULARY),
-        cache,
+        [cache],
         pool,
         config.num_pages,
         lambda _, message: pipe.write(encode(message)),
@@ -189,7 +189,7 @@ class Pair:
         self._decode: Decoder[ToSender] = Decoder(ToSender)
         self._digests: asyncio.Queue[bytes] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        departures = LineDepartures(cache, config.layout.dtype, OneLine(line), loop.call_soon_threadsafe)
+        departures = LineDepartures([cache], config.layout.dtype, OneLine(line), loop.call_soon_threadsafe)
         self.sender = Sender(self._send, departures, cache.staging_blocks)
         self._exports = exports_of(cache)
         self._count = 0

@@ -59,7 +59,7 @@ class Prompts:
         self._cache = KVCache(layout, -(-INPUT // layout.page_size), torch.device("cpu"))
         self._exports = exports_of(self._cache)
         loop = asyncio.get_running_loop()
-        departures = LineDepartures(self._cache, layout.dtype, lines, loop.call_soon_threadsafe)
+        departures = LineDepartures([self._cache], layout.dtype, lines, loop.call_soon_threadsafe)
         self._sender = Sender(node.mesh.send, departures)
         self._at_once = asyncio.Semaphore(HANDOFFS_AT_ONCE)
         self._decode: Decoder[ToSender | Cancel] = Decoder(ToSender | Cancel)

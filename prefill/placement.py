@@ -45,6 +45,6 @@ class Placement:
 
     def _rank(self, worker: Member) -> tuple[bool, float, str]:
         total = worker.stats.get("kv_pages_total", 1.0) or 1.0
-        spoken_for = worker.stats.get("kv_pages_in_use", 0.0) + self._sender.pages_promised(worker.id)
-        load = spoken_for / total
+        promised = self._sender.tokens_promised(worker.id) / worker.stats.get("kv_page_tokens", 1.0)
+        load = (worker.stats.get("kv_pages_in_use", 0.0) + promised) / total
         return worker.id != self._beside or load > CROWDED, load, worker.id

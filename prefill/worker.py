@@ -63,7 +63,8 @@ class PrefillWorker:
         self._intake = Intake(node.queue, node.id, lease_seconds)
         self._scheduler = PrefillScheduler(layout.page_size)
         self._turns = turns
-        departures = LineDepartures(engine.cache, layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
+        call_soon = asyncio.get_running_loop().call_soon_threadsafe
+        departures = LineDepartures([engine.cache], layout.dtype, lines, call_soon)
         self._sender = Sender(node.mesh.send, departures, engine.cache.staging_blocks)
         self._exports = exports_of(engine.cache)
         self._wire_dtype: WireDtype = wire_dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,3 +38,18 @@ def test_a_buffer_of_another_size_is_refused(size: int) -> None:
     layout = CacheLayout("float32", num_layers=1, num_kv_heads=1, head_dim=2, page_size=2)
     with pytest.raises(ValueError, match="bytes"):
         KVCache(layout, 2, torch.device("cpu")).write_pages(0, [1], memoryview(bytes(size)))
+
+
+def test_rows_are_parts_of_pages() -> None:
+    """Of pages of [2, 3 heads, 4 tokens, 8]: page 1's third head of V, and two tokens of its first of K."""
+    layout = CacheLayout("float32", num_layers=2, num_kv_heads=3, head_dim=8, page_size=4)
+    source, target = (KVCache(layout, 3, torch.device("cpu")) for _ in range(2))
+    source.pages.normal_()
+    row_bytes = 2 * 8 * 4
+    rows = np.array([12 + 10, 12 + 11, 12 + 1])
+    data = source.read_rows(1, row_bytes, rows)
+    assert data.nbytes == 3 * row_bytes
+    target.write_rows(1, row_bytes, rows, data)
+    assert torch.equal(target.pages[1, 1, 1, 2], source.pages[1, 1, 1, 2])
+    assert torch.equal(target.pages[1, 1, 0, 0, 2:], source.pages[1, 1, 0, 0, 2:])
+    assert int(target.pages.count_nonzero()) == 3 * row_bytes // 4

@@ -29,6 +29,17 @@ def test_allocate_takes_all_or_nothing() -> None:
     assert (pool.num_free, pool.num_in_use) == (1, 3)
 
 
+def test_pages_are_neighbours_again_after_they_were_used() -> None:
+    """Whether they were given back or are evicted, the handoff moves them in one piece."""
+    pool = PagePool(6, 4)
+    for round_number in range(3):
+        pages = pool.allocate(6)
+        assert pages == list(range(6))
+        for page, page_hash in zip(pages[:3], page_hashes([round_number] * 12, 4), strict=True):
+            pool.publish(page, page_hash)
+        pool.release(pages)
+
+
 def test_a_published_page_is_found_after_its_release_until_its_room_is_needed() -> None:
     """Match, release, evict."""
     pool = PagePool(2, 4)

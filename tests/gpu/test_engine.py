@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,3 +73,7 @@ def test_pages_survive_the_trip_through_host_memory(folder: Path) -> None:
     engine.cache.pages.normal_()
     engine.cache.write_pages(1, [5, 3], engine.cache.read_pages(1, [0, 1]))
     assert torch.equal(engine.cache.pages[1, [5, 3]], engine.cache.pages[1, [0, 1]])
+    rows, row_bytes = np.array([1, 6]), engine.cache.page_bytes // 8
+    engine.cache.write_rows(0, row_bytes, rows, engine.cache.read_rows(0, row_bytes, rows + 16))
+    by_row = engine.cache.pages[0].view(torch.uint8).view(-1, row_bytes)
+    assert torch.equal(by_row[[1, 6]], by_row[[17, 22]])

@@ -12,7 +12,17 @@ import pytest
 import zmq
 
 from headrace.curve_line import CurveConnection, CurveListener
-from headrace.data_line import MAGIC, PREAMBLE, DataLine, Hello, Listener, Payload, TcpConnection, TcpListener
+from headrace.data_line import (
+    MAGIC,
+    MAX_PARTS,
+    PREAMBLE,
+    DataLine,
+    Hello,
+    Listener,
+    Payload,
+    TcpConnection,
+    TcpListener,
+)
 from headrace.data_lines import data_listener
 from headrace.keys import MeshKey
 from headrace.settings import SettingsError
@@ -97,6 +107,16 @@ def test_frames_arrive_whole(ends: Ends, context: zmq.Context) -> None:
     came = [ends.frames.get(timeout=SECONDS) for _ in sent]
     assert {header: payload for _, header, payload in came} == sent
     assert {sender for sender, _, _ in came} == {"prefill-1"}
+    line.end()
+    line.join()
+
+
+def test_more_pieces_than_a_system_call_takes_arrive_in_order(ends: Ends, context: zmq.Context) -> None:
+    """Of all lengths, empty ones among them."""
+    line = line_to(ends, context)
+    pieces = [bytes([number % 251]) * (number % 7) for number in range(2 * MAX_PARTS + 5)]
+    send(line, b"h", pieces)
+    assert ends.frames.get(timeout=SECONDS) == ("prefill-1", b"h", b"".join(pieces))
     line.end()
     line.join()
 

@@ -1,27 +1,32 @@
 """Both sides of the handoff joined by a network that repeats, loses, reorders and damages messages, by workers that
 die, and by threads that write while all that goes on.
 
-The first prefill worker's pages travel; the second one's are read in place, the third one's in staging memory; the
-fourth one's are of the decode worker's own pool.
+The first prefill worker's pages travel; the second one's are read in place, the third one's in staging memory (all of
+these travel where workers have several ranks); the fourth one's are of the decode worker's own pool, where both cut
+alike. All this happens to workers that cut KV alike and to workers that don't.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
+import msgspec
+import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.engine.page_pool import OutOfPages, PagePool
 from headrace.kvtransfer import receiver as receiver_module
-from headrace.kvtransfer.arrivals import Source
+from headrace.kvtransfer.base import Destination, Done, Source
 from headrace.kvtransfer.handoff import Flight, Handoff, Outgoing, Segment, State
 from headrace.kvtransfer.landing import Landing
-from headrace.kvtransfer.messages import Abort, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
+from headrace.kvtransfer.messages import Abort, Layout, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
 from headrace.kvtransfer.receiver import LEASE_SECONDS, WINDOWS_IN_PLACE, ReceivedRequest, Receiver
 from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message
@@ -32,8 +37,8 @@ from tests.kvtransfer.parts import (
     PAGE_SIZE,
     BytesPayload,
     MemoryStore,
+    cut,
     frame_of,
-    kv_bytes,
     make_offer,
 )
 
@@ -53,36 +58,46 @@ any_index = st.integers(0, 7)
 prompts = st.tuples(st.sampled_from([0, 100]), st.integers(1, 5 * PAGE_SIZE)).map(lambda p: list(range(p[0], sum(p))))
 
 
+def new_stores(layout: Layout, num_pages: int, staged: dict[int, bytes] | None = None) -> list[MemoryStore]:
+    """The cache of each rank. A head of a token takes four bytes."""
+    page_bytes = cut(layout, 0, 0, [1]).nbytes
+    return [MemoryStore(num_pages, page_bytes, staged) for _ in range(layout.tensor_parallel_size)]
+
+
 class Job:
-    """A handoff and how far its prompt is computed. It has a store of its own: page i of the prompt is page i."""
+    """A handoff and how far its prompt is computed. It has stores of its own: page i of the prompt is page i."""
 
     def __init__(
-        self, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None = None
+        self, layout: Layout, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None = None
     ) -> None:
+        self.layout = layout
         self.staged = staged
         self.tokens = tokens
-        self.num_pages = -(-len(tokens) // PAGE_SIZE)
+        self.num_pages = -(-len(tokens) // layout.page_size)
         self.computed = 0
-        self.store, pages = self.take_pages()
-        self.handoff = Handoff(make_offer(tokens, request_id, attempt), pages, self.store)
+        self.stores, pages = self.take_pages()
+        self.handoff = Handoff(make_offer(tokens, request_id, attempt, layout), pages, self.stores[0])
 
-    def take_pages(self) -> tuple[MemoryStore, list[int]]:
+    def take_pages(self) -> tuple[list[MemoryStore], list[int]]:
         """Where the prompt's KV goes."""
-        return MemoryStore(self.num_pages, self.staged), list(range(self.num_pages))
+        return new_stores(self.layout, self.num_pages, self.staged), list(range(self.num_pages))
 
     def free_pages(self) -> None:
         """Others have them now."""
-        for pages in self.store.data:
-            pages[:] = [b"?" * PAGE_BYTES] * self.num_pages
+        for store in self.stores:
+            for pages in store.data:
+                pages[:] = [b"?" * store.page_bytes] * self.num_pages
 
     def compute(self, count: int) -> None:
         """One prefill step over up to `count` pages."""
         end = min(self.computed + count, self.num_pages)
         for layer in range(NUM_LAYERS):
-            for index in range(self.computed, end):
-                self.store.data[layer][self.handoff.pages[index]] = kv_bytes(layer, self.tokens, index)
-            if end > self.computed:
-                self.handoff.layer_ready(Segment(layer, self.computed, end - self.computed))
+            for rank, store in enumerate(self.stores):
+                pages = cut(self.layout, rank, layer, self.tokens)
+                for index in range(self.computed, end):
+                    store.data[layer][self.handoff.pages[index]] = pages[index].tobytes()
+                if end > self.computed:
+                    self.handoff.layer_ready(Segment(layer, self.computed, end - self.computed, rank=rank))
         self.computed = end
         if end == self.num_pages:
             self.handoff.finish(1, None)
@@ -91,17 +106,26 @@ class Job:
 class LocalJob(Job):
     """Its pages are the decode worker's, those of a known prefix among them."""
 
-    def __init__(self, tokens: list[int], request_id: str, attempt: int, store: MemoryStore, pool: PagePool) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        tokens: list[int],
+        request_id: str,
+        attempt: int,
+        stores: list[MemoryStore],
+        pool: PagePool,
+    ) -> None:
         self.pool = pool
-        self.shared_store = store
-        super().__init__(tokens, request_id, attempt)
+        self.shared_stores = stores
+        super().__init__(layout, tokens, request_id, attempt)
 
-    def take_pages(self) -> tuple[MemoryStore, list[int]]:
+    def take_pages(self) -> tuple[list[MemoryStore], list[int]]:
         """Raises `OutOfPages`, taking none."""
-        held = self.pool.match_prefix(self.pool.hashes(self.tokens)[: (len(self.tokens) - 1) // PAGE_SIZE])
+        full = (len(self.tokens) - 1) // self.layout.page_size
+        held = self.pool.match_prefix(self.pool.hashes(self.tokens)[:full])
         self.computed = len(held)
         try:
-            return self.shared_store, held + self.pool.allocate(self.num_pages - len(held))
+            return self.shared_stores, held + self.pool.allocate(self.num_pages - len(held))
         except OutOfPages:
             self.pool.release(held)
             raise
@@ -118,30 +142,29 @@ class InPlace:
         self.job = job
         self.store = store
 
-    def read(self, block: int) -> bytes:
-        """One block of the memory."""
-        layer, page = divmod(block, self.job.num_pages)
-        if layer >= NUM_LAYERS:
-            raise ValueError("no such block")
-        return self.job.store.data[layer][page]
+    def memory(self) -> list[bytes]:
+        """Its blocks."""
+        return [page for pages in self.job.stores[0].data for page in pages]
 
-    def copy(
-        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
-    ) -> None:
+    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Done) -> None:
         """See `Source`."""
+        memory = self.memory()
         for block, page in zip(blocks, page_ids, strict=True):
-            self.store.data[layer][page] = self.read(block)
+            self.store.data[layer][page] = memory[block]
         done(None)
+
+    def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
+        """See `RowSource`."""
+        memory = np.frombuffer(b"".join(self.memory()), np.uint8).reshape(-1, row_bytes)
+        return memoryview(memory[rows].tobytes())
 
 
 class InStaging(InPlace):
     """Another one: what a sender put there."""
 
-    def read(self, block: int) -> bytes:
-        """One block of the memory."""
-        if block >= STAGING_BLOCKS:
-            raise ValueError("no such block")
-        return self.job.store.staged[block]
+    def memory(self) -> list[bytes]:
+        """Its blocks."""
+        return [self.job.stores[0].staged[block] for block in range(STAGING_BLOCKS)]
 
 
 @dataclass
@@ -150,20 +173,38 @@ class Write:
 
     landing: Landing
     message: OnDataLine
+    destination: Destination
     pages: list[int]
-    content: Callable[[], list[bytes]]
-    """What it reads, at its end."""
+    """All that it may write to."""
+    content: bytes
+    source: Source | None
+
+    def write(self) -> None:
+        """At last, reading only now what is read in place."""
+        message = self.message
+        if isinstance(message, Pages):
+            self.destination.write(message.layer, message.first_page, message.num_pages, memoryview(self.content))
+        else:
+            assert self.source is not None
+            ends: list[Exception | None] = []
+            self.destination.copy(self.source, message.layer, message.first_page, message.blocks, ends.append)
+            assert ends == [None]
 
 
 class Handoffs(RuleBasedStateMachine):
     """Two prefill workers, one decode worker, and everything that can go wrong between them."""
 
+    layouts = (LAYOUT, LAYOUT)
+    """Of the prefill workers, and of the decode worker."""
+
     def __init__(self) -> None:
         super().__init__()
         self.window = mock.patch.object(receiver_module, "WINDOW_BYTES", WINDOW)
         self.window.start()
-        self.pool = PagePool(DECODE_PAGES, PAGE_SIZE)
-        self.store = MemoryStore(DECODE_PAGES)
+        self.from_layout, self.layout = self.layouts
+        self.num_pages = DECODE_PAGES * PAGE_SIZE // self.layout.page_size
+        self.pool = PagePool(self.num_pages, self.layout.page_size)
+        self.stores = new_stores(self.layout, self.num_pages)
         self.now = 0.0
         self.jobs: dict[str, list[Job]] = {sender: [] for sender in SENDERS}
         self.to_receiver: dict[str, deque[ToReceiver]] = {sender: deque() for sender in SENDERS}
@@ -171,15 +212,15 @@ class Handoffs(RuleBasedStateMachine):
         self.writes: list[Write] = []
         self.flights = {sender: Flight(FLIGHT) for sender in SENDERS}
         self.staging = Staging(STAGING_BLOCKS)
-        self.staged = dict.fromkeys(range(STAGING_BLOCKS), bytes(PAGE_BYTES))
+        self.staged = dict.fromkeys(range(STAGING_BLOCKS), cut(self.from_layout, 0, 0, [1]).tobytes())
         self.to_sender: dict[str, deque[Message]] = {sender: deque() for sender in SENDERS}
         self.newest_attempt: dict[str, int] = {}
         self.decoding: list[ReceivedRequest] = []
         self.receiver = Receiver(
-            LAYOUT,
-            self.store,
+            self.layout,
+            self.stores,
             self.pool,
-            DECODE_PAGES,
+            self.num_pages,
             lambda peer, message: self.to_sender[peer].append(message),
             self.on_received,
             lambda: self.now,
@@ -188,24 +229,25 @@ class Handoffs(RuleBasedStateMachine):
 
     def pages_here(self, sender: str, offer: Offer) -> list[int] | None:
         """See `Choice`."""
-        if sender != LOCAL:
+        if sender != LOCAL or self.from_layout != self.layout:
             return None
         jobs = [j for j in self.jobs[LOCAL] if j.handoff.key == (offer.request_id, offer.attempt)]
         return list(jobs[0].handoff.pages) if jobs else None
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
-        if sender == SENDERS[0]:
+        if sender == SENDERS[0] or offer.layout.tensor_parallel_size > 1:
             return "tcp", None
         jobs = [j for j in self.jobs[sender] if j.handoff.key == (offer.request_id, offer.attempt)]
         source = InStaging if sender == SENDERS[2] else InPlace
-        return "shm", source(jobs[0] if jobs else Job([1], "gone", 0, self.staged), self.store)
+        job = jobs[0] if jobs else Job(self.from_layout, [1], "gone", 0, self.staged)
+        return "shm", source(job, self.stores[0])
 
     def make_job(self, sender: str, tokens: list[int], request_id: str, attempt: int) -> Job:
         """A prompt of this sender. Raises `OutOfPages`."""
-        if sender == LOCAL:
-            return LocalJob(tokens, request_id, attempt, self.store, self.pool)
-        return Job(tokens, request_id, attempt, self.staged if sender == SENDERS[2] else None)
+        if sender == LOCAL and self.from_layout == self.layout:
+            return LocalJob(self.layout, tokens, request_id, attempt, self.stores, self.pool)
+        return Job(self.from_layout, tokens, request_id, attempt, self.staged if sender == SENDERS[2] else None)
 
     def offer(self, sender: str, job: Job) -> None:
         """To the only receiver."""
@@ -221,10 +263,14 @@ class Handoffs(RuleBasedStateMachine):
         self.decoding.append(request)
 
     def assert_intact(self, request: ReceivedRequest) -> None:
-        """Every page of a decoding request has the bytes that its prompt gives."""
+        """Every token of a decoding request has the KV that its prompt gives, on every rank."""
+        tokens, page_size = request.offer.token_ids, self.layout.page_size
         for layer in range(NUM_LAYERS):
-            for index, page in enumerate(request.pages):
-                assert self.store.data[layer][page] == kv_bytes(layer, request.offer.token_ids, index)
+            for rank, store in enumerate(self.stores):
+                for index, expected in enumerate(cut(self.layout, rank, layer, tokens)):
+                    page = np.frombuffer(store.data[layer][request.pages[index]], np.uint32).reshape(expected.shape)
+                    count = min(len(tokens) - index * page_size, page_size)
+                    assert np.array_equal(page[..., :count], expected[..., :count])
 
     def job(self, sender: str, index: int) -> Job | None:
         """One of a sender's jobs."""
@@ -264,7 +310,7 @@ class Handoffs(RuleBasedStateMachine):
         job = self.job(sender, index)
         while job and (item := job.handoff.next_message()) is not None:
             if isinstance(item, Outgoing):
-                self.on_lines[sender].append(frame_of(job.handoff, job.store, item))
+                self.on_lines[sender].append(frame_of(job.handoff, job.stores, item))
             else:
                 self.to_receiver[sender].append(item)
 
@@ -289,27 +335,32 @@ class Handoffs(RuleBasedStateMachine):
         header, payload = self.on_lines[sender].pop(index % len(self.on_lines[sender]))
         message = decode(header)
         arriving = self.receiver.arrivals._arriving.get((sender, message.request_id, message.attempt))
-        pages = arriving.landing.claim(message) if arriving else None
-        if arriving is None or pages is None:
+        if arriving is None or not arriving.landing.claim(message):
             return
-        if isinstance(message, Pages):
-            content = [payload[start : start + PAGE_BYTES] for start in range(0, len(payload), PAGE_BYTES)]
-            self.writes.append(Write(arriving.landing, message, pages, lambda: content))
-        else:
-            source, blocks = arriving.source, message.blocks
-            assert isinstance(source, InPlace)
-            self.writes.append(Write(arriving.landing, message, pages, lambda: [source.read(b) for b in blocks]))
+        first_token = message.first_page * self.from_layout.page_size
+        end_token = first_token + message.num_pages * self.from_layout.page_size
+        pages = self.receiver._incoming[message.request_id, message.attempt].pages
+        touched = pages[first_token // self.layout.page_size : -(-end_token // self.layout.page_size)]
+        destination = arriving.destinations[message.part]
+        self.writes.append(Write(arriving.landing, message, destination, touched, payload, arriving.source))
 
     @precondition(lambda self: self.writes)
     @rule(index=any_index)
     def end_write(self, index: int) -> None:
         """It is done at last. Whatever happened meanwhile, these pages are nobody else's."""
         write = self.writes.pop(index % len(self.writes))
-        decoding = {page for request in self.decoding for page in request.pages}
-        assert not decoding & set(write.pages)
-        for page, content in zip(write.pages, write.content(), strict=True):
-            assert self.pool._references[page] > 0
-            self.store.data[write.message.layer][page] = content
+        before = [[list(layer) for layer in store.data] for store in self.stores]
+        write.write()
+        changed = {
+            page
+            for store, old in zip(self.stores, before, strict=True)
+            for layer, old_layer in zip(store.data, old, strict=True)
+            for page in range(self.num_pages)
+            if layer[page] != old_layer[page]
+        }
+        assert changed <= set(write.pages)
+        assert not changed & {page for request in self.decoding for page in request.pages}
+        assert all(self.pool._references[page] == 1 for page in changed)
         write.landing.written(write.message, None)
 
     @rule(sender=any_sender, fate=st.sampled_from(["arrives"] * 12 + ["twice", "lost"]))
@@ -424,17 +475,25 @@ class Handoffs(RuleBasedStateMachine):
     @invariant()
     def the_window_is_respected(self) -> None:
         """No more is on the way than was granted."""
+        for job in (job for jobs in self.jobs.values() for job in jobs):
+            sizes = [size for _, size in job.handoff._on_the_way]
+            window = WINDOW if job.handoff.transport == "tcp" else WINDOWS_IN_PLACE * WINDOW
+            assert sum(sizes) <= window or len(sizes) == 1
         for sender, jobs in self.jobs.items():
-            sizes = [sum(size for _, size in job.handoff._on_the_way) for job in jobs]
-            assert max(sizes, default=0) <= (WINDOW if sender == SENDERS[0] else WINDOWS_IN_PLACE * WINDOW)
-            assert sum(sizes) == self.flights[sender].size <= FLIGHT
+            sizes = [size for job in jobs for _, size in job.handoff._on_the_way]
+            assert sum(sizes) == self.flights[sender].size
+            assert sum(sizes) <= FLIGHT or len(sizes) == 1
 
     @invariant()
     def staging_memory_is_conserved(self) -> None:
         """What is not free is on the way."""
         self.staging.check_integrity()
-        on_the_way = sum(size for job in self.jobs[SENDERS[2]] for _, size in job.handoff._on_the_way)
-        assert self.staging.num_free == STAGING_BLOCKS - on_the_way // PAGE_BYTES
+        taken = 0
+        for job in self.jobs[SENDERS[2]]:
+            on_the_way = {sequence for sequence, _ in job.handoff._on_the_way}
+            assert set(job.handoff._staged) == (on_the_way if job.handoff.transport == "shm" else set())
+            taken += sum(len(staged.blocks) for staged in job.handoff._staged.values())
+        assert self.staging.num_free == STAGING_BLOCKS - taken
 
     def end_leases(self) -> None:
         """All of them; the first look of the reaper finds what has landed since its last one."""
@@ -458,17 +517,64 @@ class Handoffs(RuleBasedStateMachine):
         self.pool.check_integrity()
 
 
-TestHandoffs = Handoffs.TestCase
+def layout(kv_heads: int, ranks: int, page_size: int) -> Layout:
+    """One worker's way to cut."""
+    return msgspec.structs.replace(LAYOUT, kv_heads=kv_heads, tensor_parallel_size=ranks, page_size=page_size)
+
+
+class OtherPages(Handoffs):
+    """Of the same ranks: no page ends where another does."""
+
+    layouts = (layout(1, 1, 3), layout(1, 1, 2))
+
+
+class OneToTwo(Handoffs):
+    """Heads are halved, pages doubled."""
+
+    layouts = (layout(2, 1, 2), layout(2, 2, 4))
+
+
+class TwoToOne(Handoffs):
+    """Each page comes from two ranks, and is cut in two."""
+
+    layouts = (layout(2, 2, 4), layout(2, 1, 2))
+
+
+class TwoToFour(Handoffs):
+    """Four ranks share two heads; no page ends where another does."""
+
+    layouts = (layout(2, 2, 3), layout(2, 4, 2))
+
+
+class TwoToTwo(Handoffs):
+    """Only the number of caches is new."""
+
+    layouts = (layout(2, 2, 4), layout(2, 2, 4))
+
+
+class OneHead(Handoffs):
+    """Both ranks need all of each page."""
+
+    layouts = (layout(1, 1, 4), layout(1, 2, 4))
+
+
+MACHINES = (Handoffs, OtherPages, OneToTwo, TwoToOne, TwoToFour, TwoToTwo, OneHead)
+TestHandoffs, TestOtherPages, TestOneToTwo, TestTwoToOne, TestTwoToFour, TestTwoToTwo, TestOneHead = (
+    machine.TestCase for machine in MACHINES
+)
 TestHandoffs.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+for machine_type in MACHINES[1:]:
+    machine_type.TestCase.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
 
 
-def test_a_quiet_network_delivers_everything_whatever_the_steps() -> None:
+@pytest.mark.parametrize("machine_type", MACHINES)
+def test_a_quiet_network_delivers_everything_whatever_the_steps(machine_type: type[Handoffs]) -> None:
     """Without accidents every prompt arrives, large steps after small ones among them, within the window."""
-    machine = Handoffs()
+    machine = machine_type()
     for number, steps in enumerate([[1, 4], [5], [1, 1, 1, 1, 1], [2, 3]]):
         sender = SENDERS[number % len(SENDERS)]
         machine.begin(sender, "abcd"[number], 1, [number * 50 + token for token in range(5 * PAGE_SIZE)])
-        for step in [*steps, *[1] * 20]:
+        for step in [*steps, *[1] * 60]:
             machine.flow(sender, step, 1)
         assert [request.offer.request_id for request in machine.decoding] == ["abcd"[number]]
         machine.end_decoding(0)

@@ -6,8 +6,8 @@ import pytest
 import xxhash
 
 from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, Segment, State
-from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, OnDataLine, Pages, Refuse, Released
-from headrace.wire import Decoder
+from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, OnDataLine, Pages, Part, Refuse, Released
+from headrace.wire import Decoder, encode
 from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, frame_of, make_offer
 
 decode: Decoder[OnDataLine] = Decoder(OnDataLine)
@@ -68,7 +68,7 @@ def test_layers_computed_before_the_grant_wait() -> None:
     sender.handle(Grant(**R, held_pages=0, window_bytes=BIG))
     item = sender.next_message()
     assert isinstance(item, Outgoing)
-    header, payload = frame_of(sender, filled(3), item)
+    header, payload = frame_of(sender, [filled(3)], item)
     assert decode(header) == Pages(
         **R,
         sequence=0,
@@ -248,3 +248,26 @@ def test_what_is_told_again_until_the_receiver_answers() -> None:
     assert sender.renewal() == Abort(**R, cause="sender_failed")
     sender.handle(Released(**R))
     assert sender.renewal() is None
+
+
+@pytest.mark.parametrize("part", [(1, 0, 1), (0, 0, 2), (0, 1, 1), (2**31 - 1, 2**31 - 1, 1)])
+def test_parts_that_this_worker_does_not_have_end_the_attempt(part: tuple[int, int, int]) -> None:
+    """OFFERED -> FAILED: it has one rank with one head."""
+    sender = handoff()
+    sender.offer_to("decode-1")
+    sender.layer_ready(Segment(0, 0, 3))
+    rank, first_head, num_heads = part
+    parts = [Part(rank=rank, first_head=first_head, num_heads=num_heads)]
+    sender.handle(Grant(**R, held_pages=0, window_bytes=BIG, parts=parts))
+    assert (sender.state, sender.next_message()) == (State.FAILED, None)
+
+
+def test_workers_that_cut_alike_send_no_byte_for_those_that_do_not() -> None:
+    """Neither a part's number nor a list of parts is on the wire."""
+    sender = granted(tokens=4)
+    sender.layer_ready(Segment(0, 0, 1))
+    item = sender.next_message()
+    assert isinstance(item, Outgoing)
+    header, payload = frame_of(sender, [filled(1)], item)
+    assert b"part" not in header + encode(Grant(**R, held_pages=0, window_bytes=BIG))
+    assert len(payload) == PAGE_BYTES

@@ -13,14 +13,16 @@ class Notices:
 
     def __init__(self) -> None:
         self.count = 0
-        self.landing = Landing([7, 5, 3, 9], 1, 2, self.notify)
+        self.landing = Landing(4, 1, 2, self.notify)
 
     def notify(self) -> None:
         """See `Landing`."""
         self.count += 1
 
 
-def message(sequence: int, layer: int = 0, first: int = 1, count: int = 1, credit: bool = True) -> PagesInPlace:
+def message(
+    sequence: int, layer: int = 0, first: int = 1, count: int = 1, credit: bool = True, part: int = 0
+) -> PagesInPlace:
     """Some pages."""
     return PagesInPlace(
         request_id="r",
@@ -30,6 +32,7 @@ def message(sequence: int, layer: int = 0, first: int = 1, count: int = 1, credi
         first_page=first,
         blocks=[0] * count,
         credit_wanted=credit,
+        part=part,
     )
 
 
@@ -44,7 +47,7 @@ def test_messages_land_in_any_order(notices: Notices) -> None:
     landing = notices.landing
     for sequence, layer, first, count in ((2, 1, 1, 3), (1, 0, 3, 1), (0, 0, 1, 2)):
         part = message(sequence, layer, first, count)
-        assert landing.claim(part) == [7, 5, 3, 9][first : first + count]
+        assert landing.claim(part)
         assert not landing.is_complete(3)
         landing.written(part, None)
     assert landing.is_complete(3)
@@ -81,7 +84,7 @@ def test_a_repeated_message_is_dropped(notices: Notices, state: str) -> None:
     notices.landing.claim(part)
     if state == "written":
         notices.landing.written(part, None)
-    assert notices.landing.claim(part) is None
+    assert not notices.landing.claim(part)
     assert notices.landing.problem is None
 
 
@@ -92,16 +95,16 @@ def test_a_repeated_message_is_dropped(notices: Notices, state: str) -> None:
 )
 def test_what_was_not_granted_breaks_it(notices: Notices, layer: int, first: int, count: int) -> None:
     """OPEN -> BROKEN: nothing more is written, and the receiver is told."""
-    assert notices.landing.claim(message(0, layer, first, count)) is None
+    assert not notices.landing.claim(message(0, layer, first, count))
     assert notices.landing.problem is not None
-    assert notices.landing.claim(message(1)) is None
+    assert not notices.landing.claim(message(1))
     assert notices.count == 1
 
 
 def test_a_page_lands_once(notices: Notices) -> None:
     """Under another number it would overwrite what is here."""
     notices.landing.claim(message(0, first=1, count=2))
-    assert notices.landing.claim(message(1, first=2, count=2)) is None
+    assert not notices.landing.claim(message(1, first=2, count=2))
     assert notices.landing.problem is not None
 
 
@@ -121,7 +124,7 @@ def test_a_closed_landing_is_idle_after_its_last_writer(notices: Notices) -> Non
     for part in parts:
         landing.claim(part)
     landing.close()
-    assert landing.claim(message(2, first=3)) is None
+    assert not landing.claim(message(2, first=3))
     landing.written(parts[0], None)
     assert (landing.idle, notices.count) == (False, 0)
     landing.written(parts[1], None)
@@ -139,3 +142,16 @@ def test_a_commit_that_can_not_come_true_is_told_from_an_early_one(notices: Noti
     landing.written(part, None)
     assert landing.problem_with_end(2) is None
     assert landing.problem_with_end(1) is not None
+
+
+def test_pages_are_complete_when_all_their_parts_are() -> None:
+    """From each rank that holds some of the heads; no part is taken for another, and there are no more."""
+    landing = Landing(2, 0, 1, lambda: None, num_parts=2)
+    parts = [message(0, first=0, count=2, part=1), message(1, first=0, part=0), message(2, first=1, part=0)]
+    for part in parts:
+        assert not landing.is_complete(part.sequence)
+        assert landing.claim(part)
+        landing.written(part, None)
+    assert landing.is_complete(3)
+    assert not landing.claim(message(3, first=0, part=2))
+    assert landing.problem is not None

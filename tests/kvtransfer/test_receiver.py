@@ -29,7 +29,7 @@ class Bench:
         self.now = 0.0
         self.receiver = Receiver(
             LAYOUT,
-            self.store,
+            [self.store],
             self.pool,
             num_pages,
             lambda peer, message: self.sent.append((peer, message)),
@@ -113,7 +113,7 @@ def test_a_worker_of_the_same_pool_needs_no_page(monkeypatch: pytest.MonkeyPatch
     own = bench.pool.allocate(3)
     pages = {("r", 0): own}
     beside = Beside(PREFILL, lambda request_id, attempt: pages.get((request_id, attempt)))
-    monkeypatch.setattr(bench.receiver, "_choice", Transports(bench.store, lambda *_: None, beside))  # type: ignore[arg-type]
+    monkeypatch.setattr(bench.receiver, "_choice", Transports(LAYOUT, bench.store, lambda *_: None, beside))  # type: ignore[arg-type]
     bench.offer(8, "other", sender="prefill-2")
     bench.offer(9)
     assert isinstance(bench.last, Grant)
@@ -158,7 +158,7 @@ def refuse_cause(bench: Bench) -> str:
 
 
 def test_another_layout_is_refused_naming_both(bench: Bench) -> None:
-    """Pages of another shape can't be read here."""
+    """Pages of another type can't be read here."""
     bench.receiver.handle(PREFILL, make_offer([1], layout=msgspec.structs.replace(LAYOUT, dtype="bfloat16")))
     assert refuse_cause(bench) == "layout"
     assert isinstance(bench.last, Refuse)

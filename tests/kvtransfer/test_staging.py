@@ -93,7 +93,7 @@ def test_a_handoff_waits_for_the_blocks_of_another_one(staging: Staging) -> None
     assert first.next_message() is None
     assert second.next_message() is None
     for outgoing in sent:
-        message = decode(frame_of(first, store, outgoing)[0])
+        message = decode(frame_of(first, [store], outgoing)[0])
         assert message.credit_wanted
         assert [store.staged[block] for block in message.blocks] == store.data[outgoing.layer]
     first.handle(Credit(request_id="a", attempt=0, sequence=1))
@@ -114,7 +114,7 @@ def test_a_message_that_waits_on_its_line_touches_no_blocks_after_its_handoff_is
     late = pages_of(first)
     first.handle(Abort(request_id="a", attempt=0, cause="cancelled"))
     assert staging.num_free == 5
-    frame_of(first, store, late)
+    frame_of(first, [store], late)
     assert not store.staged
 
 
@@ -127,7 +127,7 @@ def test_without_staging_memory_pages_are_named_where_they_lie(staging: Staging)
         grant = Grant(request_id="r", attempt=0, held_pages=0, window_bytes=2**20, transport=transport)  # type: ignore[arg-type]
         handoff.handle(grant)
         handoff.layer_ready(Segment(1, 0, PAGES))
-        assert decode(frame_of(handoff, store, pages_of(handoff))[0]).blocks == [PAGES + 1, PAGES]
+        assert decode(frame_of(handoff, [store], pages_of(handoff))[0]).blocks == [PAGES + 1, PAGES]
     assert staging.num_free == 5
 
 
