@@ -13,7 +13,7 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 32)
 DRAFTED = 15
 """At most so many rows of a request are drafted tokens."""
 CONTEXT = 128
-BUDGET_SECONDS = 1.5
+BUDGET_SECONDS = 0.4
 """All are timed in turns for so long, and once at least."""
 
 
