@@ -6,6 +6,8 @@ import asyncio
 import os
 from pathlib import Path
 
+import pytest
+
 from headrace.loadtest.client import StreamClient
 from headrace.loadtest.local_mesh import local_mesh
 from headrace.loadtest.prompts import unique_tokens
@@ -13,6 +15,7 @@ from headrace.loadtest.prompts import unique_tokens
 MODEL = "smollm2"
 
 
+@pytest.mark.timeout(240)  # four engines on however few cores there are
 async def test_killed_workers_lose_no_request_and_nothing_is_left_behind() -> None:
     """SIGKILL a prefill worker, then a decode worker, under load: every answer is what it is undisturbed."""
     flags = ("--dtype", "float32", "--prefill", "2", "--decode", "2", "--max-num-seqs", "16")
