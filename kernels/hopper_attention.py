@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from headrace.kernels.hopper import async_load
 from headrace.kernels.launch import power_of_two
 
 HALF_ROWS = 64
@@ -178,20 +179,18 @@ def _load(
     HEADS: gl.constexpr = KV_HEADS * GROUP
     mbarrier.expect(q_bar, 2 * q_rows.block_type.nbytes)
     for half in gl.static_range(2):
-        place = queries.index(half)._reinterpret(q_rows.dtype, q_rows.block_type.shape, q_rows.layout)
-        tma.async_copy_global_to_shared(q_rows, [start + first + half * TOKENS, head * GROUP, 0], q_bar, place)
+        place = queries.index(half).reshape(q_rows.block_type.shape)
+        async_load(q_rows, [start + first + half * TOKENS, head * GROUP, 0], q_bar, place)
     for index in range(blocks):
         slot = index % STAGES
         free = (index // STAGES) & 1 ^ 1
         row = start + index * BLOCK_N
         mbarrier.wait(key_free.index(slot), free)
         mbarrier.expect(key_bars.index(slot), kv_rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(kv_rows, [row, (HEADS + head) * DIM], key_bars.index(slot), keys.index(slot))
+        async_load(kv_rows, [row, (HEADS + head) * DIM], key_bars.index(slot), keys.index(slot))
         mbarrier.wait(value_free.index(slot), free)
         mbarrier.expect(value_bars.index(slot), kv_rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            kv_rows, [row, (HEADS + KV_HEADS + head) * DIM], value_bars.index(slot), values.index(slot)
-        )
+        async_load(kv_rows, [row, (HEADS + KV_HEADS + head) * DIM], value_bars.index(slot), values.index(slot))
 
 
 @gluon.jit

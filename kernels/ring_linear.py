@@ -16,12 +16,14 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.epilogue import LARGEST_SPLIT, MAX_SHARED_TILES, SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.gated_activation import activated
+from headrace.kernels.hopper import async_load
 from headrace.kernels.launch import num_processors, power_of_two
 
 ROWS = 64
@@ -96,10 +98,10 @@ def _ask_for_weights(weight, tile, step, slot, weights, bars, x_bytes: gl.conste
     mbarrier.expect(bar, weight.block_type.nbytes + x_bytes)
     BLOCK_K: gl.constexpr = weights.shape[2]
     if len(weight.block_type.shape) == 2:
-        tma.async_copy_global_to_shared(weight, [tile * ROWS, step * BLOCK_K], bar, weights.index(slot))
+        async_load(weight, [tile * ROWS, step * BLOCK_K], bar, weights.index(slot))
     else:
-        place = weights.index(slot)._reinterpret(weight.dtype, weight.block_type.shape, weight.layout)
-        tma.async_copy_global_to_shared(weight, [tile * (ROWS // 16), 0, 0, step * BLOCK_K], bar, place)
+        place = weights.index(slot).reshape(weight.block_type.shape)
+        async_load(weight, [tile * (ROWS // 16), 0, 0, step * BLOCK_K], bar, place)
 
 
 @gluon.jit
@@ -156,13 +158,13 @@ def _finish(
 @gluon.jit
 def _meet(counter_ptr, PROGRAMS: gl.constexpr):
     """Wait until `PROGRAMS` programs, a power of two, have come here as often as this one. Counters are never reset."""
-    gl.thread_barrier()
+    debug_barrier()
     arrived = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     goal = arrived - (arrived & (PROGRAMS - 1)) + PROGRAMS
     count = arrived + 1
     while count - goal < 0:
         count = gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    gl.thread_barrier()
+    debug_barrier()
 
 
 @gluon.jit(do_not_specialize=["M", "N", "tiles", "steps"])
@@ -203,7 +205,7 @@ def _ring_kernel(
     head = first
     for slot in gl.static_range(STAGES - 1):
         if head_tile < tiles:
-            tma.async_copy_global_to_shared(x, [0, head * BLOCK_K], bars.index(slot), inputs.index(slot))
+            async_load(x, [0, head * BLOCK_K], bars.index(slot), inputs.index(slot))
         head += 1
         head_tile = gl.where(head == last, head_tile + programs, head_tile)
         head = gl.where(head == last, first, head)
@@ -220,7 +222,7 @@ def _ring_kernel(
             left = gl.where(slot == 0, STAGES - 1, slot - 1)
             if head_tile < tiles:
                 _ask_for_weights(weight, head_tile, head, left, weights, bars, x_bytes)
-                tma.async_copy_global_to_shared(x, [0, head * BLOCK_K], bars.index(left), inputs.index(left))
+                async_load(x, [0, head * BLOCK_K], bars.index(left), inputs.index(left))
             head += 1
             head_tile = gl.where(head == last, head_tile + programs, head_tile)
             head = gl.where(head == last, first, head)
