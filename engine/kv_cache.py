@@ -149,9 +149,7 @@ class KVCache:
         with torch.cuda.stream(self._copying):
             arrived = pinned.to(self.pages.device, non_blocking=True)
             self._bytes[layer].view(-1, pinned.shape[1]).index_copy_(0, self._index(rows), arrived)
-            written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            written.record()
-        written.synchronize()
+        self._until_copied()
 
     @torch.no_grad()
     def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
@@ -161,8 +159,12 @@ class KVCache:
             gathered = self._bytes[layer].index_select(0, self._index(page_ids))
             for start, end in _runs(blocks):
                 self._staging[blocks[start] : blocks[start] + end - start].copy_(gathered[start:end], non_blocking=True)
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            copied.record()
+        self._until_copied()
+
+    def _until_copied(self) -> None:
+        """Wait for all copies so far, asleep: a thread that spins takes a core from the one that launches kernels."""
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(self._copying)
         copied.synchronize()
 
     def _prepare_staging(self) -> None:

@@ -152,6 +152,16 @@ def _prefetch(lines):
 
 
 @triton.jit
+def _place(unit, first_units, first_units_ptr, KV_HEADS: tl.constexpr):
+    """A unit's row, where that row's units start, its blocks a head, and which KV head and block of it the unit is."""
+    row = tl.sum((first_units * KV_HEADS <= unit).to(tl.int32), 0) - 1
+    row_units = tl.load(first_units_ptr + row)
+    blocks = tl.load(first_units_ptr + row + 1) - row_units
+    head = (unit - row_units * KV_HEADS) // blocks
+    return row, row_units, blocks, head, unit - row_units * KV_HEADS - head * blocks
+
+
+@triton.jit
 def _rotated(start, d, cos, sin, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl.constexpr):
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
@@ -188,11 +198,8 @@ def _attention_kernel(
     if PDL:
         if unit < end:
             # cached tokens don't depend on the projections: the first ones come into the L2 cache before the wait
-            row = tl.sum((first_units * KV_HEADS <= unit).to(tl.int32), 0) - 1
-            row_units = tl.load(first_units_ptr + row)
-            blocks = tl.load(first_units_ptr + row + 1) - row_units
-            head = (unit - row_units * KV_HEADS) // blocks
-            at = (unit - row_units * KV_HEADS - head * blocks) * BLOCK + token
+            row, _, _, head, block = _place(unit, first_units, first_units_ptr, KV_HEADS)
+            at = block * BLOCK + token
             page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
             lines = (tl.arange(0, LINES) * LINE)[None, :]
             cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + lines
@@ -201,11 +208,7 @@ def _attention_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     while unit < end:
-        row = tl.sum((first_units * KV_HEADS <= unit).to(tl.int32), 0) - 1
-        row_units = tl.load(first_units_ptr + row)
-        blocks = tl.load(first_units_ptr + row + 1) - row_units
-        head = (unit - row_units * KV_HEADS) // blocks
-        first = unit - row_units * KV_HEADS - head * blocks
+        row, row_units, blocks, head, first = _place(unit, first_units, first_units_ptr, KV_HEADS)
         last = tl.minimum(blocks, first + end - unit)
         unit += last - first
         position = tl.load(positions_ptr + row)

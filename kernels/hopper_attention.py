@@ -150,22 +150,6 @@ def _compute(
 
 
 @gluon.jit
-def _compute_first(
-    queries, keys, values, q_bar, bars, out_ptr, start, first, count, blocks, head, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    _compute(0, queries, keys, values, q_bar, bars, out_ptr, start, first, count, blocks, head, scale, HEADS, GROUP)
-
-
-@gluon.jit
-def _compute_second(
-    queries, keys, values, q_bar, bars, out_ptr, start, first, count, blocks, head, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    _compute(1, queries, keys, values, q_bar, bars, out_ptr, start, first, count, blocks, head, scale, HEADS, GROUP)
-
-
-@gluon.jit
 def _load(
     q_rows, kv_rows, queries, keys, values, q_bar, bars, start, first, blocks, head,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
@@ -232,8 +216,8 @@ def _attention_kernel(
     compute = (queries, keys, values, q_bar, bars, out_ptr, start, first, count, blocks, head, scale, HEADS, GROUP)
     gl.warp_specialize(
         [
-            (_compute_first, compute),
-            (_compute_second, compute),
+            (_compute, (gl.constexpr(0),) + compute),  # noqa: RUF005 - Triton unpacks nothing
+            (_compute, (gl.constexpr(1),) + compute),  # noqa: RUF005
             (_load, (q_rows, kv_rows, queries, keys, values, q_bar, bars, start, first, blocks, head, KV_HEADS, GROUP)),
         ],
         [num_warps, LOADING_WARPS],

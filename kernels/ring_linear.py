@@ -105,6 +105,14 @@ def _ask_for_weights(weight, tile, step, slot, weights, bars, x_bytes: gl.conste
 
 
 @gluon.jit
+def _advance(tile, step, first, last, programs):
+    """What a program asks for next: the next step of its tile, or the first one of its next tile."""
+    step += 1
+    tile = gl.where(step == last, tile + programs, tile)
+    return tile, gl.where(step == last, first, step)
+
+
+@gluon.jit
 def _finish(
     sums, row0, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, M, N, inverse_k, eps,
     ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr,
@@ -196,9 +204,7 @@ def _ring_kernel(
     for slot in gl.static_range(STAGES - 1):
         if head_tile < tiles:
             _ask_for_weights(weight, head_tile, head, slot, weights, bars, x_bytes)
-        head += 1
-        head_tile = gl.where(head == last, head_tile + programs, head_tile)
-        head = gl.where(head == last, first, head)
+        head_tile, head = _advance(head_tile, head, first, last, programs)
     gdc_wait()
     gdc_launch_dependents()
     head_tile = tile
@@ -206,9 +212,7 @@ def _ring_kernel(
     for slot in gl.static_range(STAGES - 1):
         if head_tile < tiles:
             async_load(x, [0, head * BLOCK_K], bars.index(slot), inputs.index(slot))
-        head += 1
-        head_tile = gl.where(head == last, head_tile + programs, head_tile)
-        head = gl.where(head == last, first, head)
+        head_tile, head = _advance(head_tile, head, first, last, programs)
 
     slot = 0
     parity = 0
@@ -223,19 +227,12 @@ def _ring_kernel(
             if head_tile < tiles:
                 _ask_for_weights(weight, head_tile, head, left, weights, bars, x_bytes)
                 async_load(x, [0, head * BLOCK_K], bars.index(left), inputs.index(left))
-            head += 1
-            head_tile = gl.where(head == last, head_tile + programs, head_tile)
-            head = gl.where(head == last, first, head)
+            head_tile, head = _advance(head_tile, head, first, last, programs)
             slot += 1
             parity = gl.where(slot == STAGES, parity ^ 1, parity)
             slot = gl.where(slot == STAGES, 0, slot)
         sums = warpgroup_mma_wait(0, deps=(sums,))
-        if SPLIT == 1:
-            _finish(
-                sums, tile * ROWS, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
-                M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
-            )  # fmt: skip
-        else:
+        if SPLIT > 1:
             size: gl.constexpr = ROWS * BLOCK_M
             n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
             m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
@@ -249,8 +246,12 @@ def _ring_kernel(
             total = gl.load(cells, cache_modifier=".cg")
             for part in gl.static_range(1, SPLIT):
                 total += gl.load(cells + part * size, cache_modifier=".cg")
-            _finish(
-                total, tile * ROWS + pid % SPLIT * mine, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr,
-                squares_out_ptr, M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
-            )  # fmt: skip
+            row0 = tile * ROWS + pid % SPLIT * mine
+        else:
+            total = sums
+            row0 = tile * ROWS
+        _finish(
+            total, row0, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
+            M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
+        )  # fmt: skip
         tile += programs
