@@ -4,9 +4,9 @@ They are the same workers as elsewhere, each with its own place in the mesh, so 
 and it to others. What differs: both use one engine and one page pool, so pages change owner without a copy; and they
 take turns on the device.
 
-Both run on one thread and, on a GPU, one stream: a chunk of prompts, a decode step, a chunk. There the chunk's kernels
-are launched while the step is computed. So device work is in the order in which it was asked for, and pages need no
-events between the tiers: a prefill worker keeps the pages of a job that was given up until the chunk that writes to
+Both run on one thread and, on a GPU, one stream. On a CPU a chunk of prompts and a decode step take turns; a GPU
+computes them in one forward pass. So device work is in the order in which it was asked for, and pages need no events
+between the tiers: a prefill worker keeps the pages of a job that was given up until the chunk that writes to
 them has ended, and a decode worker those of an ended request until the steps that write to them have been collected.
 """
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable
+from typing import TYPE_CHECKING
 
-from headrace.colocate.pacing import Pacing
+from headrace.colocate.chunk_size import ChunkSize
+from headrace.colocate.turns import TakingTurns
 from headrace.data_lines import DataLines, data_listener
 from headrace.decode.main import speculator_for
 from headrace.decode.speculator import Speculator
@@ -29,10 +31,13 @@ from headrace.prefill.main import TOKEN_BUDGET
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 
-TARGET_MS = {"cuda": 15.0, "cpu": 200.0}
+if TYPE_CHECKING:
+    from headrace.colocate.shared_steps import SharedSteps
+
+TARGET_MS = {"cuda": 14.0, "cpu": 200.0}
 """Between two tokens of a stream, where --itl-target is not given."""
 FEWEST_TOKENS = {"cuda": 256, "cpu": 32}
-"""Of a chunk. Fewer take hardly less time: a GPU's host launches as many kernels, a CPU reads all weights."""
+"""Of a chunk. Fewer take hardly less time: all weights are read, and a GPU's host launches as many kernels."""
 
 
 async def run(settings: Settings) -> None:
@@ -58,13 +63,12 @@ async def serve(
         layout = layout_of(model.folder.fingerprint, engine.layout, engine.model_config.vocab_size)
         most = settings.max_num_batched_tokens or TOKEN_BUDGET[kind]
         target = (settings.itl_target or TARGET_MS[kind]) / 1000
-        pacing = Pacing(target, FEWEST_TOKENS[kind], most, engine.synchronize)
+        turns = _turns(ChunkSize(target, FEWEST_TOKENS[kind], most), model)
         prefill = PrefillWorker(
             prefill_node,
             engine,
-            model.device_thread,
             layout,
-            turns=pacing,
+            turns=turns,
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,
             lines=lines,
@@ -80,12 +84,20 @@ async def serve(
             listener=listener,
             speculator=speculator,
             beside=Beside(prefill_node.id, prefill.pages_of),
-            on_step=pacing.stepped,
+            alongside=turns,
         )
         async with asyncio.TaskGroup() as group:
             prefilling = group.create_task(prefill.run(stopped, settings.drain_timeout))
             # decode stops last: what the other one still holds is handed over to it
             group.create_task(decode.run(_end_of(prefilling), settings.drain_timeout))
+
+
+def _turns(size: ChunkSize, model: LoadedModel) -> TakingTurns | SharedSteps:
+    if model.engine.graph_decoder is None:
+        return TakingTurns(size, model.engine.prefill, model.device_thread)
+    from headrace.colocate.shared_steps import SharedSteps
+
+    return SharedSteps(size, model.engine, model.device_thread)
 
 
 async def _end_of(task: asyncio.Task[None]) -> None:

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from headrace.decode.scheduler import Plan
 from headrace.decode.sequence import Key
 from headrace.engine.decode_batch import RunningBatch
 from headrace.engine.sampler import SampledToken
 
 
-def run_step(batch: RunningBatch[Key], plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
+class Alongside(Protocol):
+    """What else is computed on the decode worker's device; told on the device's thread, but for `abandoned`."""
+
+    def start_step(self, batch: RunningBatch[Key]) -> bool:
+        """Start the batch's next step together with something else; False: the batch is to start it as usual."""
+
+    def stepped(self, running: int, ended: bool) -> None:
+        """The batch has `running` requests; the oldest step has just `ended`, or not."""
+
+    def abandoned(self) -> None:
+        """The batch is gone with all its steps, after a failure."""
+
+
+def run_step(
+    batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None = None
+) -> list[tuple[Key, SampledToken]] | None:
     """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case."""
+    tokens = _start_and_collect(batch, plan, alongside)
+    if alongside is not None:
+        alongside.stepped(len(batch), tokens is not None)
+    return tokens
+
+
+def _start_and_collect(
+    batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None
+) -> list[tuple[Key, SampledToken]] | None:
     if plan is None:
         return batch.collect()
     for key in plan.leaves:
@@ -20,7 +46,7 @@ def run_step(batch: RunningBatch[Key], plan: Plan | None) -> list[tuple[Key, Sam
         batch.add_pages(key, pages)
     for sequence in plan.joins:
         batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
-    if len(batch):
+    if len(batch) and (alongside is None or not alongside.start_step(batch)):
         batch.start(plan.drafts)
     due = batch.in_flight > (batch.lookahead if len(batch) else 0)
     return batch.collect() if due else None

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_line import Listener
@@ -15,7 +15,7 @@ from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import Speculator
-from headrace.decode.step import run_step
+from headrace.decode.step import Alongside, run_step
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
@@ -50,9 +50,8 @@ class DecodeWorker:
         listener: Listener,
         speculator: Speculator | None = None,
         beside: Beside | None = None,
-        on_step: Callable[[int, bool], None] = lambda running, ended: None,
+        alongside: Alongside | None = None,
     ) -> None:
-        """`on_step` is told, on the device's thread, how many requests run and whether a step has just ended."""
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
@@ -72,7 +71,7 @@ class DecodeWorker:
             refuse=node.mesh.refuse_from,
         )
         self._listener = listener
-        self._on_step = on_step
+        self._alongside = alongside
         engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._stats_at = 0.0
@@ -143,7 +142,8 @@ class DecodeWorker:
         self._scheduler.abandon_steps()
         self._scheduler.schedule()
         self._batch = None
-        self._on_step(0, False)
+        if self._alongside is not None:
+            self._alongside.abandoned()
 
     def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
         """`run_step` on the device's own thread.
@@ -153,9 +153,7 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        tokens = run_step(self._batch, plan)
-        self._on_step(len(self._batch), tokens is not None)
-        return tokens
+        return run_step(self._batch, plan, self._alongside)
 
     def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from headrace.engine.arriving import ArrivingTokens
 from headrace.engine.base import LayerAnnounced, Model, Ready
-from headrace.engine.batch import ForwardBatch
+from headrace.engine.batch import ForwardBatch, RunningRows
 from headrace.engine.cpu_share import CpuShare
 from headrace.engine.device import available_memory, can_pack, choose_device, choose_dtype
 from headrace.engine.errors import EngineError
@@ -87,6 +88,16 @@ class PrefillOutput:
     prompt_logprobs: list[TokenLogprobs]
 
 
+@dataclass(frozen=True)
+class StartedPrefill:
+    """A forward pass that may still run on the device."""
+
+    outputs: Callable[[], list[PrefillOutput]]
+    """Waits for its end, on the thread that started it."""
+    running_logits: torch.Tensor | None
+    """float32 [R, vocabulary], of the running requests that were computed with the chunks."""
+
+
 class Engine:
     """`prefill` belongs on one thread, and so do decode steps: on a CPU on the same one.
 
@@ -148,11 +159,6 @@ class Engine:
             self.pool.release(pages)
         self.cpu_share.rest()
 
-    def synchronize(self) -> None:
-        """Wait for all that this thread has started on the device."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
     @torch.inference_mode()
     def prepare_decode(self, progress: Progress) -> None:
         """Compile and capture what decode steps need, so that no request waits for it."""
@@ -164,9 +170,18 @@ class Engine:
             )
             self.graph_decoder.capture_all(progress)
 
-    @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> list[PrefillOutput]:
         """Compute all chunks in one forward pass. `on_layer(l, ready)`: layer l of every chunk is in the cache."""
+        return self.start_prefill(chunks, on_layer).outputs()
+
+    @torch.inference_mode()
+    def start_prefill(
+        self,
+        chunks: Sequence[PrefillChunk],
+        on_layer: LayerAnnounced | None = None,
+        running: RunningRows | None = None,
+    ) -> StartedPrefill:
+        """The same without a wait for the device; with `running`, these rows' decode step is computed, too."""
 
         def layer_done(layer: int) -> None:
             self.cpu_share.adjust()
@@ -174,18 +189,31 @@ class Engine:
                 on_layer(layer, self._recorded_event())
 
         self.cpu_share.adjust()
-        hidden = self.model.forward(self._pack(chunks), self.cache, layer_done)
+        batch = self._pack(chunks)
+        if running is None:
+            hidden = self.model.forward(batch, self.cache, layer_done)
+        else:
+            assert isinstance(self.model, FusedDecoder)
+            hidden = self.model.forward(batch, self.cache, layer_done, running)
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         last = [row for row, chunk in enumerate(chunks) if chunk.is_last and chunk.sampling.max_tokens > 0]
-        tokens: dict[int, SampledToken] = {}
+        wanted = np.array([*(ends[row] - 1 for row in last), *range(ends[-1], len(hidden))], np.int64)
+        logits = self.model.logits(hidden.index_select(0, upload([wanted], self.device)[0])) if len(wanted) else None
+        first = None
         if last:
-            (rows,) = upload([np.array([ends[row] - 1 for row in last])], self.device)
-            logits = self.model.logits(hidden.index_select(0, rows))
-            tokens = dict(zip(last, self._sample_first([chunks[row] for row in last], logits), strict=True))
-        return [
-            PrefillOutput(tokens.get(row), self._prompt_logprobs(chunk, hidden[ends[row] - chunk.length : ends[row]]))
-            for row, chunk in enumerate(chunks)
-        ]
+            assert logits is not None
+            first = self._sample_first([chunks[row] for row in last], logits[: len(last)])
+
+        def outputs() -> list[PrefillOutput]:
+            tokens = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
+            return [
+                PrefillOutput(
+                    tokens.get(row), self._prompt_logprobs(chunk, hidden[ends[row] - chunk.length : ends[row]])
+                )
+                for row, chunk in enumerate(chunks)
+            ]
+
+        return StartedPrefill(outputs, None if running is None or logits is None else logits[len(last) :])
 
     def _recorded_event(self) -> Ready | None:
         if self.device.type != "cuda":
@@ -217,16 +245,18 @@ class Engine:
         plan = plan_prefill(self.cache.layer(0), flat_table.view(table.shape), lengths, contexts, heads)
         return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
 
-    def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> list[SampledToken]:
+    def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> ArrivingTokens:
         rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
         sampler = BatchSampler(rows, self.model_config.vocab_size, self.device)
         (positions,) = upload([np.array([chunk.generated for chunk in chunks], np.int32)], self.device)
-        return sampler.with_logprobs(sampler.sample(logits, positions), logits)
+        sampled = sampler.sample(logits, positions)
+        return ArrivingTokens(sampled, sampler.logprobs(sampled, logits))
 
     def sampling_row(self, params: SamplingParams, token_ids: Sequence[int], generated: int) -> SamplingRow:
         """One request's sampling state on this device."""
         return SamplingRow.make(params, token_ids, generated, self.model_config.vocab_size, self.device)
 
+    @torch.inference_mode()
     def _prompt_logprobs(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         count = chunk.sampling.prompt_logprobs
         if count is None:

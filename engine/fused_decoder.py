@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import embedding
 
 from headrace.engine.base import OnLayer
-from headrace.engine.batch import ForwardBatch
+from headrace.engine.batch import ForwardBatch, RunningRows
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.parallel import ParallelGroup
@@ -41,21 +41,27 @@ class FusedDecoder:
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
         self._scale = config.head_dim**-0.5
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
-        """See `Model.forward`."""
-        config, weights = self._config, self.weights
-        residual = embedding(batch.token_ids, weights.embedding)
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None, running: RunningRows | None = None
+    ) -> torch.Tensor:
+        """See `Model.forward`. The hidden states of `running`'s R rows follow the batch's: [T + R, H]."""
+        config, weights, prompts = self._config, self.weights, len(batch.token_ids)
+        token_ids = batch.token_ids if running is None else torch.cat((batch.token_ids, running.token_ids))
+        residual = embedding(token_ids, weights.embedding)
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
         write = self._writer(batch, residual.dtype)
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
         for index, (layer, pages) in enumerate(zip(weights.layers, cache.pages, strict=True)):
             qkv = layer.qkv(hidden)
-            queries = write(layer, qkv, pages)
+            queries = write(layer, qkv[:prompts], pages)
             if on_layer is not None:
                 on_layer(index)
-            attended = layer.output(batch.attend(queries, pages, self._scale, qkv))
-            hidden = add_rms_norm(self._group.all_reduce(attended), residual, layer.mlp_norm, config.norm_eps)
+            attended = batch.attend(queries, pages, self._scale, qkv[:prompts])
+            if running is not None:
+                attended = torch.cat((attended, running.attend(index, qkv[prompts:])))
+            hidden = self._group.all_reduce(layer.output(attended))
+            hidden = add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
             last = index + 1 == len(weights.layers)
             next_norm = weights.norm if last else weights.layers[index + 1].input_norm

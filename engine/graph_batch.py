@@ -10,26 +10,24 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from headrace.engine.arriving import ArrivingTokens
+from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import NO_DRAFTS
-from headrace.engine.engine import Engine
+from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
-from headrace.messages.stream import TokenLogprobs
 
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass
 class _Running(Generic[K]):
-    """A step on the device and where its tokens arrive."""
+    """A step on the device and its tokens."""
 
     keys: list[K]
-    tokens: torch.Tensor
-    logprobs: dict[int, TokenLogprobs]
-    done: torch.cuda.Event | None
-    """None on a CPU, where tests run this: there a step has ended when it was started."""
+    tokens: ArrivingTokens
 
 
 class GraphBatch(Generic[K]):
@@ -127,15 +125,7 @@ class GraphBatch(Generic[K]):
     def collect(self) -> list[tuple[K, SampledToken]]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
-        if step.done is not None:
-            step.done.synchronize()
-        tokens = step.tokens.tolist()
-        if not step.logprobs:
-            return list(zip(step.keys, map(SampledToken, tokens), strict=True))
-        return [
-            (key, SampledToken(token, step.logprobs.get(row)))
-            for row, (key, token) in enumerate(zip(step.keys, tokens, strict=True))
-        ]
+        return list(zip(step.keys, step.tokens.wait(), strict=True))
 
     @torch.inference_mode()
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
@@ -145,27 +135,35 @@ class GraphBatch(Generic[K]):
         this one, which the next drafts would follow.
         """
         assert not drafts, "steps on a GPU take no drafts"
+        self._send_changes()
+        self._sample(self._decoder.step(len(self._keys)))
+
+    @torch.inference_mode()
+    def start_with_prompts(
+        self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None
+    ) -> StartedPrefill:
+        """Start a step that computes these chunks in the same forward pass, which reads the weights once for both."""
+        self._send_changes()
+        prompts = self._engine.start_prefill(chunks, on_layer, self._decoder.running(len(self._keys)))
+        assert prompts.running_logits is not None
+        self._sample(prompts.running_logits)
+        return prompts
+
+    def _sample(self, logits: torch.Tensor) -> None:
+        """The end of a step: the rows' next tokens, on the device and on their way to the host."""
         assert self.in_flight <= self.lookahead, "collect a step first"
         rows, decoder = len(self._keys), self._decoder
-        self._send_changes()
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling, self._engine.model_config.vocab_size, self._engine.device)
-        logits = decoder.step(rows)
         generated = self._device_generated[:rows]
         sampled = self._sampler.sample(logits, generated)
         logprobs = self._sampler.logprobs(sampled, logits)
         decoder.tokens[:rows] = sampled
         decoder.positions[:rows] += 1
         generated += 1
-        tokens = torch.empty(rows, dtype=torch.int64, pin_memory=sampled.is_cuda)
-        tokens.copy_(sampled, non_blocking=True)
         self._positions[:rows] += 1
         self._generated[:rows] += 1
-        done = None
-        if sampled.is_cuda:
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
-        self._running.append(_Running(list(self._keys), tokens, logprobs, done))
+        self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs)))
 
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device

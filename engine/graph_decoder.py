@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
-from headrace.engine.weights import DecoderWeights, LayerWeights, Progress
+from headrace.engine.weights import DecoderWeights, Progress
 from headrace.kernels.decode_attention import (
     AttentionWorkspace,
     HeadShape,
@@ -115,12 +116,12 @@ class GraphDecoder:
     def _forward_narrow(self, size: int) -> None:
         """Few rows: every projection at the memory's speed, with what surrounds it."""
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
-        qkv, attended = self._qkv[:size], self._attended[:size]
+        qkv = self._qkv[:size]
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
             self._project(residual, layer.qkv, qkv, squares=sums, eps=eps, bias=layer.qkv.bias)
-            self._attend(index, layer, qkv)
+            attended = self.attend(index, qkv)
             sums = next(squares)
             self._project(attended, layer.output, residual, bias=layer.output.bias, residual=True, squares_out=sums)
             activation = self._config.activation
@@ -138,8 +139,14 @@ class GraphDecoder:
         surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
         decode_linear(x, projection.weight, out, surroundings, self._linear_workspace)
 
-    def _attend(self, index: int, layer: LayerWeights, qkv: torch.Tensor) -> None:
-        size = len(qkv)
+    def running(self, rows: int) -> _Rows:
+        """The first `rows` rows, for a forward pass that computes prompts, too, instead of a step."""
+        plan_decode_attention(self.positions[:rows], self._attention_workspace)
+        return _Rows(self, rows)
+
+    def attend(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
+        """See `RunningRows.attend`; for the rows that were planned."""
+        size, layer = len(qkv), self._weights.layers[index]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         fused_decode_attention(
             qkv,
@@ -153,15 +160,31 @@ class GraphDecoder:
             self._heads,
             self._attention_workspace,
         )
+        return self._attended[:size]
 
     def _forward_wide(self, size: int) -> None:
         """Many rows: bound by arithmetic, so the projections are cuBLAS's."""
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            self._attend(index, layer, layer.qkv(hidden))
-            hidden = add_rms_norm(layer.output(self._attended[:size]), residual, layer.mlp_norm, eps)
+            attended = self.attend(index, layer.qkv(hidden))
+            hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             last = index + 1 == len(weights.layers)
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
         weights.head.to_float32(hidden, self._logits[:size])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """See `RunningRows`."""
+
+    decoder: GraphDecoder
+    count: int
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return self.decoder.tokens[: self.count]
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        return self.decoder.attend(layer, qkv)

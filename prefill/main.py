@@ -24,9 +24,12 @@ async def run(settings: Settings) -> None:
         worker = PrefillWorker(
             node,
             model.engine,
-            model.device_thread,
             layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
-            turns=OwnDevice(settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type]),
+            turns=OwnDevice(
+                model.engine,
+                model.device_thread,
+                settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
+            ),
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,
             lines=lines,

@@ -1,13 +1,22 @@
-"""When a prefill step may run, and how large it may be."""
+"""When a prefill step may run, how large it may be, and who computes it."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
+
+from headrace.engine.base import LayerAnnounced
+from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 
 
 class Turns(Protocol):
-    """Asked before each step; around it as it runs."""
+    """Asked before each step, and given it; belongs on the event loop."""
+
+    @property
+    def depth(self) -> int:
+        """How many steps may have been started and not ended."""
 
     async def turn(self, handing_over: bool) -> int:
         """Wait for the next step's turn; returns how many prompt tokens it may compute.
@@ -15,20 +24,29 @@ class Turns(Protocol):
         `handing_over`: there are requests whose prompts are computed and that no decode worker has acknowledged.
         """
 
-    def computing(self, tokens: int) -> AbstractContextManager[None]:
-        """Around a step, on the thread that computes it."""
+    def start(
+        self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None
+    ) -> asyncio.Future[list[PrefillOutput]]:
+        """Have a step computed; steps end in the order in which they were started."""
 
 
 class OwnDevice:
     """There is nobody to take turns with."""
 
-    def __init__(self, token_budget: int) -> None:
+    depth = 1
+
+    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, token_budget: int) -> None:
+        self._engine = engine
+        self._device_thread = device_thread
         self._token_budget = token_budget
 
     async def turn(self, handing_over: bool) -> int:
         """See `Turns`."""
         return self._token_budget
 
-    def computing(self, tokens: int) -> AbstractContextManager[None]:
+    def start(
+        self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None
+    ) -> asyncio.Future[list[PrefillOutput]]:
         """See `Turns`."""
-        return nullcontext()
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._device_thread, self._engine.prefill, chunks, on_layer)

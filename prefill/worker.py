@@ -6,12 +6,13 @@ import asyncio
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from headrace.data_lines import DataLines
-from headrace.engine.base import LayerAnnounced, Ready
-from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
+from headrace.engine.base import Ready
+from headrace.engine.engine import Engine, PrefillOutput
 from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
@@ -38,6 +39,19 @@ log = logging.getLogger(__name__)
 STOP_TAKING_SECONDS = 2.0
 
 
+@dataclass(eq=False)
+class _Step:
+    """Chunks on the device."""
+
+    parts: list[tuple[Job, Chunk]]
+    retired: list[list[int]] = field(default_factory=list)
+    """Pages of jobs that were given up meanwhile: others may have them when the step has ended."""
+
+    def writes_to(self, key: tuple[str, int]) -> bool:
+        """Whether it computes a part of this job."""
+        return any(job.key == key for job, _ in self.parts)
+
+
 class PrefillWorker:
     """Everything between the queue and the first token."""
 
@@ -45,7 +59,6 @@ class PrefillWorker:
         self,
         node: Node,
         engine: Engine,
-        device_thread: ThreadPoolExecutor,
         layout: Layout,
         turns: Turns,
         max_jobs: int,
@@ -57,7 +70,6 @@ class PrefillWorker:
         """`beside` is the decode worker of the same process, if there is one."""
         self._node = node
         self._engine = engine
-        self._device_thread = device_thread
         self._layout = layout
         self._lease_seconds = lease_seconds
         self._intake = Intake(node.queue, node.id, lease_seconds)
@@ -75,10 +87,8 @@ class PrefillWorker:
         self._page_turn = asyncio.Lock()
         self._pages_freed = asyncio.Event()
         engine.pool.on_freed.append(self._pages_freed.set)
-        self._computing: set[tuple[str, int]] = set()
-        """Jobs that the step on the device writes to."""
-        self._retired: list[list[int]] = []
-        """Pages of those among them that were given up: others may have them when the step has ended."""
+        self._steps: deque[_Step] = deque()
+        """On the device, the oldest first."""
         self._work = asyncio.Event()
         self._recomputed = 0
         self._stopping = False
@@ -188,8 +198,9 @@ class PrefillWorker:
         return self._sender.pages_of(request_id, attempt)
 
     def _give_back(self, key: tuple[str, int], pages: list[int]) -> None:
-        if key in self._computing:
-            self._retired.append(pages)
+        last = next((step for step in reversed(self._steps) if step.writes_to(key)), None)
+        if last is not None:
+            last.retired.append(pages)
         else:
             self._engine.pool.release(pages)
 
@@ -271,40 +282,46 @@ class PrefillWorker:
         return first_token_at
 
     async def _step_loop(self) -> None:
-        """Schedule, run, tell the jobs; for ever."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._work.wait()
-            chunks = self._scheduler.schedule(await self._turns.turn(self._is_handing_over()))
-            if not chunks:
-                self._work.clear()
-                self._engine.cpu_share.rest()
-                continue
-            step = [(self._jobs[chunk.key], chunk) for chunk in chunks]
+        """Schedule, start, and have the jobs told at the end of the step; for ever."""
+        places = asyncio.Semaphore(self._turns.depth)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._work.wait()
+                await places.acquire()
+                chunks = self._scheduler.schedule(await self._turns.turn(self._is_handing_over()))
+                if not chunks:
+                    self._work.clear()
+                    self._engine.cpu_share.rest()
+                    places.release()
+                    continue
+                step = _Step([(self._jobs[chunk.key], chunk) for chunk in chunks])
+                self._steps.append(step)
+                ending = group.create_task(self._end(step, self._start(step)))
+                ending.add_done_callback(lambda _: places.release())
 
-            def on_layer(layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]] = step) -> None:
-                loop.call_soon_threadsafe(self._layer_computed, layer, ready, step)
+    def _start(self, step: _Step) -> asyncio.Future[list[PrefillOutput]]:
+        loop, parts = asyncio.get_running_loop(), step.parts
 
-            inputs = [job.chunk(chunk) for job, chunk in step]
-            announce = on_layer if any(job.wants_layers for job, _ in step) else None
-            self._computing = {job.key for job, _ in step}
-            try:
-                outputs = await loop.run_in_executor(self._device_thread, self._compute, inputs, announce)
-            except Exception as error:
-                log.exception("a prefill step failed")
-                self._fail_jobs([job for job, _ in step], error)
-            else:
-                self._apply(step, outputs)
-            self._computing = set()
-            while self._retired:
-                self._engine.pool.release(self._retired.pop())
+        def on_layer(layer: int, ready: Ready | None) -> None:
+            loop.call_soon_threadsafe(self._layer_computed, layer, ready, parts)
+
+        announce = on_layer if any(job.wants_layers for job, _ in parts) else None
+        return self._turns.start([job.chunk(chunk) for job, chunk in parts], announce)
+
+    async def _end(self, step: _Step, computing: asyncio.Future[list[PrefillOutput]]) -> None:
+        try:
+            outputs = await computing
+        except Exception as error:
+            log.exception("a prefill step failed")
+            self._fail_jobs([job for job, _ in step.parts], error)
+        else:
+            self._apply(step.parts, outputs)
+        self._steps.remove(step)
+        for pages in step.retired:
+            self._engine.pool.release(pages)
 
     def _is_handing_over(self) -> bool:
         return any(job.computed.done() for job in self._jobs.values())
-
-    def _compute(self, inputs: list[PrefillChunk], on_layer: LayerAnnounced | None) -> list[PrefillOutput]:
-        with self._turns.computing(sum(chunk.length for chunk in inputs)):
-            return self._engine.prefill(inputs, on_layer)
 
     def _layer_computed(self, layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]]) -> None:
         for job, chunk in step:

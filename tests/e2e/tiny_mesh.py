@@ -130,9 +130,8 @@ async def tiny_mesh(
                     worker = PrefillWorker(
                         node,
                         engine,
-                        device_thread,
                         layout,
-                        turns=OwnDevice(64),
+                        turns=OwnDevice(engine, device_thread, 64),
                         max_jobs=8,
                         lease_seconds=settings.lease_seconds,
                         lines=lines,

@@ -16,6 +16,7 @@ from headrace.engine.parallel import ParallelGroup
 from headrace.engine.weights import DecoderWeights, LayerWeights
 from headrace.kernels.linear import Linear
 from headrace.kernels.paged_attention import plan_decode
+from headrace.kernels.prefill_attention import plan_prefill
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY, LAYERS, PAGE = 48, 80, 4, 2, 16, 90, 2, 16
 
@@ -82,6 +83,34 @@ def test_a_step_gives_the_logits_of_the_plain_decoder(batch: int) -> None:
     expected = model.logits(model.forward(forward, cache, None))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after, cache.pages, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_in_the_same_pass_change_nothing() -> None:
+    """Three running requests beside two prompts, one of them after a prefix: hidden states and the cache."""
+    torch.manual_seed(1)
+    layout = CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE)
+    cache = KVCache(layout, 21, torch.device("cpu"))
+    cache.pages.normal_()
+    model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
+    decoder = GraphDecoder(config(), model.weights, cache, 3, 64)
+    decoder.tokens.copy_(torch.tensor([5, 17, 80]))
+    decoder.positions.copy_(torch.tensor([40, 0, 15]))
+    table = torch.randperm(20).view(5, 4) + 1
+    decoder.block_table[:, :4] = table[:3]
+    lengths, contexts = [19, 7], [19, 23]
+    positions = torch.cat([torch.arange(end - length, end) for length, end in zip(lengths, contexts, strict=True)])
+    rows = torch.tensor([3] * 19 + [4] * 7)
+    plan = plan_prefill(cache.layer(0), table[3:], lengths, contexts, HEADS)
+    pages, offsets = table[rows, positions // PAGE], positions % PAGE
+    prompts = ForwardBatch(torch.randint(VOCABULARY, (26,)), positions, pages, offsets, plan)
+    before = cache.pages.clone()
+    expected = model.logits(model.forward(prompts, cache, None)), decoder.step(3).clone()
+    after, cache.pages = cache.pages.clone(), before
+    layers: list[int] = []
+    got = model.logits(model.forward(prompts, cache, layers.append, decoder.running(3)))
+    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
+    assert layers == [0, 1]
 
 
 def test_captured_batch_sizes_are_dense_where_rows_are_dear() -> None:

@@ -92,3 +92,27 @@ def test_decode_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, rows
     got = decoder.step(rows).clone()
     engine.pool.release(held)
     assert error(got, exact[ends]) < 0.03
+
+
+@torch.inference_mode()
+def test_prompts_beside_a_step_give_the_exact_logits(engine: Engine, exact: torch.Tensor) -> None:
+    """Both those of the prompt's last token and those of the running requests."""
+    decoder = engine.graph_decoder
+    assert decoder is not None
+    decoder.positions.fill_(-1)
+    sampling, ends = SamplingParams(max_tokens=1, temperature=0), [10, 99, 50]
+    held = engine.pool.allocate(28)
+    tables = [held[7 * row : 7 * row + 7] for row in range(4)]
+    for row, end in enumerate(ends):
+        engine.prefill([PrefillChunk(PROMPT[: end + 1], 0, end, tables[row], sampling)])
+        decoder.tokens[row], decoder.positions[row] = PROMPT[end], end
+        decoder.block_table[row, :7] = torch.tensor(tables[row])
+    for start, length in ((0, 48), (48, 52)):
+        chunk = PrefillChunk(PROMPT, start, length, tables[3], sampling)
+        started = engine.start_prefill([chunk], None, decoder.running(3))
+        assert started.running_logits is not None
+        assert error(started.running_logits, exact[ends]) < 0.03
+    (output,) = started.outputs()
+    engine.pool.release(held)
+    assert output.token is not None
+    assert exact[-1].max() - exact[-1, output.token.token_id] < 0.1 * exact[-1].std()

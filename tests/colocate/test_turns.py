@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from headrace.colocate.pacing import Pacing
+from headrace.colocate.chunk_size import ChunkSize
+from headrace.colocate.turns import TakingTurns
+from headrace.engine.engine import PrefillChunk, PrefillOutput
+from headrace.messages.request import SamplingParams
 
 TARGET = 0.060
 
@@ -17,21 +23,32 @@ class Device:
 
     def __init__(self, target: float = TARGET, fewest: int = 16, most: int = 512) -> None:
         self.now = 0.0
-        self.waits = 0
-        self.pacing = Pacing(target, fewest, most, self._finish, lambda: self.now)
+        self._work: Callable[[], None] = lambda: None
+        self.thread = ThreadPoolExecutor(1)
+        self.turns = TakingTurns(ChunkSize(target, fewest, most), self._prefill, self.thread, lambda: self.now)
 
-    def _finish(self) -> None:
-        self.waits += 1
+    def _prefill(self, chunks: Sequence[PrefillChunk], on_layer: object) -> list[PrefillOutput]:
+        self._work()
+        return []
+
+    async def compute(self, tokens: int, work: Callable[[], None]) -> None:
+        """A chunk, during which `work` happens."""
+        self._work = work
+        await self.turns.start([PrefillChunk([0] * tokens, 0, tokens, [], SamplingParams(max_tokens=1))], None)
+
+    def advance(self, seconds: float) -> None:
+        """Let time go by."""
+        self.now += seconds
 
     def step(self, seconds: float, running: int = 4) -> None:
         """A decode step that takes so long."""
         self.now += seconds
-        self.pacing.stepped(running, True)
+        self.turns.stepped(running, True)
 
     async def turn(self) -> int:
         """The next chunk's tokens; a step has ended before."""
         async with asyncio.timeout(0.5):
-            return await self.pacing.turn(False)
+            return await self.turns.turn(False)
 
 
 async def alternate(device: Device, rounds: int, step: float, fixed: float, a_token: float, noise: float = 0) -> float:
@@ -42,8 +59,8 @@ async def alternate(device: Device, rounds: int, step: float, fixed: float, a_to
         device.step(step)
     for _ in range(rounds):
         tokens, before = await device.turn(), device.now
-        with device.pacing.computing(tokens):
-            device.now += (fixed + tokens * a_token) * (1 + noise * chance.random())
+        took = (fixed + tokens * a_token) * (1 + noise * chance.random())
+        await device.compute(tokens, functools.partial(device.advance, took))
         device.step(step)
         gap = device.now - before
     return gap
@@ -76,10 +93,13 @@ async def test_a_chunk_that_costs_steps_little_may_grow() -> None:
     device = Device(target=0.012, fewest=128, most=2048)
     for _ in range(6):
         device.step(0.0065)
+
+    def two_steps() -> None:
+        device.step(0.009)
+        device.step(0.009)
+
     for _ in range(60):
-        with device.pacing.computing(await device.turn()):
-            device.step(0.009)
-            device.step(0.009)
+        await device.compute(await device.turn(), two_steps)
         device.step(0.008)
     assert await device.turn() == 2048
 
@@ -93,8 +113,7 @@ async def test_a_chunk_that_makes_steps_too_long_shrinks_until_it_does_not() -> 
     for _ in range(60):
         tokens = await device.turn()
         gap = 0.0065 + min(tokens * 24e-6, 0.0135)
-        with device.pacing.computing(tokens):
-            device.now += gap / 2
+        await device.compute(tokens, functools.partial(device.advance, gap / 2))
         device.step(gap / 2)
         device.step(0.0065)
     assert 0.9 * 0.012 < gap < 1.02 * 0.012
@@ -103,8 +122,8 @@ async def test_a_chunk_that_makes_steps_too_long_shrinks_until_it_does_not() -> 
 async def test_without_decoding_a_chunk_is_as_large_as_may_be() -> None:
     """Until requests are about to be decoded."""
     device = Device()
-    assert await device.pacing.turn(False) == 512
-    assert await device.pacing.turn(True) == 16
+    assert await device.turns.turn(False) == 512
+    assert await device.turns.turn(True) == 16
 
 
 async def test_one_chunk_begins_between_two_steps() -> None:
@@ -113,7 +132,7 @@ async def test_one_chunk_begins_between_two_steps() -> None:
     device.step(0.01)
     await device.turn()
     for running in (4, 0):
-        second = asyncio.create_task(device.pacing.turn(False))
+        second = asyncio.create_task(device.turns.turn(False))
         await asyncio.wait([second], timeout=0.01)
         assert not second.done()
         device.step(0.01, running)
@@ -121,9 +140,13 @@ async def test_one_chunk_begins_between_two_steps() -> None:
         assert second.done()
 
 
-async def test_a_chunk_has_ended_when_the_device_has() -> None:
-    """Also where it failed."""
-    device = Device()
-    with pytest.raises(ValueError, match="broken"), device.pacing.computing(16):
+async def test_a_chunk_that_fails_says_so() -> None:
+    """And the next one may begin."""
+
+    def fail() -> None:
         raise ValueError("broken")
-    assert device.waits == 1
+
+    device = Device()
+    with pytest.raises(ValueError, match="broken"):
+        await device.compute(16, fail)
+    assert await device.turn() == 512

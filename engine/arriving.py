@@ -1,0 +1,33 @@
+"""Sampled tokens on their way from the device to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from headrace.engine.sampler import SampledToken
+from headrace.messages.stream import TokenLogprobs
+
+
+class ArrivingTokens:
+    """A copy that was started when this was made; nothing that is started later delays it."""
+
+    def __init__(self, sampled: torch.Tensor, logprobs: Mapping[int, TokenLogprobs]) -> None:
+        """`sampled` [R] int64; `logprobs` by row, of those rows that asked for them."""
+        self._logprobs = logprobs
+        self._tokens = torch.empty(len(sampled), dtype=torch.int64, pin_memory=sampled.is_cuda)
+        self._tokens.copy_(sampled, non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if sampled.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def wait(self) -> list[SampledToken]:
+        """The tokens, as soon as they are here."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens = self._tokens.tolist()
+        if not self._logprobs:
+            return list(map(SampledToken, tokens))
+        return [SampledToken(token, self._logprobs.get(row)) for row, token in enumerate(tokens)]

@@ -1,0 +1,128 @@
+"""Which step takes a chunk of prompts along, when its outputs come, and what becomes of it where steps end or fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from headrace.colocate.chunk_size import ChunkSize
+from headrace.colocate.shared_steps import SharedSteps
+from headrace.engine.engine import PrefillChunk, PrefillOutput, StartedPrefill
+from headrace.engine.graph_batch import GraphBatch
+from headrace.messages.request import SamplingParams
+
+OUTPUT = [PrefillOutput(None, [])]
+
+
+class Batch(GraphBatch[Any]):
+    """One whose steps are never computed."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+        self.fails = False
+
+    def start_with_prompts(self, chunks: Any, on_layer: Any = None) -> StartedPrefill:
+        """Remember them."""
+        if self.fails:
+            raise RuntimeError("broken")
+        self.chunks += chunks
+        return StartedPrefill(lambda: OUTPUT, None)
+
+
+class Device:
+    """Shared steps, the thread that they run on, and a batch."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self.alone: list[PrefillChunk] = []
+        self.batch = Batch()
+        self.steps = SharedSteps(ChunkSize(0.014, 256, 2048), self, thread)  # type: ignore[arg-type]
+        self._thread = thread
+
+    def prefill(self, chunks: list[PrefillChunk], on_layer: Any) -> list[PrefillOutput]:
+        """As an engine's."""
+        self.alone += chunks
+        return OUTPUT
+
+    def start(self, tokens: int = 8) -> asyncio.Future[list[PrefillOutput]]:
+        """Give a chunk."""
+        return self.steps.start([PrefillChunk([0] * tokens, 0, tokens, [], SamplingParams(max_tokens=1))], None)
+
+    async def step(self, running: int = 3, ended: bool = True, starts: bool = True) -> None:
+        """One turn of a decode worker's loop."""
+
+        def run() -> None:
+            if starts:
+                self.steps.start_step(self.batch)
+            self.steps.stepped(running, ended)
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    """The device's."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+async def test_a_chunk_goes_with_the_next_step_and_ends_with_it(thread: ThreadPoolExecutor) -> None:
+    """With a step in flight ahead of it."""
+    device = Device(thread)
+    await device.step(ended=False)
+    computing = device.start()
+    await device.step()
+    assert len(device.batch.chunks) == 1
+    assert not computing.done()
+    await device.step()
+    assert await computing == OUTPUT
+    assert not device.alone
+
+
+async def test_where_nothing_is_decoded_a_chunk_is_computed_alone(thread: ThreadPoolExecutor) -> None:
+    """From the start, and when the last request leaves while the chunk waits for a step."""
+    device = Device(thread)
+    assert await device.start() == OUTPUT
+    await device.step(ended=False)
+    computing = device.start()
+    await device.step(running=0, starts=False)
+    assert await computing == OUTPUT
+    assert len(device.alone) == 2
+
+
+async def test_a_turn_comes_when_the_place_is_free(thread: ThreadPoolExecutor) -> None:
+    """Large chunks where nothing is decoded."""
+    device = Device(thread)
+    assert await device.steps.turn(False) == 2048
+    assert await device.steps.turn(True) == 256
+    await device.step(ended=False)
+    computing = device.start()
+    turn = asyncio.create_task(device.steps.turn(False))
+    await asyncio.wait([turn], timeout=0.01)
+    assert not turn.done()
+    await device.step()
+    assert await asyncio.wait_for(turn, 1) == 256
+    await device.step()
+    await computing
+
+
+async def test_a_failed_step_fails_its_chunk_alone(thread: ThreadPoolExecutor) -> None:
+    """In flight or as it starts; what waits is computed."""
+    device = Device(thread)
+    await device.step(ended=False)
+    in_flight = device.start()
+    await device.step(ended=False)
+    device.batch.fails = True
+    starting = device.start()
+    with pytest.raises(RuntimeError, match="broken"):
+        await device.step()
+    waiting = device.start()
+    device.steps.abandoned()
+    assert await waiting == OUTPUT
+    for failed in (in_flight, starting):
+        with pytest.raises(RuntimeError):
+            await failed
