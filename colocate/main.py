@@ -13,6 +13,7 @@ them has ended, and a decode worker those of an ended request until the steps th
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ from headrace.settings import Settings
 
 if TYPE_CHECKING:
     from headrace.colocate.shared_steps import SharedSteps
+
+log = logging.getLogger(__name__)
 
 TARGET_MS = {"cuda": 14.0, "cpu": 200.0}
 """Between two tokens of a stream, where --itl-target is not given."""
@@ -63,7 +66,7 @@ async def serve(
         layout = layout_of(model.folder.fingerprint, engine.layout, engine.model_config.vocab_size)
         most = settings.max_num_batched_tokens or TOKEN_BUDGET[kind]
         target = (settings.itl_target or TARGET_MS[kind]) / 1000
-        turns = _turns(ChunkSize(target, FEWEST_TOKENS[kind], most), model)
+        turns = await _turns(model, target, FEWEST_TOKENS[kind], most)
         prefill = PrefillWorker(
             prefill_node,
             engine,
@@ -92,12 +95,19 @@ async def serve(
             group.create_task(decode.run(_end_of(prefilling), settings.drain_timeout))
 
 
-def _turns(size: ChunkSize, model: LoadedModel) -> TakingTurns | SharedSteps:
-    if model.engine.graph_decoder is None:
-        return TakingTurns(size, model.engine.prefill, model.device_thread)
+async def _turns(model: LoadedModel, target: float, fewest: int, most: int) -> TakingTurns | SharedSteps:
+    engine, device_thread = model.engine, model.device_thread
+    if engine.graph_decoder is None:
+        return TakingTurns(ChunkSize(target, fewest, most), engine.prefill, device_thread)
+    from headrace.colocate.row_budget import RowBudget, measurable, time_passes
     from headrace.colocate.shared_steps import SharedSteps
 
-    return SharedSteps(size, model.engine, model.device_thread)
+    sizes = measurable(engine, most)
+    pages = engine.pool.allocate(engine.pool.pages_for(max(sizes, default=0)))
+    seconds = await asyncio.get_running_loop().run_in_executor(device_thread, time_passes, engine, sizes, pages)
+    engine.pool.release(pages)
+    log.info("a pass takes %s", ", ".join(f"{took * 1000:.1f} ms ({rows} rows)" for rows, took in seconds.items()))
+    return SharedSteps(RowBudget(target, fewest, most, seconds), engine, device_thread)
 
 
 async def _end_of(task: asyncio.Task[None]) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.colocate.chunk_size import ChunkSize
+from headrace.colocate.row_budget import RowBudget
 from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import RunningBatch
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedPrefill
@@ -50,6 +50,7 @@ class _Prompts:
 class _Step:
     """A step in flight and the prompts in it, if any."""
 
+    running: int
     prompts: _Prompts | None = None
     started: StartedPrefill | None = None
 
@@ -62,8 +63,8 @@ class SharedSteps:
 
     depth = 3
 
-    def __init__(self, size: ChunkSize, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
-        self._size = size
+    def __init__(self, budget: RowBudget, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
+        self._budget = budget
         self._engine = engine
         self._device_thread = device_thread
         self._loop = asyncio.get_running_loop()
@@ -80,7 +81,9 @@ class SharedSteps:
         while self._waiting is not None:
             self._taken.clear()
             await self._taken.wait()
-        return self._size.tokens if self._running or handing_over else self._size.most
+        if self._running or handing_over:
+            return self._budget.tokens(self._running)
+        return self._budget.most
 
     def start(
         self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None
@@ -100,14 +103,14 @@ class SharedSteps:
         assert isinstance(batch, GraphBatch)
         prompts = self._take()
         if prompts is None:
-            self._steps.append(_Step())
+            self._steps.append(_Step(len(batch)))
             return False
         try:
             started = batch.start_with_prompts(prompts.chunks, prompts.on_layer)
         except Exception as error:
             prompts.reject(error)
             raise
-        self._steps.append(_Step(prompts, started))
+        self._steps.append(_Step(len(batch), prompts, started))
         return True
 
     def stepped(self, running: int, ended: bool) -> None:
@@ -134,16 +137,12 @@ class SharedSteps:
     def _ended(self, step: _Step) -> None:
         now, before = time.perf_counter(), self._last_step
         self._last_step = now
-        tokens = 0
-        if step.prompts is not None and step.started is not None:
-            step.prompts.resolve(step.started.outputs())
-            tokens = sum(chunk.length for chunk in step.prompts.chunks)
-        if before is None:
+        if step.prompts is None or step.started is None:
             return
-        if tokens:
-            self._size.saw_chunk(tokens, now - before)
-        else:
-            self._size.saw_step(now - before)
+        step.prompts.resolve(step.started.outputs())
+        if before is not None:
+            rows = step.running + sum(chunk.length for chunk in step.prompts.chunks)
+            self._budget.saw_pass(rows, now - before)
 
     def _take(self) -> _Prompts | None:
         with self._lock:

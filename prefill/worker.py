@@ -321,7 +321,9 @@ class PrefillWorker:
             self._engine.pool.release(pages)
 
     def _is_handing_over(self) -> bool:
-        return any(job.computed.done() for job in self._jobs.values())
+        """Or is about to."""
+        in_flight = any(chunk.is_last for step in self._steps for _, chunk in step.parts)
+        return in_flight or any(job.computed.done() for job in self._jobs.values())
 
     def _layer_computed(self, layer: int, ready: Ready | None, step: list[tuple[Job, Chunk]]) -> None:
         for job, chunk in step:

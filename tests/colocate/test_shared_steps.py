@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from headrace.colocate.chunk_size import ChunkSize
+from headrace.colocate.row_budget import RowBudget
 from headrace.colocate.shared_steps import SharedSteps
 from headrace.engine.engine import PrefillChunk, PrefillOutput, StartedPrefill
 from headrace.engine.graph_batch import GraphBatch
 from headrace.messages.request import SamplingParams
 
+COSTS = {128: 0.008, 256: 0.01, 512: 0.013, 640: 0.02}
 OUTPUT = [PrefillOutput(None, [])]
 
 
@@ -22,6 +23,7 @@ class Batch(GraphBatch[Any]):
     """One whose steps are never computed."""
 
     def __init__(self) -> None:
+        self._keys = [1, 2, 3]
         self.chunks: list[Any] = []
         self.fails = False
 
@@ -39,7 +41,7 @@ class Device:
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self.alone: list[PrefillChunk] = []
         self.batch = Batch()
-        self.steps = SharedSteps(ChunkSize(0.014, 256, 2048), self, thread)  # type: ignore[arg-type]
+        self.steps = SharedSteps(RowBudget(0.014, 256, 2048, COSTS), self, thread)  # type: ignore[arg-type]
         self._thread = thread
 
     def prefill(self, chunks: list[PrefillChunk], on_layer: Any) -> list[PrefillOutput]:
@@ -98,14 +100,14 @@ async def test_a_turn_comes_when_the_place_is_free(thread: ThreadPoolExecutor) -
     """Large chunks where nothing is decoded."""
     device = Device(thread)
     assert await device.steps.turn(False) == 2048
-    assert await device.steps.turn(True) == 256
+    assert await device.steps.turn(True) == 512
     await device.step(ended=False)
     computing = device.start()
     turn = asyncio.create_task(device.steps.turn(False))
     await asyncio.wait([turn], timeout=0.01)
     assert not turn.done()
     await device.step()
-    assert await asyncio.wait_for(turn, 1) == 256
+    assert await asyncio.wait_for(turn, 1) == 512 - 3
     await device.step()
     await computing
 
@@ -126,3 +128,18 @@ async def test_a_failed_step_fails_its_chunk_alone(thread: ThreadPoolExecutor) -
     for failed in (in_flight, starting):
         with pytest.raises(RuntimeError):
             await failed
+
+
+def test_rows_are_as_many_as_the_target_allows() -> None:
+    """Gaps that take longer than their passes, by contexts or the host, make them fewer, and more again."""
+    budget = RowBudget(0.014, 128, 2048, COSTS)
+    assert budget.tokens(20) == 492
+    for _ in range(30):
+        budget.saw_pass(512, 0.0155)
+    assert budget.tokens(20) == 236
+    for _ in range(30):
+        budget.saw_pass(256, 0.02)
+    assert budget.tokens(20) == 108
+    for _ in range(60):
+        budget.saw_pass(128, 0.008)
+    assert budget.tokens(20) == 492
