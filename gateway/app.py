@@ -20,6 +20,7 @@ from headrace.gateway.guard import add_request_id, guard
 from headrace.gateway.job import Job
 from headrace.gateway.mesh_client import MeshClient
 from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.request_log import log_request
 from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
 from headrace.gateway.shape import Shape
@@ -41,6 +42,7 @@ class GatewayApp:
     ) -> None:
         self.admission = Admission(mesh.node, settings.max_queued_requests)
         self.readiness = Readiness(self.admission, mesh, tokenizer)
+        self.recent = RecentRequests(mesh.node.finished, mesh.node.id)
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
@@ -131,6 +133,7 @@ class GatewayApp:
             raise
         finally:
             self._metrics.requests.labels(request.path, answer.outcome).inc()
+            self.recent.add(answer)
             log_request(answer)
 
     async def _admit(self, request: web.Request, read: Reader) -> Answer:

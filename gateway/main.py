@@ -55,10 +55,12 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(mesh.receive())
             warming = group.create_task(app.readiness.run())
+            publishing = group.create_task(app.recent.publish())
             try:
                 yield url
             finally:
                 await end_task(warming)
+                await end_task(publishing)
                 app.stop()
                 await runner.cleanup()
                 await mesh.close()
