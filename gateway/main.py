@@ -56,12 +56,15 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
             receiving = group.create_task(mesh.receive())
             warming = group.create_task(app.readiness.run())
             publishing = group.create_task(app.recent.publish())
+            watching = group.create_task(app.live.run())
             try:
                 yield url
             finally:
                 await end_task(warming)
                 await end_task(publishing)
                 app.stop()
+                await app.live.stop()
+                await end_task(watching)
                 await runner.cleanup()
                 await mesh.close()
                 await end_task(receiving)
