@@ -98,7 +98,7 @@ class Answer:
         await self.wait_for_reports()
 
     def usage(self) -> dict[str, object]:
-        """OpenAI's token counts: each prompt once, all answers. What failures cost and drafts gave only where they did."""
+        """OpenAI's token counts: each prompt once, all answers. What failures cost and drafts gave only if any."""
         prompts = sum(len(prompt.token_ids) for prompt in self.job.prompts)
         output = sum(len(choice.token_ids) for choice in self.choices)
         details = {"cached_tokens": sum(self._cached(first) for first in range(0, len(self.choices), self.job.n))}

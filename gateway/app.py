@@ -21,8 +21,8 @@ from headrace.gateway.job import Job
 from headrace.gateway.live import LiveFeed
 from headrace.gateway.mesh_client import MeshClient
 from headrace.gateway.metrics import GatewayMetrics
-from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.page_files import page_file
+from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.request_log import log_request
 from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
 from headrace.gateway.shape import Shape

@@ -21,6 +21,7 @@ from headrace.gateway.errors import Unavailable
 from headrace.gateway.respond import KEEP_ALIVE, KEEP_ALIVE_SECONDS, EventStream
 from headrace.gateway.timeline import AttemptSpan
 from headrace.gateway.warmup import Readiness
+from headrace.mesh_view import MemberView, Moment, view_mesh
 from headrace.node import Node
 from headrace.redis_client import RedisError
 from headrace.registry import Member
@@ -30,6 +31,8 @@ INTERVAL_SECONDS = 0.25
 MAX_VIEWERS = 32
 MAX_REQUESTS = 100
 MAX_DEPARTED = 16
+RATE_SECONDS = 2.0
+"""What rates are an average of."""
 DEPARTED_SECONDS = 60.0
 """How long a worker that is gone is shown."""
 
@@ -42,7 +45,7 @@ class Departure:
 
     id: str
     tier: str
-    epoch: int
+    started: float
     at: float
     """Unix time in seconds."""
     died: bool
@@ -74,6 +77,7 @@ class LiveFeed:
         self._readiness = readiness
         self._model = model
         self._queued: int | None = None
+        self._moments: deque[Moment] = deque(maxlen=round(RATE_SECONDS / INTERVAL_SECONDS) + 2)
         self._running: dict[str, Answer] = {}
         self._revision = 0
         self._mesh: tuple[int, bytes] = (0, b"")
@@ -161,28 +165,19 @@ class LiveFeed:
             self._put(answer, "running")
 
     def _snapshot(self) -> dict[str, object]:
-        registry = self._node.registry
-        now = time.time()
+        moment = Moment.now(self._node.registry.members.values())
+        while len(self._moments) > 1 and moment.at - self._moments[1].at > RATE_SECONDS:
+            self._moments.popleft()
+        earliest = self._moments[0] if self._moments and moment.at - self._moments[0].at >= 1 else None
+        self._moments.append(moment)
+        view = view_mesh(moment, earliest)
         return {
             "model": self._model,
             "version": __version__,
             "not_ready": self._readiness.reason,
             "queued": self._queued,
-            "workers": [
-                {
-                    "id": member.id,
-                    "tier": member.tier,
-                    "epoch": str(member.epoch),
-                    "draining": member.draining,
-                    "pages_in_use": member.stats.get("kv_pages_in_use", 0),
-                    "pages_total": member.stats.get("kv_pages_total", 0),
-                    "running": member.stats.get("requests_running", 0),
-                    "waiting": member.stats.get("requests_waiting", 0),
-                    "tokens_per_second": 0,
-                }
-                for member in [*registry.tier("prefill"), *registry.tier("decode")]
-            ],
-            "departed": [asdict(gone) for gone in self._departed if now - gone.at < DEPARTED_SECONDS],
+            "workers": [_worker(member) for member in view.members if member.tier != "gateway"],
+            "departed": [asdict(gone) for gone in self._departed if moment.at - gone.at < DEPARTED_SECONDS],
         }
 
     def _put(self, answer: Answer, outcome: str) -> None:
@@ -210,4 +205,21 @@ class LiveFeed:
 
     def _on_leave(self, member: Member) -> None:
         if member.tier != "gateway":
-            self._departed.append(Departure(member.id, member.tier, member.epoch, time.time(), not member.draining))
+            self._departed.append(
+                Departure(member.id, member.tier, member.epoch / 1e9, time.time(), not member.draining)
+            )
+
+
+def _worker(member: MemberView) -> dict[str, object]:
+    """What the page shows: nothing that changes by itself, such as an age."""
+    return {
+        "id": member.id,
+        "tier": member.tier,
+        "started": member.epoch / 1e9,
+        "draining": member.state == "draining",
+        "pages_in_use": member.pages_in_use,
+        "pages_total": member.pages_total,
+        "running": member.running,
+        "waiting": member.waiting,
+        "tokens_per_second": None if member.tokens_per_second is None else round(member.tokens_per_second, 1),
+    }

@@ -19,11 +19,11 @@ let known = null; // workers by id and epoch, once the first snapshot is there
 let paused = false;
 
 function takeMesh(snapshot) {
-  const now = new Map(snapshot.workers.map((worker) => [`${worker.id}@${worker.epoch}`, worker]));
+  const now = new Map(snapshot.workers.map((worker) => [`${worker.id}@${worker.started}`, worker]));
   const before = known ?? now;
   const told = new Set(news.map((item) => item.key));
   for (const gone of snapshot.departed) {
-    const key = `${gone.id}@${gone.epoch} gone`;
+    const key = `${gone.id}@${gone.started} gone`;
     if (!told.has(key)) tell(key, gone.at, gone.id, gone.died ? "died" : "left");
   }
   for (const [key, worker] of now) {

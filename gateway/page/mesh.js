@@ -32,7 +32,7 @@ export class MeshPicture {
   draw() {
     const width = Math.round(this.holder.clientWidth);
     if (!width) return;
-    const ids = this.workers.map((worker) => `${worker.id}@${worker.epoch}${worker.gone ? "-" : ""}`);
+    const ids = this.workers.map((worker) => `${worker.id}@${worker.started}${worker.gone ? "-" : ""}`);
     const key = `${width} ${ids}`;
     if (key !== this.drawn) {
       this.drawn = key;
@@ -146,7 +146,7 @@ function loadOf({ running, waiting }) {
 function stateOf(worker) {
   if (worker.gone) return worker.died ? "died" : "left";
   if (worker.draining) return "leaving";
-  return Date.now() / 1000 - worker.epoch / 1e9 < NEW_SECONDS ? "joined" : "";
+  return Date.now() / 1000 - worker.started < NEW_SECONDS ? "joined" : "";
 }
 
 function hub({ x, y, width, height }, name, second) {
