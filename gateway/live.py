@@ -175,6 +175,7 @@ class LiveFeed:
             "model": self._model,
             "version": __version__,
             "not_ready": self._readiness.reason,
+            "open": len(self._running),
             "queued": self._queued,
             "workers": [_worker(member) for member in view.members if member.tier != "gateway"],
             "departed": [asdict(gone) for gone in self._departed if moment.at - gone.at < DEPARTED_SECONDS],

@@ -1,8 +1,8 @@
 // Where everything in the picture of the mesh lies: pure geometry, in CSS pixels.
 
-const CARD = { width: 190, height: 66 };
+const CARD = { width: 190, height: 74 };
 const GAP = 12;
-const HUB = { width: 124, height: 66 };
+const HUB = { width: 124, height: 74 };
 const LABEL = 20;
 const RAIL = 26;
 export const NARROW = 640;
@@ -19,10 +19,11 @@ function rightwards(width, prefill, decode) {
   const rows = Math.max(prefill.length, decode.length, 1);
   const inner = rows * (CARD.height + GAP) - GAP;
   const free = width - 2 * HUB.width - 2 * CARD.width - RAIL;
-  const gap = free / 3;
+  const [first, second, third] = [0.24 * free, 0.28 * free, 0.48 * free];
   const middle = LABEL + inner / 2;
   const hub = (x) => ({ x, y: middle - HUB.height / 2, ...HUB });
-  const columns = [2 * (HUB.width + gap), 2 * (HUB.width + gap) + CARD.width + gap];
+  const column = 2 * HUB.width + first + second;
+  const columns = [column, column + CARD.width + third];
   const boxes = new Map();
   [prefill, decode].forEach((ids, tier) => {
     const top = middle - (ids.length * (CARD.height + GAP) - GAP) / 2;
@@ -34,7 +35,7 @@ function rightwards(width, prefill, decode) {
     height,
     vertical: false,
     gateway: hub(1),
-    queue: hub(HUB.width + gap),
+    queue: hub(HUB.width + first),
     boxes,
     labels: columns.map((x) => ({ x, y: 12 })),
     rail: { x: width - 6, y: height - 8 },
@@ -46,8 +47,8 @@ function downwards(width, prefill, decode) {
   const card = { ...CARD, width: (space - GAP) / 2 };
   const step = 34;
   const boxes = new Map();
-  const gateway = { x: 1, y: 2, ...HUB, width: card.width };
-  const queue = { ...gateway, x: card.width + GAP };
+  const queue = { x: 1, y: 2, ...HUB, width: card.width };
+  const gateway = { ...queue, x: 1 + card.width + GAP };
   let y = gateway.y + HUB.height + step;
   const labels = [];
   for (const ids of [prefill, decode]) {
@@ -80,9 +81,8 @@ export function back(from, { gateway, rail, vertical }) {
   if (vertical) {
     const x = from.x + from.width / 2;
     const below = from.y + from.height + 6;
-    const y = gateway.y - 1 + gateway.height + 14;
-    const into = gateway.x + gateway.width / 2;
-    return `M${x} ${from.y + from.height}V${below}H${rail.x - r}Q${rail.x} ${below} ${rail.x} ${below - r}V${y + r}Q${rail.x} ${y} ${rail.x - r} ${y}H${into + r}Q${into} ${y} ${into} ${y - r}V${gateway.y + gateway.height}`;
+    const y = gateway.y + gateway.height / 2;
+    return `M${x} ${from.y + from.height}V${below}H${rail.x - r}Q${rail.x} ${below} ${rail.x} ${below - r}V${y + r}Q${rail.x} ${y} ${rail.x - r} ${y}H${gateway.x + gateway.width}`;
   }
   const y = from.y + from.height / 2;
   const into = gateway.x + gateway.width / 2;

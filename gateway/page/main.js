@@ -74,7 +74,7 @@ function draw() {
     rate: rate(sum("tokens_per_second", "decode")),
     running: count(sum("running")),
     waiting: count(sum("waiting")),
-    pages: `${count(sum("pages_in_use"))} of ${count(sum("pages_total"))}`,
+    pages: `${count((100 * sum("pages_in_use")) / (sum("pages_total") || 1))} %`,
   };
   for (const [name, text] of Object.entries(totals)) setText(document.querySelector(`[data-total="${name}"]`), text);
   const items = news.slice(-MOST_NEWS).reverse();

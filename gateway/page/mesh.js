@@ -25,6 +25,7 @@ export class MeshPicture {
     const gone = new Map(mesh.departed.filter((worker) => !alive.has(worker.id)).map((worker) => [worker.id, { ...worker, gone: true }]));
     this.workers = [...mesh.workers, ...gone.values()].sort((a, b) => (a.id < b.id ? -1 : 1));
     this.queued = mesh.queued;
+    this.open = mesh.open;
     this.draw();
     fillTable(this.workers);
   }
@@ -38,6 +39,7 @@ export class MeshPicture {
       this.drawn = key;
       this.build(width);
     }
+    setText(this.openText, this.open === 1 ? "1 request" : `${count(this.open ?? 0)} requests`);
     setText(this.queueText, this.queued == null ? "away" : count(this.queued));
     for (const worker of this.workers) this.cards.get(worker.id)?.update(worker);
   }
@@ -50,7 +52,7 @@ export class MeshPicture {
     const live = (tier) => tier.filter((worker) => !worker.gone && plan.boxes.has(worker.id)).map((worker) => worker.id);
     const links = svg("g");
     const link = (d) => links.appendChild(svg("path", { class: "link", d }));
-    this.intake = link(plan.vertical ? straight(plan.gateway, plan.queue) : flow(plan.gateway, plan.queue, false));
+    this.intake = link(straight(plan.gateway, plan.queue));
     this.pulls = new Map(live(prefill).map((id) => [id, link(flow(plan.queue, plan.boxes.get(id), plan.vertical))]));
     this.handoffs = new Map();
     for (const from of live(prefill)) {
@@ -60,7 +62,8 @@ export class MeshPicture {
     this.cards = new Map([...prefill, ...decode].filter(({ id }) => plan.boxes.has(id)).map((worker) => [worker.id, new Card(worker, plan.boxes.get(worker.id))]));
     const moving = svg("g");
     this.motes = new Motes(moving);
-    this.queueText = svg("text", { class: "big", x: plan.queue.x + 12, y: plan.queue.y + 52 });
+    this.queueText = svg("text", { class: "big", x: plan.queue.x + 12, y: plan.queue.y + 55 });
+    this.openText = svg("text", { class: "soft", x: plan.gateway.x + 12, y: plan.gateway.y + 52 });
     const labels = [prefill, decode].map((tier, index) => {
       const more = tier.length > MOST_OF_A_TIER ? `, ${MOST_OF_A_TIER} of ${tier.length}` : "";
       return svg("text", { class: "label", ...plan.labels[index] }, `${["prefill", "decode"][index]} workers${tier.length ? more : ": none"}`);
@@ -70,7 +73,7 @@ export class MeshPicture {
         "svg",
         { viewBox: `0 0 ${width} ${plan.height}`, height: plan.height, role: "img", "aria-label": "The mesh: gateway, queue, prefill and decode workers. The table below has the same figures." },
         links, moving, ...labels,
-        hub(plan.gateway, "gateway", svg("text", { class: "soft", x: plan.gateway.x + 12, y: plan.gateway.y + 46 }, "OpenAI API")),
+        hub(plan.gateway, "gateway", this.openText),
         hub(plan.queue, "queue", this.queueText),
         ...[...this.cards.values()].map((card) => card.group),
       ),
@@ -107,30 +110,30 @@ export class MeshPicture {
 class Card {
   constructor(worker, { x, y, width, height }) {
     const clip = `pond-${worker.id}`;
+    this.height = height;
     this.state = svg("text", { class: "soft state", x: width - 10, y: 20, "text-anchor": "end" });
-    this.pages = svg("text", { class: "soft", x: 10, y: 38 });
-    this.load = svg("text", { class: "soft", x: 10, y: 55 });
-    this.rate = svg("text", { x: width - 10, y: 55, "text-anchor": "end" });
-    this.water = svg("rect", { class: "water", width, height, "clip-path": `url(#${clip})` });
+    this.pages = svg("text", { class: "soft", x: 10, y: 41 });
+    this.load = svg("text", { class: "soft", x: 10, y: 61 });
+    this.rate = svg("text", { x: width - 10, y: 61, "text-anchor": "end" });
+    this.pond = svg("g", { class: "pond" }, svg("rect", { class: "water", width, height }), svg("rect", { class: "surface", width, height: 2 }));
     const outline = { width, height, rx: 7 };
     this.group = svg(
       "g",
       { transform: `translate(${x} ${y})`, "data-worker": worker.id },
       svg("clipPath", { id: clip }, svg("rect", outline)),
       svg("rect", { class: "box", ...outline }),
-      svg("g", { "clip-path": `url(#${clip})` }, this.water),
-      svg("rect", { class: "box rim", ...outline }),
+      svg("g", { "clip-path": `url(#${clip})` }, this.pond),
+      svg("rect", { class: "rim", ...outline }),
       svg("text", { class: "name", x: 10, y: 20 }, worker.id),
       this.state, this.pages, this.load, this.rate,
     );
-    this.water.removeAttribute("clip-path");
   }
 
   update(worker) {
     const fill = worker.pages_total ? worker.pages_in_use / worker.pages_total : 0;
     const state = stateOf(worker);
     this.group.setAttribute("class", worker.gone ? "gone" : state === "joined" ? "new" : "");
-    this.water.style.transform = `scaleY(${worker.gone ? 0 : fill && Math.max(fill, 0.04)})`;
+    this.pond.style.transform = `translateY(${worker.gone || !fill ? this.height : Math.min(this.height * (1 - fill), this.height - 3)}px)`;
     setText(this.state, state);
     setText(this.pages, worker.gone ? clock(worker.at) : `${count(worker.pages_in_use)} of ${count(worker.pages_total)} pages`);
     setText(this.load, worker.gone ? "" : loadOf(worker));
@@ -159,7 +162,8 @@ function hub({ x, y, width, height }, name, second) {
 }
 
 function straight(from, to) {
-  return `M${from.x + from.width} ${from.y + from.height / 2}H${to.x}`;
+  const y = from.y + from.height / 2;
+  return from.x < to.x ? `M${from.x + from.width} ${y}H${to.x}` : `M${from.x} ${y}H${to.x + to.width}`;
 }
 
 function fillTable(workers) {

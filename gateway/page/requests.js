@@ -6,7 +6,7 @@ import { drawLanes, route, speed } from "./lanes.js";
 
 const MOST = 100;
 const FEW = 12;
-const STEPS = [1, 2, 5];
+const STEPS = [1, 1.5, 2, 3, 4, 5, 7.5];
 
 export class Requests {
   constructor() {
@@ -63,6 +63,7 @@ class Row {
   constructor(request) {
     this.name = html("span", { class: "mono" }, request.id.split("-")[1].slice(0, 6));
     this.size = html("span", { class: "size" });
+    this.route = html("span", { class: "route" });
     this.lanes = html("div", { class: "lanes", "aria-hidden": "true" });
     this.first = html("span");
     this.result = html("span");
@@ -72,7 +73,7 @@ class Row {
       "li", { "data-request": request.id },
       html(
         "details", {},
-        html("summary", {}, this.name, this.size, this.lanes, html("span", { class: "outcome" }, this.first, this.result)),
+        html("summary", {}, this.name, this.size, this.route, this.lanes, html("span", { class: "outcome" }, this.first, this.result)),
         html(
           "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Attempts of ${this.name.textContent}` },
           html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "attempt"), ...head.map((text) => html("th", { scope: "col" }, text)))), this.table),
@@ -88,6 +89,8 @@ class Row {
     this.drawn = key;
     const { first, perSecond } = speed(request);
     setText(this.size, `${count(request.prompt_tokens)} → ${count(request.output_tokens)} tok`);
+    setText(this.route, request.attempts.at(-1).prefill_worker ? route(request.attempts.at(-1)) : "");
+    this.item.classList.toggle("running", request.outcome === "running");
     setText(this.first, first == null ? "" : `ttft ${milliseconds(first)}`);
     const [text, bad] = resultOf(request, perSecond);
     setText(this.result, text);
