@@ -106,6 +106,7 @@ export class Chat {
   }
 
   buttons() {
+    if (!this.running && document.activeElement === byId("stop")) this.question.focus();
     byId("stop").disabled = this.running === null;
     byId("send").disabled = this.running !== null;
     byId("new-chat").disabled = this.turns.length === 0;

@@ -1,6 +1,6 @@
 // Where everything in the picture of the mesh lies: pure geometry, in CSS pixels.
 
-const CARD = { width: 190, height: 74 };
+const CARD = { width: 180, height: 88 };
 const GAP = 12;
 const HUB = { width: 124, height: 74 };
 const LABEL = 20;

@@ -8,6 +8,7 @@ import { Requests } from "./requests.js";
 import { follow, useKey } from "./server.js";
 
 const MOST_NEWS = 4;
+const NEW_SECONDS = 15;
 
 const announce = (text) => setText(byId("announcer"), text);
 const picture = new MeshPicture(byId("picture"));
@@ -19,11 +20,11 @@ let known = null; // workers by id and epoch, once the first snapshot is there
 let paused = false;
 
 function takeMesh(snapshot) {
-  const now = new Map(snapshot.workers.map((worker) => [`${worker.id}@${worker.started}`, worker]));
+  const now = new Map(snapshot.workers.map((worker) => [keyOf(worker), worker]));
   const before = known ?? now;
   const told = new Set(news.map((item) => item.key));
   for (const gone of snapshot.departed) {
-    const key = `${gone.id}@${gone.started} gone`;
+    const key = `${keyOf(gone)} gone`;
     if (!told.has(key)) tell(key, gone.at, gone.id, gone.died ? "died" : "left");
   }
   for (const [key, worker] of now) {
@@ -32,6 +33,11 @@ function takeMesh(snapshot) {
   known = now;
   mesh = snapshot;
   chat.model = snapshot.model;
+}
+
+/** A worker that was started again is another one. */
+function keyOf({ id, started }) {
+  return `${id}@${started}`;
 }
 
 function tell(key, at, id, what) {
@@ -67,6 +73,8 @@ function draw() {
   if (paused) return;
   requests.draw();
   if (!mesh) return;
+  const recent = new Set(news.filter((item) => item.at > Date.now() / 1000 - NEW_SECONDS).map((item) => item.key));
+  for (const worker of mesh.workers) worker.isNew = recent.has(keyOf(worker));
   picture.show(mesh);
   setText(byId("model"), mesh.model);
   const sum = (field, tier) => mesh.workers.reduce((total, worker) => total + (tier && worker.tier !== tier ? 0 : worker[field]), 0);

@@ -6,7 +6,8 @@ import { back, flow, layout } from "./layout.js";
 import { Motes } from "./motes.js";
 
 const MOST_OF_A_TIER = 16;
-const NEW_SECONDS = 15;
+const POND = 14;
+const TEXT = POND + 10;
 const PAGE_TOKENS = 16;
 const MOST_PAGES_SHOWN = 14;
 
@@ -111,20 +112,21 @@ class Card {
   constructor(worker, { x, y, width, height }) {
     const clip = `pond-${worker.id}`;
     this.height = height;
+    this.narrow = width < 180;
     this.state = svg("text", { class: "soft state", x: width - 10, y: 20, "text-anchor": "end" });
-    this.pages = svg("text", { class: "soft", x: 10, y: 41 });
-    this.load = svg("text", { class: "soft", x: 10, y: 61 });
-    this.rate = svg("text", { x: width - 10, y: 61, "text-anchor": "end" });
-    this.pond = svg("g", { class: "pond" }, svg("rect", { class: "water", width, height }), svg("rect", { class: "surface", width, height: 2 }));
+    this.pages = svg("text", { class: "soft", x: TEXT, y: 40 });
+    this.load = svg("text", { class: "soft", x: TEXT, y: 57 });
+    this.rate = svg("text", { x: TEXT, y: 76 });
+    this.water = svg("rect", { class: "water", width: POND, height });
     const outline = { width, height, rx: 7 };
     this.group = svg(
       "g",
       { transform: `translate(${x} ${y})`, "data-worker": worker.id },
       svg("clipPath", { id: clip }, svg("rect", outline)),
       svg("rect", { class: "box", ...outline }),
-      svg("g", { "clip-path": `url(#${clip})` }, this.pond),
+      svg("g", { "clip-path": `url(#${clip})` }, svg("rect", { class: "pond", width: POND, height }), this.water),
       svg("rect", { class: "rim", ...outline }),
-      svg("text", { class: "name", x: 10, y: 20 }, worker.id),
+      svg("text", { class: "name", x: TEXT, y: 20 }, worker.id),
       this.state, this.pages, this.load, this.rate,
     );
   }
@@ -133,9 +135,9 @@ class Card {
     const fill = worker.pages_total ? worker.pages_in_use / worker.pages_total : 0;
     const state = stateOf(worker);
     this.group.setAttribute("class", worker.gone ? "gone" : state === "joined" ? "new" : "");
-    this.pond.style.transform = `translateY(${worker.gone || !fill ? this.height : Math.min(this.height * (1 - fill), this.height - 3)}px)`;
+    this.water.style.transform = `translateY(${worker.gone || !fill ? this.height : Math.min(this.height * (1 - fill), this.height - 3)}px)`;
     setText(this.state, state);
-    setText(this.pages, worker.gone ? clock(worker.at) : `${count(worker.pages_in_use)} of ${count(worker.pages_total)} pages`);
+    setText(this.pages, worker.gone ? clock(worker.at) : `${count(worker.pages_in_use)}${this.narrow ? "" : ` of ${count(worker.pages_total)}`} pages`);
     setText(this.load, worker.gone ? "" : loadOf(worker));
     setText(this.rate, worker.gone || !worker.tokens_per_second ? "" : `${rate(worker.tokens_per_second)} tok/s`);
   }
@@ -149,7 +151,7 @@ function loadOf({ running, waiting }) {
 function stateOf(worker) {
   if (worker.gone) return worker.died ? "died" : "left";
   if (worker.draining) return "leaving";
-  return Date.now() / 1000 - worker.started < NEW_SECONDS ? "joined" : "";
+  return worker.isNew ? "joined" : "";
 }
 
 function hub({ x, y, width, height }, name, second) {
