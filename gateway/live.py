@@ -32,7 +32,8 @@ MAX_VIEWERS = 32
 MAX_REQUESTS = 100
 MAX_DEPARTED = 16
 RATE_SECONDS = 2.0
-"""What rates are an average of."""
+"""What rates are an average of; less at first."""
+LEAST_RATE_SECONDS = 1.0
 DEPARTED_SECONDS = 60.0
 """How long a worker that is gone is shown."""
 
@@ -77,7 +78,7 @@ class LiveFeed:
         self._readiness = readiness
         self._model = model
         self._queued: int | None = None
-        self._moments: deque[Moment] = deque(maxlen=round(RATE_SECONDS / INTERVAL_SECONDS) + 2)
+        self._moments: deque[Moment] = deque(maxlen=64)
         self._running: dict[str, Answer] = {}
         self._revision = 0
         self._mesh: tuple[int, bytes] = (0, b"")
@@ -129,6 +130,7 @@ class LiveFeed:
         stream = EventStream(request)
         seen = 0
         try:
+            await self._look()  # what the last viewer saw may be long past
             while not self._stopping:
                 await stream.write(self._events_since(seen) or KEEP_ALIVE)
                 seen = self._revision
@@ -166,10 +168,10 @@ class LiveFeed:
 
     def _snapshot(self) -> dict[str, object]:
         moment = Moment.now(self._node.registry.members.values())
-        while len(self._moments) > 1 and moment.at - self._moments[1].at > RATE_SECONDS:
+        while self._moments and moment.at - self._moments[0].at > RATE_SECONDS + INTERVAL_SECONDS:
             self._moments.popleft()
-        earliest = self._moments[0] if self._moments and moment.at - self._moments[0].at >= 1 else None
         self._moments.append(moment)
+        earliest = self._moments[0] if moment.at - self._moments[0].at >= LEAST_RATE_SECONDS else None
         view = view_mesh(moment, earliest)
         return {
             "model": self._model,

@@ -79,7 +79,7 @@ function draw() {
   setText(byId("model"), mesh.model);
   const sum = (field, tier) => mesh.workers.reduce((total, worker) => total + (tier && worker.tier !== tier ? 0 : worker[field]), 0);
   const totals = {
-    rate: rate(sum("tokens_per_second", "decode")),
+    rate: mesh.workers.some((worker) => worker.tokens_per_second != null) ? rate(sum("tokens_per_second", "decode")) : "–",
     running: count(sum("running")),
     waiting: count(sum("waiting")),
     pages: `${count((100 * sum("pages_in_use")) / (sum("pages_total") || 1))} %`,

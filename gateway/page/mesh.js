@@ -174,7 +174,7 @@ function fillTable(workers) {
   workers.forEach((worker, index) => {
     const row = body.rows[index] ?? body.appendChild(html("tr", {}, html("th", { scope: "row" }), ...Array.from({ length: 5 }, () => html("td"))));
     const pages = worker.gone ? "" : `${count(worker.pages_in_use)} of ${count(worker.pages_total)}`;
-    const figures = worker.gone ? ["", "", ""] : [count(worker.running), count(worker.waiting), rate(worker.tokens_per_second ?? 0)];
+    const figures = worker.gone ? ["", "", ""] : [count(worker.running), count(worker.waiting), worker.tokens_per_second == null ? "" : rate(worker.tokens_per_second)];
     [worker.id, stateOf(worker) || "serving", pages, ...figures].forEach((text, column) => setText(row.cells[column], text));
   });
 }
