@@ -103,11 +103,12 @@ class LiveFeed:
 
     async def run(self) -> None:
         """Look at the mesh while somebody watches, until cancelled."""
+        told = 0
         while True:
             await self._watched.wait()
-            revision = self._revision
             await self._look()
-            if self._revision != revision:
+            if self._revision != told:
+                told = self._revision
                 async with self._changed:
                     self._changed.notify_all()
             await asyncio.sleep(INTERVAL_SECONDS)
@@ -119,7 +120,7 @@ class LiveFeed:
             self._changed.notify_all()
 
     async def watch(self, request: web.Request) -> web.StreamResponse:
-        """GET /live: server-sent events `mesh` (an object) and `requests` (those that changed).
+        """GET /live: server-sent events `mesh` (an object) and `requests` (those that changed; at first all, or none).
 
         Raises `Unavailable` where too many watch already.
         """
@@ -152,7 +153,7 @@ class LiveFeed:
         revision, mesh = self._mesh
         rows = [row for changed, row in self._rows.values() if changed > seen]
         events = b"event: mesh\ndata: " + mesh + b"\n\n" if revision > seen else b""
-        return events + (b"event: requests\ndata: [" + b",".join(rows) + b"]\n\n" if rows else b"")
+        return events + (b"event: requests\ndata: [" + b",".join(rows) + b"]\n\n" if rows or seen == 0 else b"")
 
     async def _look(self) -> None:
         try:

@@ -135,10 +135,10 @@ class Page:
         assert "exceptionDetails" not in result, json.dumps(result["exceptionDetails"])[:2000]
         return result["result"].get("value")
 
-    async def until(self, condition: str, seconds: float = PATIENCE_SECONDS / 2) -> Any:
-        """Wait until a JavaScript expression holds, looking whenever the document changes; its value."""
+    async def until(self, condition: str, seconds: float = PATIENCE_SECONDS / 2) -> None:
+        """Wait until a JavaScript expression holds, looking whenever the document changes."""
         script = """new Promise((done) => {
-            const end = (found) => { watch.disconnect(); clearTimeout(timer); done(found); };
+            const end = (found) => { watch.disconnect(); clearTimeout(timer); done(Boolean(found)); };
             const look = () => { const found = (CONDITION); if (found) end(found); };
             const watch = new MutationObserver(look);
             const timer = setTimeout(() => end(null), LIMIT);
@@ -147,7 +147,6 @@ class Page:
         })"""
         found = await self.run(script.replace("CONDITION", condition).replace("LIMIT", str(int(seconds * 1000))))
         assert found, f"never true: {condition}\nproblems: {self.problems}\n{await self.text()}"
-        return found
 
     async def text(self, selector: str = "body") -> str:
         """The text that a reader sees in an element."""

@@ -17,6 +17,7 @@ const chat = new Chat(announce);
 const news = [];
 let mesh = null;
 let known = null; // workers by id and epoch, once the first snapshot is there
+let caughtUp = false; // the first event tells of what was before: nothing moves then
 let paused = false;
 
 function takeMesh(snapshot) {
@@ -48,11 +49,10 @@ function tell(key, at, id, what) {
 }
 
 function takeRequests(changed) {
-  for (const request of changed) {
-    const before = requests.requests.get(request.id);
-    if (requests.caughtUp && !paused) animate(before, request);
+  if (caughtUp && !paused) {
+    for (const request of changed) animate(requests.requests.get(request.id), request);
   }
-  requests.caughtUp = true;
+  caughtUp = true;
   requests.update(changed);
   chat.update(changed);
 }
@@ -100,7 +100,7 @@ function linkIs(state, text) {
 async function onState(state, message) {
   if (state === "live") {
     byId("key").hidden = true;
-    requests.caughtUp = false;
+    caughtUp = false;
     linkIs("live", "live");
   } else if (state === "away") {
     linkIs("away", "the gateway is away");
