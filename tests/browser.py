@@ -60,14 +60,16 @@ class Browser:
             elif (page := self._pages.get(data.get("sessionId", ""))) is not None:
                 page.on_event(data["method"], data["params"])
 
-    async def call(self, method: str, session: str | None = None, **parameters: Any) -> Any:
+    async def call(
+        self, method: str, session: str | None = None, seconds: float = PATIENCE_SECONDS, **parameters: Any
+    ) -> Any:
         """One command and its result. Raises `AssertionError` with what the browser did not like."""
         number = next(self._ids)
         self._answers[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json(
             {"id": number, "method": method, "params": parameters, **({"sessionId": session} if session else {})}
         )
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(seconds):
             data = await self._answers[number]
         assert "error" not in data, f"{method}: {data['error']}"
         return data["result"]
@@ -129,9 +131,11 @@ class Page:
         """See `Browser.call`."""
         return await self._browser.call(method, self._session, **parameters)
 
-    async def run(self, script: str) -> Any:
+    async def run(self, script: str, seconds: float = PATIENCE_SECONDS) -> Any:
         """The value of a JavaScript expression, awaited where it is a promise."""
-        result = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        result = await self.call(
+            "Runtime.evaluate", seconds=seconds, expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in result, json.dumps(result["exceptionDetails"])[:2000]
         return result["result"].get("value")
 
@@ -145,7 +149,8 @@ class Page:
             watch.observe(document, { subtree: true, childList: true, attributes: true, characterData: true });
             look();
         })"""
-        found = await self.run(script.replace("CONDITION", condition).replace("LIMIT", str(int(seconds * 1000))))
+        script = script.replace("CONDITION", condition).replace("LIMIT", str(int(seconds * 1000)))
+        found = await self.run(script, seconds + PATIENCE_SECONDS)
         assert found, f"never true: {condition}\nproblems: {self.problems}\n{await self.text()}"
 
     async def text(self, selector: str = "body") -> str:

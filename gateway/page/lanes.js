@@ -14,7 +14,9 @@ export function phases(attempt, until) {
     found.push({ kind, from, to: from + ms });
     from += ms;
   }
-  if (end > from) found.push({ kind: "decode", from, to: end });
+  const stalled = attempt.failed == null ? end : attempt.last_token ?? from; // nothing came between there and its end
+  if (stalled > from) found.push({ kind: "decode", from, to: stalled });
+  if (end > Math.max(stalled, from)) found.push({ kind: "lost", from: Math.max(stalled, from), to: end });
   return found;
 }
 

@@ -105,7 +105,7 @@ async def test_the_page_is_accessible_and_fits(
         await page.run(AXE.read_text(encoding="utf-8") + ";0")
         found = await page.run(f"axe.run({{runOnly: {json.dumps(TAGS)}}}).then((result) => result.violations)")
         assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found] == []
-        assert await page.run("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+        assert await page.run("document.documentElement.scrollWidth") <= how["size"][0], "it scrolls sideways"
 
 
 async def test_a_chat_of_several_turns_streams_with_its_figures(browser: Browser, open_gateway: OpenGateway) -> None:
@@ -192,6 +192,7 @@ async def test_a_request_that_moved_shows_both_attempts(browser: Browser, open_g
                 .map((lane) => [...lane.children].map((bar) => bar.className))"""
         )
         assert kinds[0][:3] == ["queue", "prefill", "handoff"]
+        assert kinds[0][-2] == "lost"
         assert (kinds[0][-1], kinds[1][-1]) == ("cross", "decode")
         assert "d0 left the mesh" in await page.run("document.querySelector('#rows .why').textContent")
         route = "p0 → d0, then p0 → d1"
