@@ -56,7 +56,7 @@ async def _moving(workers: Workers, delivery: Delivery) -> None:
     """The first decode worker dies after four tokens, the second one goes on."""
     ids, begin = workers.ids(), delivery.entry.generated
     if delivery.entry.attempt == 0:
-        await workers.report(delivery, 0, queue_ms=8, prefill_ms=60, handoff_ms=14)
+        await workers.report(delivery, 0, queue_ms=1, prefill_ms=9, handoff_ms=3)
         await workers.tokens(delivery, 0, ids[:4])
         await workers.leave("d0")
     else:
@@ -192,11 +192,42 @@ async def test_a_request_that_moved_shows_both_attempts(browser: Browser, open_g
                 .map((lane) => [...lane.children].map((bar) => bar.className))"""
         )
         assert kinds[0][:3] == ["queue", "prefill", "handoff"]
-        assert kinds[0][-2] == "lost"
         assert (kinds[0][-1], kinds[1][-1]) == ("cross", "decode")
         assert "d0 left the mesh" in await page.run("document.querySelector('#rows .why').textContent")
         route = "p0 → d0, then p0 → d1"
         await page.until(f"document.querySelector('#messages li:last-child .facts').innerText.includes('{route}')")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"begun": 5, "queue_ms": None}, [("queue", 5, 100)]),
+        ({"begun": 5, "queue_ms": None, "failed": 40}, [("lost", 5, 40)]),
+        ({"last_token": 60}, [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35), ("decode", 35, 60)]),
+        (
+            {"last_token": 60, "failed": 90},
+            [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35), ("decode", 35, 60), ("lost", 60, 90)],
+        ),
+        ({"failed": 90}, [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35), ("lost", 35, 90)]),
+    ],
+    ids=["waits", "never taken", "decodes", "died while decoding", "died before it began"],
+)
+async def test_a_lane_has_the_phases_that_are_known(
+    browser: Browser, open_gateway: OpenGateway, told: dict[str, Any], expected: list[tuple[str, int, int]]
+) -> None:
+    """Time in which nothing came any more is lost, not decoded."""
+    attempt = {
+        "begun": 0,
+        "queue_ms": 10,
+        "prefill_ms": 20,
+        "handoff_ms": 5,
+        "last_token": None,
+        "failed": None,
+        **told,
+    }
+    async with open_gateway() as gateway, _opened(browser, gateway) as page:
+        found = await page.run(f"import('/page/lanes.js').then((lanes) => lanes.phases({json.dumps(attempt)}, 100))")
+    assert [(phase["kind"], phase["from"], phase["to"]) for phase in found] == expected
 
 
 async def test_everything_can_be_done_from_the_keyboard(browser: Browser, open_gateway: OpenGateway) -> None:
