@@ -45,13 +45,13 @@ class GatewayApp:
         self.admission = Admission(mesh.node, settings.max_queued_requests)
         self.readiness = Readiness(self.admission, mesh, tokenizer)
         self.recent = RecentRequests(mesh.node.finished, mesh.node.id)
-        self.live = LiveFeed(mesh.node, self.readiness, model)
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._metrics = metrics
         self._started = int(time.time())
+        self.live = LiveFeed(mesh.node, self.readiness, model)
 
     def build(self) -> web.Application:
         """The aiohttp application."""
@@ -141,8 +141,8 @@ class GatewayApp:
         finally:
             self._metrics.requests.labels(request.path, answer.outcome).inc()
             self.recent.add(answer)
-            self.live.end(answer)
             log_request(answer)
+            self.live.end(answer)
 
     async def _admit(self, request: web.Request, read: Reader) -> Answer:
         try:

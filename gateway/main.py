@@ -54,9 +54,9 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
         url = await _listen(runner, settings)
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(mesh.receive())
+            watching = group.create_task(app.live.run())
             warming = group.create_task(app.readiness.run())
             publishing = group.create_task(app.recent.publish())
-            watching = group.create_task(app.live.run())
             try:
                 yield url
             finally:
