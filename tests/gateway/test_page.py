@@ -198,36 +198,25 @@ async def test_a_request_that_moved_shows_both_attempts(browser: Browser, open_g
         await page.until(f"document.querySelector('#messages li:last-child .facts').innerText.includes('{route}')")
 
 
-@pytest.mark.parametrize(
-    ("told", "expected"),
-    [
+async def test_a_lane_has_the_phases_that_are_known(browser: Browser, open_gateway: OpenGateway) -> None:
+    """Time in which nothing came any more is lost, not decoded."""
+    until_decode = [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35)]
+    cases: list[tuple[dict[str, Any], list[tuple[str, int, int]]]] = [
         ({"begun": 5, "queue_ms": None}, [("queue", 5, 100)]),
         ({"begun": 5, "queue_ms": None, "failed": 40}, [("lost", 5, 40)]),
-        ({"last_token": 60}, [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35), ("decode", 35, 60)]),
-        (
-            {"last_token": 60, "failed": 90},
-            [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35), ("decode", 35, 60), ("lost", 60, 90)],
-        ),
-        ({"failed": 90}, [("queue", 0, 10), ("prefill", 10, 30), ("handoff", 30, 35), ("lost", 35, 90)]),
-    ],
-    ids=["waits", "never taken", "decodes", "died while decoding", "died before it began"],
-)
-async def test_a_lane_has_the_phases_that_are_known(
-    browser: Browser, open_gateway: OpenGateway, told: dict[str, Any], expected: list[tuple[str, int, int]]
-) -> None:
-    """Time in which nothing came any more is lost, not decoded."""
-    attempt = {
-        "begun": 0,
-        "queue_ms": 10,
-        "prefill_ms": 20,
-        "handoff_ms": 5,
-        "last_token": None,
-        "failed": None,
-        **told,
-    }
+        ({"last_token": 60}, [*until_decode, ("decode", 35, 60)]),
+        ({"last_token": 60, "failed": 90}, [*until_decode, ("decode", 35, 60), ("lost", 60, 90)]),
+        ({"failed": 90}, [*until_decode, ("lost", 35, 90)]),
+    ]
+    known = {"begun": 0, "queue_ms": 10, "prefill_ms": 20, "handoff_ms": 5, "last_token": None, "failed": None}
+    attempts = json.dumps([known | told for told, _ in cases])
     async with open_gateway() as gateway, _opened(browser, gateway) as page:
-        found = await page.run(f"import('/page/lanes.js').then((lanes) => lanes.phases({json.dumps(attempt)}, 100))")
-    assert [(phase["kind"], phase["from"], phase["to"]) for phase in found] == expected
+        found = await page.run(
+            f"import('/page/lanes.js').then((lanes) => {attempts}.map((attempt) => lanes.phases(attempt, 100)))"
+        )
+    assert [[(phase["kind"], phase["from"], phase["to"]) for phase in lane] for lane in found] == [
+        expected for _, expected in cases
+    ]
 
 
 async def test_everything_can_be_done_from_the_keyboard(browser: Browser, open_gateway: OpenGateway) -> None:
