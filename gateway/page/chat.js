@@ -1,7 +1,7 @@
 // The chat: several turns, streamed, each answer with its own figures.
 
 import { byId, html, setText } from "./dom.js";
-import { count, milliseconds, rate } from "./format.js";
+import { count, milliseconds, plural, rate } from "./format.js";
 import { drawLanes, route } from "./lanes.js";
 import { ask, events } from "./server.js";
 
@@ -156,7 +156,7 @@ class Answer {
     if (this.first !== null) facts.push(`first token ${milliseconds(this.first - this.asked)}`);
     const tokens = this.usage?.completion_tokens ?? this.request?.output_tokens ?? 0;
     if (tokens > 1 && this.last > this.first) facts.push(`${rate(((tokens - 1) / (this.last - this.first)) * 1000)} tok/s`);
-    if (tokens) facts.push(`${count(tokens)} tokens`);
+    if (tokens) facts.push(plural(tokens, "token"));
     const attempts = this.request?.attempts ?? [];
     const drafted = this.usage?.completion_tokens_details?.accepted_prediction_tokens ?? attempts.reduce((sum, attempt) => sum + attempt.accepted, 0);
     if (drafted) facts.push(`${count(drafted)} of them drafted`);

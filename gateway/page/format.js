@@ -15,6 +15,10 @@ export function count(number) {
   return Math.round(number).toLocaleString("en");
 }
 
+export function plural(number, thing) {
+  return `${count(number)} ${thing}${number === 1 ? "" : "s"}`;
+}
+
 /** The time of day of a Unix time in seconds. */
 export function clock(seconds) {
   return new Date(seconds * 1000).toTimeString().slice(0, 8);

@@ -1,7 +1,7 @@
 // The picture of the mesh. It is drawn anew when workers come or go or its width changes; otherwise figures change.
 
 import { byId, html, setText, svg } from "./dom.js";
-import { clock, count, rate } from "./format.js";
+import { clock, count, plural, rate } from "./format.js";
 import { back, flow, layout } from "./layout.js";
 import { Motes } from "./motes.js";
 
@@ -17,6 +17,7 @@ export class MeshPicture {
     this.drawn = "";
     this.workers = [];
     this.queued = null;
+    this.open = 0;
     new ResizeObserver(() => this.draw()).observe(holder);
   }
 
@@ -40,7 +41,7 @@ export class MeshPicture {
       this.drawn = key;
       this.build(width);
     }
-    setText(this.openText, this.open === 1 ? "1 request" : `${count(this.open ?? 0)} requests`);
+    setText(this.openText, plural(this.open, "request"));
     setText(this.queueText, this.queued == null ? "away" : count(this.queued));
     for (const worker of this.workers) this.cards.get(worker.id)?.update(worker);
   }
@@ -144,8 +145,8 @@ class Card {
 }
 
 function loadOf({ running, waiting }) {
-  if (!running && !waiting) return "idle";
-  return `${count(running)} running${waiting ? `, ${count(waiting)} waiting` : ""}`;
+  const parts = [running && `${count(running)} running`, waiting && `${count(waiting)} waiting`];
+  return parts.filter(Boolean).join(", ") || "idle";
 }
 
 function stateOf(worker) {

@@ -1,7 +1,7 @@
 // The newest requests as a waterfall. Rows are kept while their request is, so that focus and open details stay.
 
 import { byId, html, setText } from "./dom.js";
-import { count, milliseconds, rate } from "./format.js";
+import { count, milliseconds, plural, rate } from "./format.js";
 import { drawLanes, route, speed } from "./lanes.js";
 
 const MOST = 100;
@@ -113,7 +113,7 @@ function attemptRows(attempt, index) {
   const cells = [route(attempt), ...times, ...counts].map((text) => html("td", {}, text));
   const rows = [html("tr", {}, html("th", { scope: "row" }, `${index + 1}`), ...cells)];
   const why = [];
-  if (attempt.redeliveries) why.push(`claimed from ${attempt.redeliveries} prefill worker${attempt.redeliveries > 1 ? "s" : ""} that fell silent`);
+  if (attempt.redeliveries) why.push(`claimed from ${plural(attempt.redeliveries, "prefill worker")} that fell silent`);
   if (attempt.failure) why.push(`went on elsewhere after ${milliseconds(attempt.failed)}: ${attempt.failure}`);
   if (why.length) rows.push(html("tr", { class: "why" }, html("td"), html("td", { colspan: "8" }, why.join("; "))));
   return rows;

@@ -73,7 +73,7 @@ async def _say(page: Page, text: str) -> None:
 async def _said(page: Page, number: int) -> str:
     """The text of message `number`, once its answer has figures of its own."""
     item = f"document.querySelectorAll('#messages li')[{number}]"
-    await page.until(f"{item}?.querySelector('.facts').innerText.includes('tokens')")
+    await page.until(f"{item}?.querySelector('.facts').innerText.includes('token')")
     await page.until("document.querySelector('#stop').disabled")
     return str(await page.run(f"{item}.querySelector('.said').innerText"))
 
