@@ -50,7 +50,7 @@ async def test_a_killed_decode_worker_is_seen_to_die_and_to_come_back_while_its_
         await page.run("document.querySelector('#stop').click()")
         await page.until("document.querySelector('#stop').disabled")
         assert "error" not in await page.run("document.querySelector('#messages').innerHTML")
-        assert await page.run("document.querySelectorAll('#rows .lane').length") == 2
+        assert await page.run("document.querySelectorAll('#rows li:first-child .lane').length") == 2
         await page.run("document.querySelector('#rows details').open = true")
         await page.shoot("demo-3-went-on")
         assert page.problems == []
