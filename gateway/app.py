@@ -72,7 +72,7 @@ class GatewayApp:
                 web.get("/version", self.version),
                 web.get("/", page_file),
                 web.get("/page/{name}", page_file),
-                web.get("/live", self.live.watch),
+                web.get("/live", self.live.watch, allow_head=False),
             ]
         )
         return app

@@ -81,6 +81,8 @@ class LiveFeed:
         self._moments: deque[Moment] = deque(maxlen=64)
         self._running: dict[str, Answer] = {}
         self._revision = 0
+        self._told = 0
+        """The newest change that viewers were woken for, which is a few times a second at most."""
         self._mesh: tuple[int, bytes] = (0, b"")
         """Revision and event."""
         self._rows: OrderedDict[str, tuple[int, bytes]] = OrderedDict()
@@ -103,12 +105,11 @@ class LiveFeed:
 
     async def run(self) -> None:
         """Look at the mesh while somebody watches, until cancelled."""
-        told = 0
         while True:
             await self._watched.wait()
             await self._look()
-            if self._revision != told:
-                told = self._revision
+            if self._revision > self._told:
+                self._told = self._revision
                 async with self._changed:
                     self._changed.notify_all()
             await asyncio.sleep(INTERVAL_SECONDS)
@@ -133,19 +134,20 @@ class LiveFeed:
         try:
             await self._look()  # what the last viewer saw may be long past
             while not self._stopping:
+                newest = self._revision
                 await stream.write(self._events_since(seen) or KEEP_ALIVE)
-                seen = self._revision
-                await self._until_newer_than(seen)
+                seen = newest
+                await self._until_told_after(seen)
             return stream.response
         finally:
             self.viewers -= 1
             if self.viewers == 0:
                 self._watched.clear()
 
-    async def _until_newer_than(self, seen: int) -> None:
+    async def _until_told_after(self, seen: int) -> None:
         try:
             async with asyncio.timeout(KEEP_ALIVE_SECONDS), self._changed:
-                await self._changed.wait_for(lambda: self._revision > seen or self._stopping)
+                await self._changed.wait_for(lambda: self._told > seen or self._stopping)
         except TimeoutError:
             pass
 

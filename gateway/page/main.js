@@ -103,7 +103,7 @@ async function onState(state, message) {
     caughtUp = false;
     linkIs("live", "live");
   } else if (state === "away") {
-    linkIs("away", "the gateway is away");
+    linkIs("away", message ?? "the gateway is away");
   } else {
     linkIs("away", "key wanted");
     await keyGiven(message);

@@ -52,13 +52,14 @@ export async function follow(onEvent, onState) {
       failures = 0;
       await onState("live");
       for await (const { name, data } of events(response)) onEvent(name, JSON.parse(data));
+      await onState("away");
     } catch (error) {
       if (error instanceof KeyWanted) {
         await onState("key", error.message);
         continue;
       }
+      await onState("away", error instanceof TypeError ? undefined : error.message); // fetch throws TypeError
     }
-    await onState("away");
     const seconds = RETRY_SECONDS[Math.min(failures++, RETRY_SECONDS.length - 1)];
     await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
   }

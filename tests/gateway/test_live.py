@@ -123,6 +123,25 @@ async def test_a_late_viewer_gets_the_requests_of_before_and_no_more_than_are_ke
     assert [row["id"] for row in rows] == ids[-3:]
 
 
+async def test_no_change_is_lost_and_many_make_few_events(open_gateway: OpenGateway) -> None:
+    """A viewer is told a few times a second, of all that changed meanwhile."""
+    outcomes: dict[str, str] = {}
+    told = 0
+    async with open_gateway() as gateway, _watch(gateway) as response:
+        begun = asyncio.get_running_loop().time()
+        posts = asyncio.gather(*[gateway.post("/v1/chat/completions", CHAT) for _ in range(40)])
+        async with asyncio.timeout(PATIENCE):
+            async for name, data in _events(response):
+                told += 1
+                if name == "requests":
+                    outcomes |= {row["id"]: row["outcome"] for row in data}
+                if posts.done() and len(outcomes) == 40 and set(outcomes.values()) == {"ok"}:
+                    break
+        seconds = asyncio.get_running_loop().time() - begun
+        assert set(outcomes) == {answer["id"] for _, answer in await posts}
+    assert told <= 2 * (seconds / live.INTERVAL_SECONDS + 2)
+
+
 async def test_viewers_are_bounded_and_must_bring_the_key(open_gateway: OpenGateway, monkeypatch: Any) -> None:
     """The page itself is open, as it asks for the key; one viewer too many is told to come later."""
     monkeypatch.setattr(live, "MAX_VIEWERS", 1)
