@@ -127,15 +127,15 @@ async def test_no_change_is_lost_and_many_make_few_events(open_gateway: OpenGate
     """A viewer is told a few times a second, of all that changed meanwhile."""
     outcomes: dict[str, str] = {}
     told = 0
-    async with open_gateway() as gateway, _watch(gateway) as response:
+    async with open_gateway(lease_seconds=5.0) as gateway, _watch(gateway) as response:
         begun = asyncio.get_running_loop().time()
-        posts = asyncio.gather(*[gateway.post("/v1/chat/completions", CHAT) for _ in range(40)])
+        posts = asyncio.gather(*[gateway.post("/v1/chat/completions", CHAT) for _ in range(16)])
         async with asyncio.timeout(PATIENCE):
             async for name, data in _events(response):
                 told += 1
                 if name == "requests":
                     outcomes |= {row["id"]: row["outcome"] for row in data}
-                if len(outcomes) == 40 and set(outcomes.values()) == {"ok"}:
+                if len(outcomes) == 16 and set(outcomes.values()) == {"ok"}:
                     break
         seconds = asyncio.get_running_loop().time() - begun
         assert set(outcomes) == {answer["id"] for _, answer in await posts}
