@@ -5,7 +5,7 @@ const GAP = 12;
 const HUB = { width: 124, height: 74 };
 const LABEL = 20;
 const RAIL = 26;
-export const NARROW = 640;
+const NARROW = 640;
 
 /**
  * Boxes `{x, y, width, height}` for the gateway, the queue and the workers (by id), the places of the two labels, and
