@@ -43,7 +43,6 @@ function keyOf({ id, started }) {
 
 function tell(key, at, id, what) {
   news.push({ key, at, id, what });
-  news.sort((a, b) => a.at - b.at);
   if (known) announce(`${id} ${what}`);
   if (news.length > 100) news.shift();
 }
