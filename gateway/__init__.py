@@ -12,4 +12,6 @@ How a request runs through the files:
 4. `mesh_client` queues the choices, gives them what the workers send, queues them anew after a failure, and cancels.
 5. `choice` follows the tokens over attempts; `text` turns them into text with `detokenizer` and `stop_strings`.
 6. `respond` writes the answer, whole or as server-sent events, in the form of `chat_shape` or `completion_shape`.
+
+Beside it, `live` tells the page in `page/` of the mesh and of each request's `timeline`; `page_files` serves the page.
 """

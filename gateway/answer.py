@@ -98,18 +98,21 @@ class Answer:
         await self.wait_for_reports()
 
     def usage(self) -> dict[str, object]:
-        """OpenAI's token counts: each prompt once, all answers. `recomputed_tokens` only where a failure cost some."""
+        """OpenAI's token counts: each prompt once, all answers. What failures cost and drafts gave only if any."""
         prompts = sum(len(prompt.token_ids) for prompt in self.job.prompts)
         output = sum(len(choice.token_ids) for choice in self.choices)
         details = {"cached_tokens": sum(self._cached(first) for first in range(0, len(self.choices), self.job.n))}
         if recomputed := sum(len(choice.prompt.token_ids) for choice in self.choices if choice.attempt > 0):
             details["recomputed_tokens"] = recomputed
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": prompts,
             "completion_tokens": output,
             "total_tokens": prompts + output,
             "prompt_tokens_details": details,
         }
+        if accepted := sum(choice.timeline.accepted for choice in self.choices):
+            usage["completion_tokens_details"] = {"accepted_prediction_tokens": accepted}
+        return usage
 
     def _cached(self, first: int) -> int:
         """Prompt tokens that the first answer to a prompt found computed."""

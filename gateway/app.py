@@ -18,8 +18,11 @@ from headrace.gateway.completion_shape import CompletionShape
 from headrace.gateway.errors import ApiError, BodyTooSlow, ModelNotFound, Unavailable
 from headrace.gateway.guard import add_request_id, guard
 from headrace.gateway.job import Job
+from headrace.gateway.live import LiveFeed
 from headrace.gateway.mesh_client import MeshClient
 from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.page_files import page_file
+from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.request_log import log_request
 from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
 from headrace.gateway.shape import Shape
@@ -41,12 +44,14 @@ class GatewayApp:
     ) -> None:
         self.admission = Admission(mesh.node, settings.max_queued_requests)
         self.readiness = Readiness(self.admission, mesh, tokenizer)
+        self.recent = RecentRequests(mesh.node.finished, mesh.node.id)
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._metrics = metrics
         self._started = int(time.time())
+        self.live = LiveFeed(mesh.node, self.readiness, model)
 
     def build(self) -> web.Application:
         """The aiohttp application."""
@@ -65,6 +70,9 @@ class GatewayApp:
                 web.get("/ready", self.ready),
                 web.get("/metrics", self.metrics),
                 web.get("/version", self.version),
+                web.get("/", page_file),
+                web.get("/page/{name}", page_file),
+                web.get("/live", self.live.watch, allow_head=False),
             ]
         )
         return app
@@ -120,6 +128,7 @@ class GatewayApp:
             raise
         if request.transport is None:  # the client has gone, and redis-py may have lost the cancellation (see end_task)
             raise ConnectionResetError("the client has gone")
+        self.live.begin(answer)
         try:
             async with running(answer, self._mesh):
                 shape = shape_of(answer, self._model)
@@ -131,7 +140,9 @@ class GatewayApp:
             raise
         finally:
             self._metrics.requests.labels(request.path, answer.outcome).inc()
+            self.recent.add(answer)
             log_request(answer)
+            self.live.end(answer)
 
     async def _admit(self, request: web.Request, read: Reader) -> Answer:
         try:

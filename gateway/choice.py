@@ -21,6 +21,7 @@ import msgspec
 from headrace.gateway.errors import ApiError, WorkerFailed, worker_error
 from headrace.gateway.job import Prompt
 from headrace.gateway.text import AnswerText, Delta
+from headrace.gateway.timeline import Timeline
 from headrace.messages.request import QueueEntry, SamplingParams
 from headrace.messages.stream import FinishReason, PrefillReport, RequestFailed, TokenEvent
 from headrace.queue import DELIVERIES_PER_ATTEMPT
@@ -77,6 +78,7 @@ class Choice:
         """The first report: later ones count the tokens of earlier attempts as prompt."""
         self.prefill_worker: str | None = None
         self.created = time.monotonic()
+        self.timeline = Timeline()
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.entry_id: str | None = None
@@ -144,6 +146,7 @@ class Choice:
         """Take the news that the prompt is computed; `decode_worker` is the live member that the report names."""
         if not self._follow(report.attempt, courier, even_if_finished=True):
             return
+        self.timeline.prefilled(report, sender.id)
         if self.report is None:
             expected = len(self.prompt.token_ids) - 1
             if self.sampling.prompt_logprobs is not None and len(report.prompt_logprobs or ()) < expected:
@@ -204,6 +207,7 @@ class Choice:
             return False
         if attempt > self.attempt:
             courier.cancel(self, attempt - 1)
+            self.timeline.follow(attempt)
             self.attempt = attempt
             self.decode_worker = None
         return True
@@ -212,6 +216,7 @@ class Choice:
         self.state = "decoding"
         self.last_token_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.last_token_at
+        self.timeline.tokens(len(event.token_ids) - held, self.decode_worker and self.decode_worker[0])
         scores = event.logprobs if self.sampling.logprobs is not None else None
         for index in range(held, len(event.token_ids)):
             token_id = event.token_ids[index]
@@ -241,6 +246,7 @@ class Choice:
                 WorkerFailed(f"Workers failed this request {self.requeues + 1} times, the last time because: {reason}.")
             )
             return
+        self.timeline.retry(reason)
         self.requeues += 1
         self.entry_attempt += DELIVERIES_PER_ATTEMPT
         self.attempt = self.entry_attempt

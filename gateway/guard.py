@@ -24,8 +24,9 @@ from headrace.gateway.respond import encode_json
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
-"""What a load balancer asks without a key."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/"})
+"""What a load balancer asks without a key, and the page, which asks for one."""
+PAGE_FILES = "/page/"
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The X-Request-Id of the request that the current task serves."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,7 +40,7 @@ def guard(api_key: str | None) -> Middleware:
         given = request.headers.get("X-Request-Id", "")
         request_id.set(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
         try:
-            if api_key is not None and request.path not in OPEN_PATHS:
+            if api_key is not None and not _is_open(request.path):
                 _check_key(request, api_key)
             return await handler(request)
         except ConnectionResetError:  # the client has gone: there is nobody to tell
@@ -58,6 +59,10 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
     """Signal handler: every response names its request."""
     if (current := request_id.get()) is not None:
         response.headers["X-Request-Id"] = current
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(PAGE_FILES)
 
 
 def _check_key(request: web.Request, api_key: str) -> None:

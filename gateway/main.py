@@ -54,12 +54,17 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
         url = await _listen(runner, settings)
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(mesh.receive())
+            watching = group.create_task(app.live.run())
             warming = group.create_task(app.readiness.run())
+            publishing = group.create_task(app.recent.publish())
             try:
                 yield url
             finally:
                 await end_task(warming)
+                await end_task(publishing)
                 app.stop()
+                await app.live.stop()
+                await end_task(watching)
                 await runner.cleanup()
                 await mesh.close()
                 await end_task(receiving)

@@ -41,7 +41,7 @@ async def respond_streaming(request: web.Request, answer: Answer, shape: Shape) 
     A slow client gets fewer and larger events, never a longer queue. An error before the first event is raised, so that
     it becomes a plain HTTP error; later ones become an event.
     """
-    stream = _EventStream(request)
+    stream = EventStream(request)
     told = [False] * len(answer.choices)
     try:
         while not all(told):
@@ -85,7 +85,7 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + encode_json(body) + b"\n\n"
 
 
-class _EventStream:
+class EventStream:
     """An SSE response whose headers leave with its first event."""
 
     def __init__(self, request: web.Request) -> None:

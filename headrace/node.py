@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from headrace import __version__
+from headrace.finished_log import FinishedLog
 from headrace.mesh import Mesh
 from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
@@ -43,6 +44,7 @@ class Node:
     registry: Registry
     mesh: Mesh
     queue: RequestQueue
+    finished: FinishedLog
 
 
 @asynccontextmanager
@@ -84,7 +86,7 @@ async def join_mesh(
         heartbeat = asyncio.create_task(registry.run(), name="registry")
         heartbeat.add_done_callback(lambda task: None if task.cancelled() else block.cancel())
         try:
-            yield Node(member.id, registry, mesh, queue)
+            yield Node(member.id, registry, mesh, queue, FinishedLog(client, keys))
         except asyncio.CancelledError:
             if heartbeat.done():  # a process that nobody can see any more must not go on as if it could be seen
                 heartbeat.result()

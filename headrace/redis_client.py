@@ -39,6 +39,10 @@ class Keys:
         """One process's registration; expires with its lease."""
         return f"{self.namespace}:member:{member_id}"
 
+    def finished(self, gateway: str) -> str:
+        """What a gateway finished lately."""
+        return f"{self.namespace}:finished:{gateway}"
+
 
 def connect(url: str) -> redis.asyncio.Redis:
     """A client for `url`; connects at the first command. Fails after a few quick retries, never hangs."""

@@ -39,6 +39,8 @@ class Member(Message, frozen=True, kw_only=True):
     """ZeroMQ address of the process's mailbox."""
     data_address: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """`host:port` that takes data lines; empty where none does."""
+    metrics_address: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    """`host:port` of its `/metrics`, `/health` and `/ready`; empty where it has none."""
     version: Annotated[str, msgspec.Meta(max_length=64)]
     model: Annotated[str, msgspec.Meta(max_length=256)]
     model_fingerprint: Annotated[str, msgspec.Meta(max_length=64)]

@@ -126,7 +126,8 @@ def _welcome(settings: Settings, model: str, seconds: float) -> str:
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Tell me a story."}}]}}'
     return escape(
         f"\nready in {seconds:.1f} s: {base}/v1 serves {model}. Ctrl-C stops it. Try:\n\n"
-        f"curl -N {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+        f"curl -N {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n\n"
+        f"{base}/ shows the mesh at work, and has a chat.\n"
     )
 
 

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before an
 
 from headrace.redis_client import Keys
 from headrace.redis_server import private_redis
+from tests.browser import Browser, chromium
 
 _namespaces = itertools.count()
 
@@ -28,3 +29,10 @@ async def redis_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[s
 def keys() -> Keys:
     """Redis keys that no other test uses."""
     return Keys(f"unit-{next(_namespaces)}")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
+    """One headless Chromium for all tests that look at the page; they are skipped where there is none."""
+    async with chromium(tmp_path_factory.mktemp("chromium")) as running:
+        yield running
