@@ -56,6 +56,12 @@ class Settings(BaseModel):
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
     request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
 
+    metrics_host: str = _field(
+        "127.0.0.1", "HTTP address of a worker's /metrics, /health and /ready", ("prefill", "decode", "colocate")
+    )
+    metrics_port: int = _field(
+        0, "its port; 0 takes a free one, which `status` tells", ("prefill", "decode", "colocate"), ge=0, le=65535
+    )
     worker_id: str | None = _field(
         None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode", "colocate")
     )

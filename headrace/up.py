@@ -95,6 +95,7 @@ def _children(settings: Settings, folder: Path) -> list[Child]:
                 "GOMP_SPINCOUNT": SPIN_COUNT,
                 "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_COPIES),
                 "HEADRACE_WORKER_ID": str(index) if settings.colocate else name,
+                "HEADRACE_METRICS_PORT": "0",  # whatever the environment says: they can't all have it
                 "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
             }
             children.append(Child(name, tier, environment | own))
