@@ -57,7 +57,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null; then $(PIP) $(TORCH); else \
 		$(PIP) -q --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || $(PIP) $(TORCH); fi
-	$(PIP) -e '.[worker,local,dev]'
+	$(PIP) -e '.[worker,local,telemetry,dev]'
 	$(PIP) --no-deps $(BUILT_IN_MODEL)
 	@touch $@
 

@@ -92,7 +92,8 @@ def metrics_data(registry: CollectorRegistry, source: Resource, started: int) ->
     now = time.time_ns()
     metrics: list[Metric] = []
     for family in registry.collect():
-        if (data := _data(family, started, now)) is not None:
+        data = _data(family, started, now)
+        if data is not None and data.data_points:
             name, unit = otlp_name(family.name)
             metrics.append(Metric(name, family.documentation, unit, data))
     scope = ScopeMetrics(InstrumentationScope("headrace", __version__), metrics, "")
