@@ -27,7 +27,7 @@ from tests.e2e.tiny_mesh import MAX_MODEL_LEN, MODEL, VOCABULARY, tiny_engine
 
 PAGES = 12
 STEPS = 5
-"""After which a decode worker that is to stall does."""
+"""After which the first decode worker that makes so many stalls, if one is to."""
 _namespaces = itertools.count()
 
 
@@ -39,8 +39,23 @@ class DyingMesh:
     settings: Settings
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     workers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    stalled: str = ""
+    """Which did."""
+    has_stalled: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     """Lets the stalled worker's thread end."""
+
+    def stall(self, name: str) -> Callable[[int, bool], None]:
+        """What a decode worker is to call after each step."""
+        steps, loop = itertools.count(), asyncio.get_running_loop()
+
+        def on_step(running: int, ended: bool) -> None:
+            if running and next(steps) >= STEPS and self.stalled in ("", name):
+                self.stalled = name
+                loop.call_soon_threadsafe(self.has_stalled.set)
+                self.go_on.wait(60)
+
+        return on_step
 
     async def kill(self, name: str) -> None:
         """The worker ends, and with it all that it held."""
@@ -55,8 +70,8 @@ async def _for_ever() -> None:
 
 
 @asynccontextmanager
-async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: str = "") -> AsyncIterator[DyingMesh]:
-    """One prefill and some decode workers; the one named `stalls` makes no more than `STEPS` steps."""
+async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool = False) -> AsyncIterator[DyingMesh]:
+    """One prefill and some decode workers; `stalls`: one of them makes no more than `STEPS` steps."""
     settings = Settings(
         redis=redis_url, namespace=f"dying-{next(_namespaces)}", port=0, lease_seconds=2.0, worker_id="gateway-0"
     )
@@ -89,7 +104,7 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: str 
                     engine = tiny_engine(folder, PAGES)
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
                     with ThreadPoolExecutor(1) as thread:
-                        on_step = _stall(mesh.go_on) if name == stalls else lambda running, ended: None
+                        on_step = mesh.stall(name) if stalls else lambda running, ended: None
                         worker = DecodeWorker(node, engine, thread, layout, 16, listener, on_step=on_step)
                         await worker.run(_for_ever(), 0.0)
 
@@ -101,13 +116,3 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: str 
         finally:
             for name in list(mesh.workers):
                 await mesh.kill(name)
-
-
-def _stall(go_on: threading.Event) -> Callable[[int, bool], None]:
-    steps = itertools.count()
-
-    def on_step(running: int, ended: bool) -> None:
-        if running and next(steps) >= STEPS:
-            go_on.wait(60)
-
-    return on_step
