@@ -46,7 +46,7 @@ async def run(settings: Settings) -> None:
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
         async with _redis(settings, Path(folder)) as url:
-            console.print(f"Redis at {url}")
+            console.print(f"Redis at {url} (watch the mesh: headrace top --redis {url})", soft_wrap=True)
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
             settings = settings.model_copy(update={"redis": url})
