@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from headrace.gateway.metrics import GatewayMetrics
+from headrace.telemetry.exposition import INFO, INFO_HELP, INFO_LABELS
 from headrace.telemetry.figures import FIGURES, is_counter
 from headrace.telemetry.otlp_metrics import otlp_name
 from headrace.telemetry.worker_metrics import WorkerHistograms
@@ -45,7 +46,8 @@ pushed to it every `OTEL_METRIC_EXPORT_INTERVAL` milliseconds, under the names o
 
 A gateway also shows the figures that workers publish in the registry (the third table), so that one target is enough
 for a small mesh. Where workers are scraped as well, scrape gateways with `/metrics?scope=process`, or aggregate with
-`max by (tier, worker)`.
+`max by (tier, worker)`. Memory, processor time and open files of each process are there under Prometheus' own names
+(`process_resident_memory_bytes` and so on).
 """
 COLUMNS = "| metric | type | labels | meaning | elsewhere | over OTLP |\n| --- | --- | --- | --- | --- | --- |"
 
@@ -71,11 +73,14 @@ def _rows(registry: CollectorRegistry) -> Iterator[str]:
     labels = {id(c): getattr(c, "_labelnames", ()) for c in registry._collector_to_names}
     for collector in registry._collector_to_names:
         for family in collector.collect():
+            if family.name.startswith("process_"):
+                continue
             name = family.name + ("_total" if family.type == "counter" else "")
             yield _row(name, family.type, labels[id(collector)], family.documentation, otlp_name(family.name))
 
 
 def _figures() -> Iterator[str]:
+    yield _row(INFO, "gauge", tuple(INFO_LABELS), INFO_HELP, otlp_name(INFO))
     for figure, help in FIGURES.items():
         kind = "counter" if is_counter(figure) else "gauge"
         name = f"headrace_{figure}"

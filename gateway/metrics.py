@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from headrace.gateway.job import Kind
@@ -48,6 +48,7 @@ class GatewayMetrics:
             registry=self.own,
         )
         self.own.register(_Refused(node))
+        ProcessCollector(registry=self.own)
         self._all = CollectorRegistry()
         """And the workers'."""
         self._all.register(self.own)

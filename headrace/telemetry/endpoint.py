@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from headrace.registry import Registry, Tier
 from headrace.settings import Settings, SettingsError
@@ -26,6 +26,7 @@ class Endpoint:
         """One for each worker in this process, once it has joined."""
         self.metrics = CollectorRegistry()
         self.histograms = WorkerHistograms(self.metrics)
+        ProcessCollector(registry=self.metrics)
         self.metrics.register(MemberFigures(lambda: [registry.me for registry in self.memberships]))
 
     def build(self) -> web.Application:

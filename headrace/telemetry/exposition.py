@@ -12,6 +12,10 @@ from headrace.registry import Member
 from headrace.telemetry.figures import describe, is_counter
 from headrace.wire import TraceParent
 
+INFO = "headrace_worker_info"
+INFO_HELP = "Always 1: joins a worker's figures with what it serves"
+INFO_LABELS = ["tier", "worker", "model_name", "version"]
+
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """The text and its Content-Type, for a request's `Accept` header."""
@@ -42,11 +46,14 @@ class MemberFigures:
     def collect(self) -> Iterable[Metric]:
         """See `prometheus_client.registry.Collector`."""
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        info = GaugeMetricFamily(INFO, INFO_HELP, labels=INFO_LABELS)
         for member in self._members():
+            info.add_metric([member.tier, member.id, member.model, member.version], 1)
             for name, value in member.stats.items():
                 if (help := describe(name)) is None:
                     continue
                 kind = CounterMetricFamily if is_counter(name) else GaugeMetricFamily
                 family = families.setdefault(name, kind(f"headrace_{name}", help, labels=["tier", "worker"]))
                 family.add_metric([member.tier, member.id], value)
-        return families.values()
+        yield info
+        yield from families.values()

@@ -53,8 +53,10 @@ async def test_all_that_a_mesh_shows_is_documented(redis_url: str, tmp_path: Pat
     names = re.findall(r"^\| `(.*?)(?:_total)?` \|", documented, re.MULTILINE)
     patterns = [re.sub("<.*?>", "[a-z_0-9]+", name) for name in names]
     named = re.compile(f"({'|'.join(patterns)})(_total|_bucket|_sum|_count|_created)?")
-    assert [name for name, _, _ in found if not named.fullmatch(name)] == []
+    assert [name for name, _, _ in found if not named.fullmatch(name) and not name.startswith("process_")] == []
     workers = [name for name, labels, _ in found if set(labels) == {"tier", "worker"}]
+    served = [labels["model_name"] for name, labels, _ in found if name == "headrace_worker_info"]
+    assert served == [MODEL] * 2
     assert [name for name in workers if describe(name.removeprefix("headrace_")) == UNKNOWN] == []
     assert workers
     assert not [name for name, labels, _ in own if "worker" in labels]
