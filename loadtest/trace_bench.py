@@ -113,9 +113,7 @@ async def mesh(redis: str, namespace: str, environment: dict[str, str]) -> Async
         *(sys.executable, "-m", "headrace", "gateway", "--port", "0", *flags), env=environment, stderr=pipe
     )
     workers = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "headrace.loadtest.trace_bench", "--workers", redis, namespace),
-        env=environment,
-        stderr=asyncio.subprocess.DEVNULL,
+        *(sys.executable, "-m", "headrace.loadtest.trace_bench", "--workers", redis, namespace), env=environment
     )
     try:
         assert gateway.stderr is not None
@@ -214,14 +212,12 @@ async def bench(rounds: int, requests: int) -> list[Figure]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         redis = await stack.enter_async_context(private_redis(folder))
         sink = await stack.enter_async_context(collector())
-        ways: dict[str, Way] = {}
-        for name, variables in WAYS.items():
-            environment = variables | ({"OTEL_EXPORTER_OTLP_ENDPOINT": sink.url} if variables else {})
-            namespace = f"trace-{len(ways)}"
-            ways[name] = await stack.enter_async_context(mesh(redis, namespace, environment))
+        environments = [v | ({"OTEL_EXPORTER_OTLP_ENDPOINT": sink.url} if v else {}) for v in WAYS.values()]
+        opened = [stack.enter_async_context(mesh(redis, f"trace-{i}", v)) for i, v in enumerate(environments)]
+        ways = dict(zip(WAYS, await asyncio.gather(*opened), strict=True))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         for way in ways.values():
-            await answer(way, http, requests, numbers)
+            await answer(way, http, requests // 4, numbers)
             way.seconds.clear()
         for number in range(rounds):
             order = list(ways.values())
@@ -245,15 +241,15 @@ async def bench(rounds: int, requests: int) -> list[Figure]:
 def main() -> None:
     """Parse the command line, measure, write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three short rounds")
+    parser.add_argument("--quick", action="store_true", help="two short rounds")
     parser.add_argument("--rounds", type=int, help="interleaved rounds")
     parser.add_argument("--workers", nargs=2, metavar=("REDIS", "NAMESPACE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.workers:
         asyncio.run(workers(*options.workers))
         return
-    rounds = options.rounds or (3 if options.quick else 24)
-    publish("trace", asyncio.run(bench(rounds, 64 if options.quick else 400)))
+    rounds = options.rounds or (2 if options.quick else 24)
+    publish("trace", asyncio.run(bench(rounds, 48 if options.quick else 400)))
 
 
 if __name__ == "__main__":
