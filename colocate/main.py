@@ -31,6 +31,7 @@ from headrace.node import join_mesh, until_stopped
 from headrace.prefill.main import TOKEN_BUDGET
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
+from headrace.telemetry.endpoint import Endpoint, worker_endpoint
 
 if TYPE_CHECKING:
     from headrace.colocate.shared_steps import SharedSteps
@@ -45,12 +46,16 @@ FEWEST_TOKENS = {"cuda": 256, "cpu": 32}
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
-    async with loaded_model(settings, decodes=True) as model:
-        await serve(settings, model, until_stopped(), await speculator_for(settings, model))
+    async with worker_endpoint(settings, "decode") as endpoint, loaded_model(settings, decodes=True) as model:
+        await serve(settings, model, until_stopped(), await speculator_for(settings, model), endpoint)
 
 
 async def serve(
-    settings: Settings, model: LoadedModel, stopped: Awaitable[None], speculator: Speculator | None = None
+    settings: Settings,
+    model: LoadedModel,
+    stopped: Awaitable[None],
+    speculator: Speculator | None = None,
+    endpoint: Endpoint | None = None,
 ) -> None:
     """Both workers, until `stopped` is done and what they hold is finished."""
     name = settings.worker_id or secrets.token_hex(3)
@@ -58,8 +63,8 @@ async def serve(
     as_decode = settings.model_copy(update={"worker_id": f"decode-{name}"})
     async with (
         data_listener(settings.bind, settings.mesh_key) as listener,
-        join_mesh(as_decode, "decode", model.identity, listener.address) as decode_node,
-        join_mesh(as_prefill, "prefill", model.identity) as prefill_node,
+        join_mesh(as_decode, "decode", model.identity, listener.address, endpoint) as decode_node,
+        join_mesh(as_prefill, "prefill", model.identity, endpoint=endpoint) as prefill_node,
         DataLines(prefill_node.registry, settings.mesh_key) as lines,
     ):
         engine, kind = model.engine, model.engine.device.type

@@ -15,17 +15,18 @@ from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
 from headrace.node import join_mesh, until_stopped
 from headrace.settings import Settings
+from headrace.telemetry.endpoint import worker_endpoint
 
 log = logging.getLogger(__name__)
 
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
-    async with loaded_model(settings, decodes=True) as model:
+    async with worker_endpoint(settings, "decode") as endpoint, loaded_model(settings, decodes=True) as model:
         speculator = await speculator_for(settings, model)
         async with (
             data_listener(settings.bind, settings.mesh_key) as listener,
-            join_mesh(settings, "decode", model.identity, listener.address) as node,
+            join_mesh(settings, "decode", model.identity, listener.address, endpoint) as node,
         ):
             worker = DecodeWorker(
                 node,

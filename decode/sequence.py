@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ class Sequence:
     """Output tokens so far, those of earlier attempts among them."""
     in_flight: int = 0
     """Steps that make a token of this request and whose tokens are not known yet."""
+    started_at: float = field(default_factory=time.time)
+    """Unix time in seconds at which it was handed over."""
     key: Key = field(init=False)
     gateway: str = field(init=False)
     stop_token_ids: tuple[int, ...] = field(init=False)

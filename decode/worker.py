@@ -16,6 +16,7 @@ from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import Speculator
 from headrace.decode.step import Alongside, run_step
+from headrace.decode.watch import ended
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
@@ -28,6 +29,7 @@ from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, T
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
+from headrace.telemetry.events import StepRan
 from headrace.wire import Decoder, Message
 
 log = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ class DecodeWorker:
         while True:
             await self._work.wait()
             plan = self._schedule()
-            started = loop.time()
+            started, running = loop.time(), self._scheduler.num_running
             try:
                 tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
             except Exception:
@@ -119,6 +121,8 @@ class DecodeWorker:
                 self._give_up_running()
             else:
                 self._apply(tokens)
+                if tokens:
+                    self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
                 if self._speculator is not None and plan is not None and tokens is not None:
                     self._speculator.ran(plan.drafts, loop.time() - started)
             self._publish()
@@ -186,7 +190,7 @@ class DecodeWorker:
             scores = None if logprobs is None else [logprobs]
             outbox[sequence.gateway].append(TokenEvent(request_id, attempt, generated - 1, [token_id], scores, reason))
             if reason is not None:
-                self._scheduler.remove(sequence.key)
+                self._finish(sequence, reason)
 
     def _apply_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
         """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
@@ -215,7 +219,11 @@ class DecodeWorker:
         )
         self._outbox[sequence.gateway].append(event)
         if reason is not None:
-            self._scheduler.remove(sequence.key)
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.remove(sequence.key)
+        ended(self._node.telemetry, sequence, "finished", reason)
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token is on its way to the client before any step runs."""
@@ -264,10 +272,12 @@ class DecodeWorker:
         request_id, attempt = sequence.key
         failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=True)
         self._post(sequence.offer.gateway, failed)
+        ended(self._node.telemetry, sequence, "failed", code)
 
-    def _cancel(self, keys: list[Key]) -> None:
-        for key in keys:
-            self._scheduler.remove(key)
+    def _cancel(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._scheduler.remove(sequence.key)
+            ended(self._node.telemetry, sequence, "cancelled", "cancelled")
         self._work.set()
 
     async def _mailbox_loop(self) -> None:
@@ -276,8 +286,8 @@ class DecodeWorker:
             match message, inbound.sender.tier:
                 case Cancel(), "gateway":
                     self._receiver.cancel(message.request_id, message.attempt)
-                    held = [sequence.key for sequence in self._scheduler.sequences()]
-                    self._cancel([key for key in held if key[0] == message.request_id and key[1] <= message.attempt])
+                    held = self._scheduler.sequences()
+                    self._cancel([s for s in held if s.key[0] == message.request_id and s.key[1] <= message.attempt])
                 case Cancel(), _:
                     self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
                 case _, "prefill":
@@ -299,7 +309,7 @@ class DecodeWorker:
             self._receiver.sender_left(member.id)
         elif member.tier == "gateway":
             self._receiver.cancel_gateway(member.id)
-            self._cancel([s.key for s in self._scheduler.sequences() if s.offer.gateway == member.id])
+            self._cancel([s for s in self._scheduler.sequences() if s.offer.gateway == member.id])
 
     def _publish_stats(self) -> None:
         self._stats_at = time.monotonic()
@@ -316,4 +326,5 @@ class DecodeWorker:
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
         if self._speculator is not None:
             stats |= self._speculator.stats()
+        stats |= self._node.telemetry.stats()
         self._node.registry.update_stats(stats)

@@ -27,6 +27,7 @@ from headrace.gateway.request_log import log_request
 from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
 from headrace.gateway.shape import Shape
 from headrace.gateway.tokenizer import Tokenizer
+from headrace.gateway.tracing import current, tracing
 from headrace.gateway.warmup import Readiness
 from headrace.settings import Settings
 
@@ -44,7 +45,7 @@ class GatewayApp:
     ) -> None:
         self.admission = Admission(mesh.node, settings.max_queued_requests)
         self.readiness = Readiness(self.admission, mesh, tokenizer)
-        self.recent = RecentRequests(mesh.node.finished, mesh.node.id)
+        self.recent = RecentRequests(mesh.node)
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
@@ -55,9 +56,10 @@ class GatewayApp:
 
     def build(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(
-            client_max_size=self._settings.max_body_bytes, middlewares=[guard(self._settings.api_key)]
-        )
+        middlewares = [guard(self._settings.api_key)]
+        if (tracer := self._mesh.node.telemetry.tracer) is not None:
+            middlewares.append(tracing(tracer))
+        app = web.Application(client_max_size=self._settings.max_body_bytes, middlewares=middlewares)
         app.on_response_prepare.append(add_request_id)
         app.add_routes(
             [
@@ -104,10 +106,10 @@ class GatewayApp:
         return _json({"ready": True}) if reason is None else _json({"ready": False, "reason": reason}, status=503)
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """GET /metrics."""
-        return web.Response(
-            body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        """GET /metrics: this process and all workers, or with `?scope=process` this process alone."""
+        whole_mesh = request.query.get("scope") != "process"
+        body, content_type = self._metrics.render(request.headers.get("Accept", ""), whole_mesh)
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def version(self, request: web.Request) -> web.Response:
         """GET /version."""
@@ -140,9 +142,16 @@ class GatewayApp:
             raise
         finally:
             self._metrics.requests.labels(request.path, answer.outcome).inc()
-            self.recent.add(answer)
+            self._ended(answer)
             log_request(answer)
             self.live.end(answer)
+
+    def _ended(self, answer: Answer) -> None:
+        first, trace = answer.choices[0], current.get()
+        self._metrics.observe_end(answer.job.kind, first.created, first.traceparent)
+        self.recent.add(answer, "" if trace is None else trace.trace_id)
+        if trace is not None:
+            trace.answered(answer)
 
     async def _admit(self, request: web.Request, read: Reader) -> Answer:
         try:
@@ -154,6 +163,8 @@ class GatewayApp:
         self._check_model(model)
         context_length = await self.admission.admit(job.choices)
         answer = Answer(job, self._tokenizer.vocabulary, context_length, self._settings.request_timeout)
+        if (trace := current.get()) is not None:
+            trace.follow(answer, self._model)
         self._metrics.prompt_tokens.inc(sum(len(prompt.token_ids) for prompt in job.prompts))
         return answer
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
@@ -26,6 +26,10 @@ from headrace.messages.request import QueueEntry, SamplingParams
 from headrace.messages.stream import FinishReason, PrefillReport, RequestFailed, TokenEvent
 from headrace.queue import DELIVERIES_PER_ATTEMPT
 from headrace.registry import Member
+from headrace.wire import TraceParent
+
+if TYPE_CHECKING:
+    from headrace.gateway.tracing import ChoiceTrace
 
 MAX_REQUEUES = 5
 
@@ -81,6 +85,8 @@ class Choice:
         self.timeline = Timeline()
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
+        self.trace: ChoiceTrace | None = None
+        """None where the request is not traced."""
         self.entry_id: str | None = None
         """The queue entry's id in Redis; kept by the courier."""
         self._text = text
@@ -104,6 +110,11 @@ class Choice:
         return self.state in ("finished", "failed", "cancelled")
 
     @property
+    def traceparent(self) -> TraceParent | None:
+        """The newest attempt's span; None where the request is not traced."""
+        return None if self.trace is None else self.trace.traceparent
+
+    @property
     def last_attempt(self) -> int:
         """The highest attempt number that a delivery of the newest queue entry can have."""
         return self.entry_attempt + DELIVERIES_PER_ATTEMPT - 1
@@ -122,6 +133,7 @@ class Choice:
             sampling=sampling,
             enqueued_at=time.time(),
             deadline=self.deadline,
+            traceparent=None if self.trace is None else self.trace.begin_attempt(self),
         )
 
     def on_tokens(self, event: TokenEvent, sender: Member, courier: Courier) -> int:
@@ -241,6 +253,8 @@ class Choice:
     def _retry(self, reason: str, courier: Courier) -> None:
         """Queue the rest of the answer under the next attempt number, which makes all earlier ones stale."""
         courier.drop(self)
+        if self.trace is not None:
+            self.trace.attempt_failed(reason)
         if self.requeues == MAX_REQUEUES:
             self.fail(
                 WorkerFailed(f"Workers failed this request {self.requeues + 1} times, the last time because: {reason}.")

@@ -17,6 +17,7 @@ from headrace.models.locate import locate_model
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
 from headrace.settings import Settings, SettingsError
 from headrace.tasks import end_task
+from headrace.telemetry.otlp_metrics import pushing_metrics
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
     await runner.setup()
     try:
         url = await _listen(runner, settings)
-        async with asyncio.TaskGroup() as group:
+        async with pushing_metrics(metrics.own, "gateway", settings.namespace), asyncio.TaskGroup() as group:
             receiving = group.create_task(mesh.receive())
             watching = group.create_task(app.live.run())
             warming = group.create_task(app.readiness.run())
-            publishing = group.create_task(app.recent.publish())
+            publishing = group.create_task(app.recent.publish(lambda: metrics.stats(mesh.running)))
             try:
                 yield url
             finally:

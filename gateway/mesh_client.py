@@ -117,7 +117,7 @@ class MeshClient:
         before = choice.last_token_at
         fresh = choice.on_tokens(event, sender, self)
         if fresh and choice.last_token_at is not None:
-            self._metrics.observe_tokens(fresh, choice.created, before, choice.last_token_at)
+            self._metrics.observe_tokens(fresh, choice.created, before, choice.last_token_at, choice.traceparent)
 
     async def _on_report(self, report: PrefillReport, sender: Member) -> None:
         registry = self.node.registry

@@ -2,68 +2,100 @@
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, Metric
 
+from headrace.gateway.job import Kind
 from headrace.node import Node
+from headrace.registry import Member
+from headrace.telemetry.exposition import MemberFigures, exemplar, geometric, render
+from headrace.wire import TraceParent
 
-METRIC_NAME = re.compile(r"[a-z_][a-z0-9_]*")
-
-
-def _seconds(first: float, last: float, factor: float) -> list[float]:
-    """Bucket bounds in a geometric row."""
-    bounds = [first]
-    while bounds[-1] < last:
-        bounds.append(round(bounds[-1] * factor, 6))
-    return bounds
+OPERATIONS: dict[Kind, str] = {"chat": "chat", "completion": "text_completion"}
+"""What OpenTelemetry's GenAI conventions call them."""
 
 
 class GatewayMetrics:
     """All that `/metrics` shows."""
 
     def __init__(self, node: Node) -> None:
-        self._registry = CollectorRegistry()
+        self._node = node
+        self.own = CollectorRegistry()
+        """Those of this process."""
+        self._model = node.registry.me.model
         self.requests = Counter(
-            "headrace_gateway_requests", "HTTP requests for answers", ["endpoint", "outcome"], registry=self._registry
+            "headrace_gateway_requests", "HTTP requests for answers", ["endpoint", "outcome"], registry=self.own
         )
-        self.prompt_tokens = Counter("headrace_gateway_prompt_tokens", "Tokens of prompts", registry=self._registry)
-        self.output_tokens = Counter("headrace_gateway_output_tokens", "Tokens of answers", registry=self._registry)
-        self.requeues = Counter(
-            "headrace_gateway_requeues", "Answers queued anew after a failure", registry=self._registry
+        self.prompt_tokens = Counter("headrace_gateway_prompt_tokens", "Tokens of prompts", registry=self.own)
+        self.output_tokens = Counter("headrace_gateway_output_tokens", "Tokens of answers", registry=self.own)
+        self.requeues = Counter("headrace_gateway_requeues", "Answers queued anew after a failure", registry=self.own)
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From the request's admission to its first token", geometric(0.005, 120, 1.3)
         )
-        self.time_to_first_token = Histogram(
-            "headrace_gateway_time_to_first_token_seconds",
-            "From the request's admission to its first token",
-            buckets=_seconds(0.005, 120, 1.3),
-            registry=self._registry,
-        )
-        self.inter_token = Histogram(
-            "headrace_gateway_inter_token_seconds",
+        self.inter_token = self._histogram(
+            "inter_token_seconds",
             "Between tokens of one answer; tokens that come together share the time",
-            buckets=_seconds(0.0005, 5, 1.25),
-            registry=self._registry,
+            geometric(0.0005, 5, 1.25),
         )
-        self._registry.register(_MeshCollector(node))
+        self.end_to_end = Histogram(
+            "headrace_gateway_e2e_request_latency_seconds",
+            "From a request's admission to the end of its answer",
+            ["model_name", "operation"],
+            buckets=geometric(0.01, 600, 1.5),
+            registry=self.own,
+        )
+        self.own.register(_Refused(node))
+        ProcessCollector(registry=self.own)
+        self._all = CollectorRegistry()
+        """And the workers'."""
+        self._all.register(self.own)
+        self._all.register(MemberFigures(self._workers))
+        self._tokens = 0
+        self._finished = 0
 
-    def observe_tokens(self, count: int, created: float, before: float | None, now: float) -> None:
+    def _histogram(self, name: str, help: str, buckets: list[float]) -> Histogram:
+        family = Histogram(f"headrace_gateway_{name}", help, ["model_name"], buckets=buckets, registry=self.own)
+        return family.labels(self._model)
+
+    def _workers(self) -> Iterable[Member]:
+        return (member for member in self._node.registry.members.values() if member.tier != "gateway")
+
+    def observe_tokens(
+        self, count: int, created: float, before: float | None, now: float, trace: TraceParent | None = None
+    ) -> None:
         """Count `count` tokens that came together at `now`; `before` is when the ones ahead of them came."""
+        self._tokens += count
         self.output_tokens.inc(count)
         if before is None:
-            self.time_to_first_token.observe(now - created)
+            self.time_to_first_token.observe(now - created, exemplar(trace))
             return
         for _ in range(count):
-            self.inter_token.observe((now - before) / count)
+            self.inter_token.observe((now - before) / count, exemplar(trace))
 
-    def render(self) -> bytes:
-        """Prometheus text format 0.0.4."""
-        return generate_latest(self._registry)
+    def observe_end(self, kind: Kind, created: float, trace: TraceParent | None = None) -> None:
+        """Count an answer that is over, well or not."""
+        self._finished += 1
+        operation = OPERATIONS[kind]
+        self.end_to_end.labels(self._model, operation).observe(time.monotonic() - created, exemplar(trace))
+
+    def stats(self, running: int) -> dict[str, float]:
+        """What this gateway publishes in the registry, while `running` answers are made."""
+        return {
+            "requests_running": running,
+            "requests_finished_total": self._finished,
+            "output_tokens_total": self._tokens,
+        }
+
+    def render(self, accept: str, whole_mesh: bool) -> tuple[bytes, str]:
+        """The text and its Content-Type, for a request's `Accept` header; `whole_mesh`: with workers' figures."""
+        return render(self._all if whole_mesh else self.own, accept)
 
 
-class _MeshCollector:
-    """Reads the registry and the mesh when it is scraped."""
+class _Refused:
+    """Reads the mesh when it is scraped."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -74,19 +106,3 @@ class _MeshCollector:
         )
         refused.add_metric([], self._node.mesh.refused)
         yield refused
-        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for member in self._node.registry.members.values():
-            if member.tier == "gateway":
-                continue
-            for name, value in member.stats.items():
-                if not METRIC_NAME.fullmatch(name):
-                    continue
-                family = families.setdefault(name, _family(name))
-                family.add_metric([member.tier, member.id], value)
-        yield from families.values()
-
-
-def _family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
-    counts = name.endswith("_total") and name != "kv_pages_total"
-    kind = CounterMetricFamily if counts else GaugeMetricFamily
-    return kind(f"headrace_{name}", "A worker's own figure", labels=["tier", "worker"])

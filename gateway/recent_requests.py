@@ -6,45 +6,48 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
-from headrace.finished_log import FinishedLog
 from headrace.gateway.answer import Answer
 from headrace.messages.finished import MAX_FINISHED, FinishedRequest
+from headrace.node import Node
 from headrace.redis_client import RedisError
 
 log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 1.0
-"""Between two writes to Redis, at least."""
+"""Between two writes to Redis."""
 
 
 class RecentRequests:
     """Remembers `MAX_FINISHED` of them."""
 
-    def __init__(self, finished_log: FinishedLog, gateway: str) -> None:
+    def __init__(self, node: Node) -> None:
         self.newest: deque[FinishedRequest] = deque(maxlen=MAX_FINISHED)
         """Oldest first."""
-        self._log = finished_log
-        self._gateway = gateway
-        self._changed = asyncio.Event()
+        self._node = node
+        self._changed = False
 
     def add(self, answer: Answer, trace_id: str = "") -> FinishedRequest:
         """Remember a request that has just ended."""
         finished = finished_request(answer, trace_id)
         self.newest.append(finished)
-        self._changed.set()
+        self._changed = True
         return finished
 
-    async def publish(self) -> None:
-        """Keep Redis current until cancelled. What can't be written is written with the next."""
+    async def publish(self, stats: Callable[[], dict[str, float]]) -> None:
+        """Keep Redis current until cancelled, this gateway's `stats` too. What can't be written is, the next time."""
         while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                await self._log.write(self._gateway, list(self.newest))
-            except RedisError as error:
-                log.debug("recent requests could not be published: %s", error)
             await asyncio.sleep(PUBLISH_SECONDS)
+            self._node.registry.update_stats(stats())
+            if not self._changed:
+                continue
+            self._changed = False
+            try:
+                await self._node.finished.write(self._node.id, list(self.newest))
+            except RedisError as error:
+                self._changed = True
+                log.debug("recent requests could not be published: %s", error)
 
 
 def finished_request(answer: Answer, trace_id: str = "") -> FinishedRequest:

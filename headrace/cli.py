@@ -1,4 +1,4 @@
-"""The command line: `headrace up | gateway | prefill | decode | colocate | keys`, with flags made from `Settings`."""
+"""The command line: `headrace COMMAND`, with flags made from `Settings`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ COMMANDS = {
     "prefill": ("headrace.prefill.main", "compute prompts' KV pages and hand them to decode workers"),
     "colocate": ("headrace.colocate.main", "be a prefill and a decode worker in one process"),
     "decode": ("headrace.decode.main", "receive KV pages and make tokens"),
+    "status": ("headrace.status", "tell how a mesh is, at one look"),
+    "top": ("headrace.top", "show a mesh at work, live"),
+    "doctor": ("headrace.doctor", "check what this machine has and say what to fix"),
 }
 
 
@@ -39,17 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "keys":
             return _make_key(options["file"])
-        positional = options.pop("model_positional")
-        options["model"] = options["model"] or positional
+        if positional := options.pop("model_positional", None):
+            options["model"] = options["model"] or positional
         settings = Settings.load(options)
         _set_up_logging(settings.log_level)
-        _run(COMMANDS[command][0], settings)
+        return _run(COMMANDS[command][0], settings)
     except StartError as error:
         print(f"headrace {command}: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -128,10 +130,10 @@ def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=pattern, datefmt="%H:%M:%S", stream=sys.stderr)
 
 
-def _run(module: str, settings: Settings) -> None:
-    """Import a command's module only now: a gateway must start where torch is not installed."""
+def _run(module: str, settings: Settings) -> int:
+    """Run a command; returns its exit code. Imports it only now: a gateway must start where torch is not installed."""
     try:
-        run: Callable[[Settings], Coroutine[None, None, None]] = importlib.import_module(module).run
+        run: Callable[[Settings], Coroutine[None, None, int | None]] = importlib.import_module(module).run
     except ModuleNotFoundError as error:
         raise StartError(f"{error.name} is not installed here: `pip install 'headrace[worker]'`") from error
-    uvloop.run(run(settings))
+    return uvloop.run(run(settings)) or 0

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
 from headrace import __version__
 from headrace.finished_log import FinishedLog
 from headrace.mesh import Mesh
@@ -21,6 +23,9 @@ from headrace.redis_client import Keys, RedisError, connect
 from headrace.registry import Member, Registry, Tier
 from headrace.settings import Settings, SettingsError
 from headrace.tasks import end_task
+from headrace.telemetry.endpoint import Endpoint
+from headrace.telemetry.telemetry import Telemetry
+from headrace.telemetry.worker_metrics import WorkerHistograms
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +50,19 @@ class Node:
     mesh: Mesh
     queue: RequestQueue
     finished: FinishedLog
+    telemetry: Telemetry
 
 
 @asynccontextmanager
 async def join_mesh(
-    settings: Settings, tier: Tier, model: ModelIdentity, data_address: str = ""
+    settings: Settings, tier: Tier, model: ModelIdentity, data_address: str = "", endpoint: Endpoint | None = None
 ) -> AsyncIterator[Node]:
-    """Be a member of the mesh inside the block. `data_address` is where this process takes data lines, if it does.
+    """Be a member of the mesh inside the block.
 
-    Raises `SettingsError` where Redis can't be reached and `MeshMismatch` where this process doesn't fit the mesh.
+    `data_address` is where this process takes data lines, if it does, and `endpoint` where it shows its metrics.
+
+    Raises `SettingsError` where Redis can't be reached, `MeshMismatch` where this process doesn't fit the mesh and
+    `TelemetryError`.
     """
     url = settings.redis or DEFAULT_REDIS
     client = connect(url)
@@ -66,11 +75,14 @@ async def join_mesh(
             tier=tier,
             address=mesh.address,
             data_address=data_address,
+            metrics_address=endpoint.address if endpoint else "",
             version=__version__,
             model=model.name,
             model_fingerprint=model.fingerprint,
             max_model_len=model.max_model_len,
         )
+        histograms = endpoint.histograms if endpoint else WorkerHistograms(CollectorRegistry())
+        telemetry = Telemetry(tier, member.id, settings.namespace, model.name, histograms)
         registry = Registry(client, keys, member, settings.lease_seconds)
         mesh.follow(registry)
         queue = RequestQueue(client, keys)
@@ -85,8 +97,10 @@ async def join_mesh(
         assert block is not None
         heartbeat = asyncio.create_task(registry.run(), name="registry")
         heartbeat.add_done_callback(lambda task: None if task.cancelled() else block.cancel())
+        if endpoint is not None:
+            endpoint.memberships.append(registry)
         try:
-            yield Node(member.id, registry, mesh, queue, FinishedLog(client, keys))
+            yield Node(member.id, registry, mesh, queue, FinishedLog(client, keys), telemetry)
         except asyncio.CancelledError:
             if heartbeat.done():  # a process that nobody can see any more must not go on as if it could be seen
                 heartbeat.result()
@@ -97,6 +111,7 @@ async def join_mesh(
                 await registry.leave()
             except RedisError as error:
                 log.warning("could not leave the registry, the lease will end by itself: %s", error)
+            await telemetry.close()
     finally:
         mesh.close()
         await client.aclose()

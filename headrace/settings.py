@@ -23,6 +23,7 @@ NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_CPU_SHARE"}
 GATEWAY = ("up", "gateway")
 WORKER = ("up", "prefill", "decode", "colocate")
 ALL = (*WORKER, "gateway")
+WATCH = ("status", "top", "doctor")
 
 
 class SettingsError(StartError):
@@ -38,24 +39,40 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = _field("smollm2", "built-in `smollm2`, a Hugging Face folder, a .gguf file or a hub id", ALL)
+    model: str = _field(
+        "smollm2", "built-in `smollm2`, a Hugging Face folder, a .gguf file or a hub id", (*ALL, "doctor")
+    )
     served_model_name: str | None = _field(
         None, "name that clients use for the model (default: the model's own)", GATEWAY
     )
-    redis: str | None = _field(None, "redis://, rediss:// or unix:// URL; `up` starts a private server if none", ALL)
-    namespace: str = _field("headrace", "prefix of all Redis keys: one mesh a namespace", ALL, pattern=r"^[\w.-]+$")
+    redis: str | None = _field(
+        None, "redis://, rediss:// or unix:// URL; `up` starts a private server if none", (*ALL, *WATCH)
+    )
+    namespace: str = _field(
+        "headrace", "prefix of all Redis keys: one mesh a namespace", (*ALL, *WATCH), pattern=r"^[\w.-]+$"
+    )
     lease_seconds: float = _field(2.0, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
-    bind: str = _field("127.0.0.1", "address that other machines of the mesh reach this process at", ALL)
-    mesh_key: Path | None = _field(None, "file made by `headrace keys`; required where --bind is not loopback", ALL)
-    log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe messages shown", ALL)
+    bind: str = _field("127.0.0.1", "address that other machines of the mesh reach this process at", (*ALL, "doctor"))
+    mesh_key: Path | None = _field(
+        None, "file made by `headrace keys`; required where --bind is not loopback", (*ALL, "doctor")
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _field(
+        "info", "least severe messages shown", (*ALL, *WATCH)
+    )
 
-    host: str = _field("127.0.0.1", "HTTP address", GATEWAY)
-    port: int = _field(8000, "HTTP port", GATEWAY, ge=0, le=65535)
+    host: str = _field("127.0.0.1", "HTTP address", (*GATEWAY, "doctor"))
+    port: int = _field(8000, "HTTP port", (*GATEWAY, "doctor"), ge=0, le=65535)
     api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
     max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
     request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
 
+    metrics_host: str = _field(
+        "127.0.0.1", "HTTP address of a worker's /metrics, /health and /ready", ("prefill", "decode", "colocate")
+    )
+    metrics_port: int = _field(
+        0, "its port; 0 takes a free one, which `status` tells", ("prefill", "decode", "colocate"), ge=0, le=65535
+    )
     worker_id: str | None = _field(
         None, "name of this worker (default: tier and a random suffix)", ("prefill", "decode", "colocate")
     )
@@ -101,6 +118,8 @@ class Settings(BaseModel):
     )
     colocate: bool = _field(False, "start one worker that is both tiers, in place of --prefill and --decode", ("up",))
 
+    json_output: bool = _field(False, "print one JSON object instead of text", ("status", "doctor"))
+
     prefill: int = _field(1, "prefill workers to start", ("up",), ge=1, le=64)
     decode: int = _field(1, "decode workers to start", ("up",), ge=1, le=64)
 
@@ -138,6 +157,8 @@ def env_name(field: str) -> str:
 
 def flag_name(field: str) -> str:
     """The flag of a field."""
+    if field == "json_output":  # a field named `json` would hide a method of pydantic's
+        return "--json"
     return "--" + field.replace("_", "-")
 
 

@@ -46,7 +46,7 @@ async def run(settings: Settings) -> None:
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
         async with _redis(settings, Path(folder)) as url:
-            console.print(f"Redis at {url}")
+            console.print(f"Redis at {url} (watch the mesh: headrace top --redis {url})", soft_wrap=True)
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
             settings = settings.model_copy(update={"redis": url})
@@ -95,6 +95,7 @@ def _children(settings: Settings, folder: Path) -> list[Child]:
                 "GOMP_SPINCOUNT": SPIN_COUNT,
                 "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_COPIES),
                 "HEADRACE_WORKER_ID": str(index) if settings.colocate else name,
+                "HEADRACE_METRICS_PORT": "0",  # whatever the environment says: they can't all have it
                 "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
             }
             children.append(Child(name, tier, environment | own))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 import xxhash
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 DIGEST_BYTES = 8
 """XXH3-64, big endian."""
 HEAD_BYTES = 1 + DIGEST_BYTES
@@ -29,6 +29,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Attempt = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
+TraceParent = Annotated[
+    str, msgspec.Meta(min_length=55, max_length=55, pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-0[0-9a-f]$")
+]
+"""W3C Trace Context: version, trace id, id of the span that this belongs under, flags."""
 
 
 class WireError(ValueError):

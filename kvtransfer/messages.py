@@ -17,7 +17,7 @@ import msgspec
 
 from headrace.messages.request import MAX_PROMPT_TOKENS, SamplingParams
 from headrace.messages.stream import TokenLogprobs
-from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, TokenId
+from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, TokenId, TraceParent
 
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 MAX_PAGES_PER_MESSAGE = 65536
@@ -99,6 +99,8 @@ class Offer(Message, frozen=True, kw_only=True):
     """None: the sender can't use this transport. `tcp` it always can."""
     wire_dtype: WireDtype = "auto"
     """How the sender would have pages travel where they travel over a network."""
+    traceparent: TraceParent | None = None
+    """The queue entry's."""
 
 
 class Part(Record, frozen=True, kw_only=True):

@@ -36,6 +36,8 @@ class Job:
     """None where there is nothing to decode."""
     computed: asyncio.Future[SampledToken | None]
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    first_token_at: float | None = None
+    """Unix time in seconds, once the prompt is computed."""
 
     @property
     def key(self) -> tuple[str, int]:

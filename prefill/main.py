@@ -9,6 +9,7 @@ from headrace.node import join_mesh, until_stopped
 from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
+from headrace.telemetry.endpoint import worker_endpoint
 
 TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
 """Prompt tokens that keep the device busy; more would only make the first of several prompts wait for the last."""
@@ -17,8 +18,9 @@ TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
     async with (
+        worker_endpoint(settings, "prefill") as endpoint,
         loaded_model(settings, decodes=False) as model,
-        join_mesh(settings, "prefill", model.identity) as node,
+        join_mesh(settings, "prefill", model.identity, endpoint=endpoint) as node,
         DataLines(node.registry, settings.mesh_key) as lines,
     ):
         worker = PrefillWorker(

@@ -28,6 +28,7 @@ from headrace.prefill.job import Job, RequestRejected
 from headrace.prefill.placement import Placement
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
 from headrace.prefill.turns import Turns
+from headrace.prefill.watch import Watch, watching
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.registry import Member
@@ -152,8 +153,9 @@ class PrefillWorker:
     async def _prefill_or_fail(self, delivery: Delivery) -> PrefillReport | RequestFailed:
         entry = delivery.entry
         try:
-            async with asyncio.timeout(max(entry.deadline - time.time(), 0)):
-                return await self._prefill(delivery)
+            with watching(self._node.telemetry, delivery) as watch:
+                async with asyncio.timeout(max(entry.deadline - time.time(), 0)):
+                    return await self._prefill(delivery, watch)
         except TimeoutError:
             rejected = RequestRejected(
                 "deadline", "the request's deadline passed before its prompt was computed", False
@@ -169,13 +171,13 @@ class PrefillWorker:
             retryable=rejected.retryable,
         )
 
-    async def _prefill(self, delivery: Delivery) -> PrefillReport:
+    async def _prefill(self, delivery: Delivery, watch: Watch) -> PrefillReport:
         entry, taken_at = delivery.entry, time.time()
         self._check(delivery)
         hashes = page_hashes(entry.token_ids, self._layout.page_size)
         pages, cached_tokens = await self._get_pages(delivery, hashes)
         try:
-            job = self._make_job(delivery, pages, hashes, cached_tokens)
+            watch.job = job = self._make_job(delivery, pages, hashes, cached_tokens)
             self._jobs[job.key] = job
             first_token_at = await self._compute_and_hand_over(job)
         finally:
@@ -250,6 +252,7 @@ class PrefillWorker:
                 cuda_ipc=self._exports.cuda_ipc,
                 shm=self._exports.shm,
                 wire_dtype=self._wire_dtype,
+                traceparent=entry.traceparent,
             )
             handoff = Handoff(offer, pages, self._engine.cache)
         computed = asyncio.get_running_loop().create_future()
@@ -268,7 +271,7 @@ class PrefillWorker:
                 if job.handoff is not None:
                     group.create_task(self._sender.deliver(job.handoff, self._placement.choose))
                 token = await job.computed
-                first_token_at = time.time()
+                job.first_token_at = first_token_at = time.time()
                 for page, page_hash in zip(job.pages, job.page_hashes, strict=False):
                     self._engine.pool.publish(page, page_hash)
                 if job.handoff is not None:
@@ -389,4 +392,5 @@ class PrefillWorker:
                 "messages_refused_total": self._node.mesh.refused,
             }
             | self._sender.stats.figures()
+            | self._node.telemetry.stats()
         )

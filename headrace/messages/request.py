@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, TokenId
+from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, TokenId, TraceParent
 
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_TOKENS = 4_000_000
@@ -58,3 +58,5 @@ class QueueEntry(Message, frozen=True, kw_only=True):
     """Unix time in seconds."""
     deadline: float
     """Unix time in seconds after which nobody waits for the answer."""
+    traceparent: TraceParent | None = None
+    """The gateway's span of this attempt; None where the request is not traced."""
