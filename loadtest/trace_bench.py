@@ -171,10 +171,8 @@ async def workers(redis: str, namespace: str) -> None:
         lines = await stack.enter_async_context(DataLines(prefill_node.registry, None))
         threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2)]
         decode = DecodeWorker(decode_node, engines[0], threads[0], layout, STREAMS, listener)
-        turns = OwnDevice(256)
-        prefill = PrefillWorker(
-            prefill_node, engines[1], threads[1], layout, turns, STREAMS, settings.lease_seconds, lines, "auto"
-        )
+        turns = OwnDevice(engines[1], threads[1], 256)
+        prefill = PrefillWorker(prefill_node, engines[1], layout, turns, STREAMS, settings.lease_seconds, lines, "auto")
         async with asyncio.TaskGroup() as group:
             group.create_task(decode.run(_until(stopped), 1.0))
             group.create_task(prefill.run(_until(stopped), 1.0))
