@@ -78,7 +78,7 @@ class Settings(BaseModel):
     kv_wire_dtype: Literal["auto", "fp8"] = _field(
         "auto",
         "how KV pages travel over a network: as they are stored, or in half the bytes",
-        ("up", "prefill", "colocate"),
+        WORKER,
     )
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
     speculation: Literal["auto", "off"] = _field(

@@ -16,6 +16,7 @@ from headrace.engine.page_pool import page_hashes
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.messages import Layout, Offer, ToSender, WireDtype
+from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
 from headrace.kvtransfer.transports import exports_of
 from headrace.mesh import PeerGone
@@ -24,7 +25,6 @@ from headrace.messages.stream import PrefillReport, RequestFailed
 from headrace.node import Node
 from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
-from headrace.prefill.placement import Placement
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
 from headrace.prefill.turns import Turns
 from headrace.queue import Delivery

@@ -10,3 +10,7 @@ class Cancel(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: Attempt
+
+
+class Flushed(Message, frozen=True):
+    """The answer to a worker's `Flush`."""

@@ -244,7 +244,7 @@ def test_a_committed_prompt_goes_to_the_decoder(bench: Bench) -> None:
     bench.offer(4)
     bench.deliver()
     (request,) = bench.received
-    assert (request.token_id, len(request.pages)) == (5, 1)
+    assert (request.commit.token_id, len(request.pages)) == (5, 1)
     for layer in range(NUM_LAYERS):
         assert bench.store.data[layer][request.pages[0]] == bytes([layer + 1]) * PAGE_BYTES
     assert bench.sent[-1] == (PREFILL, Ack(request_id="r", attempt=0))
