@@ -157,6 +157,8 @@ class Choice:
             return
         if self.sampling.max_tokens == 0:
             self._finish("length")
+        elif self.decode_worker is not None:
+            pass  # its tokens, or the news that it has moved, came first: they are the newer
         elif decode_worker is not None:
             self.decode_worker = (decode_worker.id, decode_worker.epoch)
         elif report.decode_worker is not None:
