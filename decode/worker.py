@@ -139,6 +139,8 @@ class DecodeWorker:
             await end_task(stepping)
             for sequence in self._scheduler.sequences():
                 self._fail(sequence, "worker_stopping", "the decode worker was stopped")
+                self._scheduler.remove(sequence.key)
+            self._scheduler.abandon_steps()
             await self._farewell.say()
             await asyncio.gather(*[end_task(task) for task in loops])
 

@@ -10,6 +10,7 @@ import pytest
 
 from headrace.decode.worker import DecodeWorker
 from headrace.loadtest.client import Answer, StreamClient
+from headrace.loadtest.rolling_restart import measure
 from headrace.prefill.worker import PrefillWorker
 from tests.e2e.tiny_mesh import MAX_MODEL_LEN, MODEL, VOCABULARY, TinyMesh, tiny_mesh
 
@@ -81,3 +82,104 @@ async def test_running_requests_move_and_no_prompt_is_computed_again(
         assert_nothing_is_held(mesh)
     assert [len(answer.token_times) for answer in answers] == [TOKENS] * len(asked)
     assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+
+
+async def test_requests_may_move_again(redis_url: str, tmp_path: Path) -> None:
+    """From worker to worker, as in a rolling restart."""
+    asked = prompts(3)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
+        undisturbed = await ask_all(mesh, asked)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60, 60]) as mesh:
+        asking = asyncio.create_task(ask_all(mesh, asked))
+        await until_running(mesh, "decode-0", 1)
+        await mesh.stop("decode-0")
+        await until_running(mesh, "decode-1", 1)
+        await mesh.stop("decode-1")
+        answers = await asking
+        assert recomputed(mesh) == 0
+        assert_nothing_is_held(mesh)
+    assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+
+
+async def test_a_worker_ends_what_nobody_takes(redis_url: str, tmp_path: Path) -> None:
+    """Within its drain timeout."""
+    asked = prompts(4)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60], drain_timeout=30.0) as mesh:
+        undisturbed = await ask_all(mesh, asked)
+        asking = asyncio.create_task(ask_all(mesh, asked))
+        await until_running(mesh, "decode-0", len(asked))
+        await mesh.stop("decode-0")
+        answers = await asking
+        assert recomputed(mesh) == 0
+        assert_nothing_is_held(mesh)
+    assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+
+
+async def test_what_is_left_when_time_is_up_is_computed_again(redis_url: str, tmp_path: Path) -> None:
+    """No time at all: the gateway queues the rest of each answer, and the counter says so."""
+    asked = prompts(4)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
+        undisturbed = await ask_all(mesh, asked)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60], drain_timeout=0.0) as mesh:
+        asking = asyncio.create_task(ask_all(mesh, asked))
+        await until_running(mesh, "decode-0", 1)
+        await mesh.stop("decode-0")
+        answers = await asking
+        assert recomputed(mesh) > 0
+        assert_nothing_is_held(mesh)
+    assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+
+
+async def test_clients_that_leave_while_their_requests_move_leave_nothing_behind(
+    redis_url: str, tmp_path: Path
+) -> None:
+    """At any moment of the move."""
+    asked = prompts(6)
+    chance = random.Random(5)
+    async with (
+        tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60]) as mesh,
+        StreamClient(mesh.url, MODEL) as client,
+    ):
+        load = [asyncio.create_task(client.complete(prompt, TOKENS)) for prompt in asked]
+        await until_running(mesh, "decode-0", 1)
+        stopping = asyncio.create_task(mesh.stop("decode-0"))
+        for task in load:
+            await asyncio.wait(load, timeout=chance.random() * 0.1)
+            task.cancel()
+        await asyncio.wait(load)
+        await stopping
+        async with asyncio.timeout(20):
+            freed = asyncio.Event()
+            for engine in mesh.engines.values():
+                engine.pool.on_freed.append(freed.set)
+            while any(engine.pool.num_in_use for engine in mesh.engines.values()):
+                await freed.wait()
+                freed.clear()
+        assert_nothing_is_held(mesh)
+
+
+async def test_a_colocated_worker_moves_its_requests_to_another_kind(redis_url: str, tmp_path: Path) -> None:
+    """Its prefill side leaves first, then what it decodes goes to a worker of the other tier alone."""
+    asked = prompts(12)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[90], decode_pages=[90]) as mesh:
+        undisturbed = await ask_all(mesh, asked)
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[90], decode_pages=[90], colocate_pages=[90]) as mesh:
+        asking = asyncio.create_task(ask_all(mesh, asked))
+        async with asyncio.timeout(20):
+            pool = mesh.engines["colocate-0"].pool
+            while pool.num_in_use < 2:  # noqa: ASYNC110 (a pool tells of freed pages only)
+                await asyncio.sleep(0)
+        await mesh.stop("colocate-0")
+        answers = await asking
+        assert moved_to(mesh, "decode-0") > 0
+        assert recomputed(mesh) == 0
+        assert_nothing_is_held(mesh)
+    assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+
+
+@pytest.mark.timeout(240)  # four engines on however few cores there are
+async def test_a_rolling_restart_of_processes_is_not_noticed() -> None:
+    """`headrace restart` under load: each worker exits with 0, and no answer is lost, wrong or computed again."""
+    figures = await measure(["--prefill", "1", "--decode", "1"], streams=2, tokens=60, workers=2, say_all=False)
+    missed = [figure for figure in figures if figure.met is False and figure.unit != "s"]
+    assert not missed

@@ -36,6 +36,7 @@ MODEL = "tiny"
 VOCABULARY = 49152
 """The built-in model's, whose tokenizer the gateway uses."""
 MAX_MODEL_LEN = 96
+LEASE_SECONDS = 5.0
 _namespaces = itertools.count()
 
 
@@ -111,7 +112,7 @@ async def tiny_mesh(
 ) -> AsyncIterator[TinyMesh]:
     """A worker for each number of pages. All share one thread that computes."""
     values: dict[str, Any] = {"redis": redis_url, "namespace": f"tiny-{next(_namespaces)}", "port": 0}
-    settings = Settings(**values, lease_seconds=5.0)
+    settings = Settings(**values, lease_seconds=LEASE_SECONDS)
     identity = ModelIdentity(MODEL, "0" * 16, MAX_MODEL_LEN)
     tokenizer = Tokenizer.load(locate_model("smollm2").path)
     async with AsyncExitStack() as stack:
