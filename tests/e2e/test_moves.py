@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from headrace.decode.worker import DecodeWorker
+from headrace.engine.decode_batch import NO_DRAFTS, DecodeBatch
+from headrace.engine.engine import Engine
+from headrace.engine.sampler import SampledToken
 from headrace.loadtest.client import Answer, StreamClient
 from headrace.loadtest.rolling_restart import measure
 from headrace.prefill.worker import PrefillWorker
@@ -63,12 +69,35 @@ def recomputed(mesh: TinyMesh) -> float:
     return worker._recomputed
 
 
-@pytest.mark.parametrize("speculates", [False, True], ids=["plain", "drafts"])
+class LateBatch(DecodeBatch[Any]):
+    """As on a GPU: the next step has been started when a step's tokens are read."""
+
+    lookahead = 1
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._late: deque[list[tuple[Any, SampledToken]]] = deque()
+
+    def start(self, drafts: Mapping[Any, Sequence[int]] = NO_DRAFTS) -> None:
+        """See `RunningBatch`."""
+        super().start(drafts)
+        self._late.append(super().collect())
+        self.in_flight = len(self._late)
+
+    def collect(self) -> list[tuple[Any, SampledToken]]:
+        """See `RunningBatch`."""
+        tokens = self._late.popleft()
+        self.in_flight = len(self._late)
+        return tokens
+
+
+@pytest.mark.parametrize("kind", ["plain", "drafts", "a step ahead"])
 async def test_running_requests_move_and_no_prompt_is_computed_again(
-    speculates: bool, redis_url: str, tmp_path: Path
+    kind: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker leaves while all its streams run; another has them all, and each text is as it is undisturbed."""
     asked = prompts(6)
+    speculates = kind == "drafts"
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
         undisturbed = await ask_all(mesh, asked)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60], speculates=speculates) as mesh:
