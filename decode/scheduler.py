@@ -45,8 +45,9 @@ class DecodeScheduler:
         """A request of the batch, if it still is one."""
         self._leaving: list[Key] = []
         self._kept_pages: dict[Key, int] = {}
-        self._started = 0
-        self._collected = 0
+        self.num_started = 0
+        """Steps, since the beginning."""
+        self.num_collected = 0
         self._retired: deque[tuple[int, list[int]]] = deque()
         """(steps started when they were given up, pages)."""
 
@@ -67,7 +68,7 @@ class DecodeScheduler:
 
     @property
     def _in_flight(self) -> int:
-        return self._started - self._collected
+        return self.num_started - self.num_collected
 
     def add(self, sequence: Sequence) -> None:
         """A request whose prompt is complete here. Its pages are the scheduler's from now on."""
@@ -81,17 +82,30 @@ class DecodeScheduler:
         """All requests held."""
         return [*self._running.values(), *self._ready.values()]
 
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether it still is one of them."""
+        return sequence is self._running.get(sequence.key) or sequence is self._ready.get(sequence.key)
+
+    def take_out(self, key: Key) -> None:
+        """Let go of a request whose pages the caller takes over.
+
+        Steps that were started before may write to them behind its tokens, until they have been collected.
+        """
+        if self._ready.pop(key, None) is None:
+            self._running.pop(key).in_flight = 0
+            self._leaving.append(key)
+
     def remove(self, key: Key) -> None:
         """Let go of a request that ended."""
-        sequence = self._ready.pop(key, None)
-        if sequence is not None:
+        sequence = self._ready.get(key) or self._running.get(key)
+        if sequence is None:
+            return
+        was_running = key in self._running
+        self.take_out(key)
+        if was_running and self._in_flight:
+            self._retired.append((self.num_started, sequence.pages))
+        else:
             self._pool.release(sequence.pages)
-        elif (sequence := self._running.pop(key, None)) is not None:
-            self._leaving.append(key)
-            if self._in_flight:
-                self._retired.append((self._started, sequence.pages))
-            else:
-                self._pool.release(sequence.pages)
 
     def roll_back(self, sequence: Sequence) -> None:
         """Take back the pages that a refused draft of a running request has left."""
@@ -103,14 +117,14 @@ class DecodeScheduler:
 
     def started(self) -> None:
         """The step that was scheduled runs, with all running requests."""
-        self._started += 1
+        self.num_started += 1
         for sequence in self._running.values():
             sequence.in_flight += 1
 
     def collected(self) -> None:
         """The oldest step that ran has ended."""
-        self._collected += 1
-        while self._retired and self._retired[0][0] <= self._collected:
+        self.num_collected += 1
+        while self._retired and self._retired[0][0] <= self.num_collected:
             self._pool.release(self._retired.popleft()[1])
 
     def abandon_steps(self) -> None:
@@ -134,7 +148,8 @@ class DecodeScheduler:
         missing = sum(sequence.pages_missing(page_size) for sequence in short)
         if missing > self._pool.num_free and self._in_flight:
             return None
-        plan = Plan()
+        plan = Plan(leaves=self._leaving)
+        self._leaving = []
         for sequence in joining:
             self._running[sequence.key] = self._ready.pop(sequence.key)
             plan.joins.append(sequence)
@@ -149,7 +164,7 @@ class DecodeScheduler:
                     self._grow(sequence, plan)
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
-        plan.leaves = [key for key in self._leaving if key not in joined]
+        plan.leaves += [key for key in self._leaving if key not in joined]
         if joined or plan.preempted:
             plan.new_pages = {
                 key: pages for key, pages in plan.new_pages.items() if key in self._running and key not in joined
@@ -169,6 +184,8 @@ class DecodeScheduler:
         joined = {sequence.key for sequence in plan.joins}
         for key, draft in drafts.items():
             sequence = self._running[key]
+            if sequence.is_moving:
+                continue
             missing = max(min(sequence.pages_missing(page_size, len(draft)), self._pool.num_spare), 0)
             room = (len(sequence.pages) + missing) * page_size - len(sequence.token_ids) - sequence.in_flight
             if room <= 0:

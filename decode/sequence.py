@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from headrace.kvtransfer.messages import Offer
-from headrace.messages.stream import FinishReason
+from headrace.messages.stream import FinishReason, TokenLogprobs
 
 Key = tuple[str, int]
 """(request id, attempt)."""
@@ -27,6 +27,10 @@ class Sequence:
     """Steps that make a token of this request and whose tokens are not known yet."""
     started_at: float = field(default_factory=time.time)
     """Unix time in seconds at which it was handed over."""
+    newest_logprobs: TokenLogprobs | None = None
+    """Those of the last token, where the request asks for some."""
+    is_moving: bool = False
+    """It is on its way to another worker: it makes one token a step, so that it can stop where it said it would."""
     key: Key = field(init=False)
     gateway: str = field(init=False)
     stop_token_ids: tuple[int, ...] = field(init=False)
@@ -54,6 +58,11 @@ class Sequence:
         """Take a token."""
         self.token_ids.append(token_id)
         self.generated += 1
+
+    @property
+    def tokens_left(self) -> int:
+        """So many more at most."""
+        return self.max_tokens - self.generated
 
     def take(self, token_ids: Iterable[int], max_model_len: int) -> FinishReason | None:
         """Take a step's tokens, up to the one that ends the request, if it does."""

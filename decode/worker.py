@@ -9,9 +9,11 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
+from headrace.decode.mover import Mover
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import Speculator
@@ -20,12 +22,16 @@ from headrace.decode.watch import ended
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
-from headrace.kvtransfer.messages import Layout, ToReceiver
+from headrace.farewell import Farewell
+from headrace.kvtransfer.departures import LineDepartures, Lines
+from headrace.kvtransfer.messages import Abort, Commit, Layout, Offer, Renew, ToReceiver, ToSender, WireDtype
+from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
-from headrace.kvtransfer.transports import Beside, Transports
+from headrace.kvtransfer.sender import Sender
+from headrace.kvtransfer.transports import Beside, Transports, exports_of
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel
-from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
+from headrace.messages.control import Cancel, Flushed
+from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
@@ -50,6 +56,8 @@ class DecodeWorker:
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
+        lines: Lines,
+        wire_dtype: WireDtype = "auto",
         speculator: Speculator | None = None,
         beside: Beside | None = None,
         alongside: Alongside | None = None,
@@ -59,6 +67,7 @@ class DecodeWorker:
         self._device_thread = device_thread
         self._batch: RunningBatch[Key] | None = None
         """Made and used on the device thread alone, see `_run_step`."""
+        self._max_num_seqs = max_num_seqs
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._speculator = speculator
         self._receiver = Receiver(
@@ -74,16 +83,43 @@ class DecodeWorker:
         )
         self._listener = listener
         self._alongside = alongside
+        departures = LineDepartures(
+            [engine.cache], layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe
+        )
+        # where there is one beside, the staging memory is its
+        exports, staging = exports_of(engine.cache), engine.cache.staging_blocks
+        if beside is not None and staging:
+            exports, staging = replace(exports, shm=None), 0
+        self._sender = Sender(node.mesh.send, departures, staging)
+        self._mover = Mover(
+            self._scheduler,
+            engine.pool,
+            engine.cache,
+            layout,
+            exports,
+            wire_dtype,
+            self._sender,
+            Placement(node.registry, self._sender),
+            self._moved,
+            self._wake,
+        )
+        self._farewell = Farewell(node)
+        self._moved_here = 0
         engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._stats_at = 0.0
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
-        self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
+        self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed] = Decoder(
+            ToReceiver | ToSender | Cancel | Flushed
+        )
         node.registry.on_leave.append(self._member_left)
 
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
-        """Serve until `stopped` is done, then finish what is held (for `drain_timeout` seconds at most)."""
+        """Serve until `stopped` is done, then hand over what is held, or finish it where nobody takes it.
+
+        What is left after `drain_timeout` seconds is given up, to be computed again elsewhere.
+        """
         self._publish_stats()
         self._listener.start(
             self._receiver.arrivals.on_frame, identify_by(self._node.mesh), self._node.mesh.refuse_from
@@ -93,18 +129,24 @@ class DecodeWorker:
             stepping = group.create_task(self._step_loop())
             await stopped
             self._node.registry.drain()
-            self._receiver.stopping = True
+            self._receiver.stop()
+            self._mover.is_active = True
             try:
                 async with asyncio.timeout(drain_timeout):
                     await self._until_idle()
             except TimeoutError:
-                log.warning("giving up %d requests that did not end in time", len(self._scheduler.sequences()))
-            await asyncio.gather(*[end_task(task) for task in [*loops, stepping]])
+                log.warning("giving up requests that did not end in time: they are computed again")
+            await self._mover.stop()
+            await end_task(stepping)
             for sequence in self._scheduler.sequences():
                 self._fail(sequence, "worker_stopping", "the decode worker was stopped")
+                self._scheduler.remove(sequence.key)
+            self._scheduler.abandon_steps()
+            await self._farewell.say()
+            await asyncio.gather(*[end_task(task) for task in loops])
 
     async def _until_idle(self) -> None:
-        while self._scheduler.has_work or self._receiver.num_open:
+        while self._scheduler.has_work or self._receiver.num_open or self._mover.num_open:
             self._idle.clear()
             await self._idle.wait()
 
@@ -125,6 +167,7 @@ class DecodeWorker:
                     self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
                 if self._speculator is not None and plan is not None and tokens is not None:
                     self._speculator.ran(plan.drafts, loop.time() - started)
+            self._mover.after_step()
             self._publish()
 
     def _schedule(self) -> Plan | None:
@@ -178,6 +221,7 @@ class DecodeWorker:
         for sequence, token in made:
             token_id, logprobs, reason = token.token_id, token.logprobs, None
             sequence.append(token_id)
+            sequence.newest_logprobs = logprobs
             generated = sequence.generated
             # Looked at here, as it is seldom so: a call for each token would take as long as its event.
             if (
@@ -200,6 +244,7 @@ class DecodeWorker:
                 continue
             sequence.in_flight -= 1
             made = [token for _, token in of_request]
+            sequence.newest_logprobs = made[-1].logprobs
             position = sequence.generated
             reason = sequence.take([token.token_id for token in made], self._engine.max_model_len)
             self._queue(sequence, made[: sequence.generated - position], reason)
@@ -228,12 +273,21 @@ class DecodeWorker:
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token is on its way to the client before any step runs."""
         offer = received.offer
-        sequence = Sequence(offer, list(offer.token_ids), received.pages, offer.generated)
+        sequence = Sequence(offer, received.token_ids, received.pages, received.generated)
+        self._moved_here += offer.coming > 0
         self._scheduler.add(sequence)
         self._add_tokens([(sequence, SampledToken(received.commit.token_id, received.commit.logprobs))])
+        self._wake()
+        self._publish()
+
+    def _wake(self) -> None:
         if self._scheduler.has_work:
             self._work.set()
-        self._publish()
+        self._idle.set()
+
+    def _moved(self, sequence: Sequence, receiver: str) -> None:
+        request_id, attempt = sequence.key
+        self._post(sequence.gateway, Moved(request_id=request_id, attempt=attempt, decode_worker=receiver))
 
     def _publish(self) -> None:
         """Send what the outbox holds, free pages for those who wait, and rest if nothing is left to do."""
@@ -255,6 +309,7 @@ class DecodeWorker:
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
         self._receiver.reserve_pages = self._scheduler.num_running
+        self._receiver.places = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
         self._receiver.grant_waiting()
         self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
 
@@ -276,6 +331,7 @@ class DecodeWorker:
 
     def _cancel(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
+            self._mover.cancel(sequence.key)
             self._scheduler.remove(sequence.key)
             ended(self._node.telemetry, sequence, "cancelled", "cancelled")
         self._work.set()
@@ -286,30 +342,51 @@ class DecodeWorker:
             match message, inbound.sender.tier:
                 case Cancel(), "gateway":
                     self._receiver.cancel(message.request_id, message.attempt)
-                    held = self._scheduler.sequences()
+                    held = self._sequences()
                     self._cancel([s for s in held if s.key[0] == message.request_id and s.key[1] <= message.attempt])
-                case Cancel(), _:
-                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
-                case _, "prefill":
+                case Flushed(), "gateway":
+                    self._farewell.answered(inbound.sender.id)
+                case ((Cancel() | Flushed()), _):
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel, and say what it has taken")
+                case ((Offer() | Commit() | Renew() | Abort()), "prefill"):
                     self._receiver.handle(inbound.sender.id, message)
+                case _, "decode":
+                    self._from_peer(inbound.sender.id, message)
                 case _:
-                    self._node.mesh.refuse(inbound.sender, "only a prefill worker hands over")
+                    self._node.mesh.refuse(inbound.sender, "only workers hand over")
+
+    def _from_peer(self, sender: str, message: ToReceiver | ToSender) -> None:
+        """Another decode worker hands over to this one, or this one to it: never both, of one request."""
+        if isinstance(message, Offer | Commit | Renew) or (
+            isinstance(message, Abort) and not self._sender.is_open(message.request_id, message.attempt)
+        ):
+            self._receiver.handle(sender, message)
+        else:
+            self._sender.handle(sender, message)
+
+    def _sequences(self) -> list[Sequence]:
+        """All requests held."""
+        return [*self._scheduler.sequences(), *self._mover.sequences()]
 
     async def _reap_loop(self) -> None:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             self._receiver.reap()
+            if self._sender.num_open:
+                await self._sender.renew()
             self._grant()
             self._idle.set()
             self._publish_stats()
 
     def _member_left(self, member: Member) -> None:
-        if member.tier == "prefill":
+        if member.tier == "gateway":
+            self._receiver.cancel_gateway(member.id)
+            self._cancel([sequence for sequence in self._sequences() if sequence.gateway == member.id])
+            self._farewell.answered(member.id)
+        else:
             self._listener.drop(member.id)
             self._receiver.sender_left(member.id)
-        elif member.tier == "gateway":
-            self._receiver.cancel_gateway(member.id)
-            self._cancel([s for s in self._scheduler.sequences() if s.offer.gateway == member.id])
+            self._sender.receiver_left(member.id)
 
     def _publish_stats(self) -> None:
         self._stats_at = time.monotonic()
@@ -321,6 +398,7 @@ class DecodeWorker:
             "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,
             "requests_running": self._scheduler.num_running,
             "handoff_recomputed_total": 0,
+            "handoff_moved_here_total": self._moved_here,
             "messages_refused_total": self._node.mesh.refused,
         }
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}

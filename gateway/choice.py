@@ -23,7 +23,7 @@ from headrace.gateway.job import Prompt
 from headrace.gateway.text import AnswerText, Delta
 from headrace.gateway.timeline import Timeline
 from headrace.messages.request import QueueEntry, SamplingParams
-from headrace.messages.stream import FinishReason, PrefillReport, RequestFailed, TokenEvent
+from headrace.messages.stream import FinishReason, Moved, PrefillReport, RequestFailed, TokenEvent
 from headrace.queue import DELIVERIES_PER_ATTEMPT
 from headrace.registry import Member
 from headrace.wire import TraceParent
@@ -172,6 +172,8 @@ class Choice:
             return
         if self.sampling.max_tokens == 0:
             self._finish("length")
+        elif self.decode_worker is not None:
+            pass  # its tokens, or the news that it has moved, came first: they are the newer
         elif decode_worker is not None:
             self.decode_worker = (decode_worker.id, decode_worker.epoch)
         elif report.decode_worker is not None:
@@ -186,6 +188,15 @@ class Choice:
         else:
             self.fail(worker_error(failure))
             courier.drop(self)
+
+    def on_moved(self, moved: Moved, decode_worker: Member | None, courier: Courier) -> None:
+        """A worker that is to stop has handed this over to another; `decode_worker` is the live member of that name."""
+        if not self._follow(moved.attempt, courier):
+            return
+        if decode_worker is None:
+            self._retry(f"{moved.decode_worker} left the mesh", courier)
+        else:
+            self.decode_worker = (decode_worker.id, decode_worker.epoch)
 
     def on_leave(self, member: Member, courier: Courier) -> None:
         """A worker left the mesh; go on elsewhere if it was ours."""

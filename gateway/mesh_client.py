@@ -13,8 +13,8 @@ from headrace.gateway.choice import Choice
 from headrace.gateway.errors import Unavailable
 from headrace.gateway.metrics import GatewayMetrics
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel
-from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, TokenEvent
+from headrace.messages.control import Cancel, Flushed
+from headrace.messages.stream import Flush, Moved, PrefillReport, RequestFailed, ToGateway, TokenEvent
 from headrace.node import Node
 from headrace.redis_client import RedisError
 from headrace.registry import Member
@@ -102,6 +102,10 @@ class MeshClient:
             if (choice := self._choices.get(message.request_id)) is not None:
                 log.warning("%s gave up %s: %s (%s)", sender.id, message.request_id, message.message, message.code)
                 choice.on_failure(message, self)
+        elif isinstance(message, Moved):
+            await self._on_moved(message)
+        elif isinstance(message, Flush):
+            self._flush(sender)
         else:
             for event in message.events:
                 self._on_tokens(event, sender)
@@ -120,18 +124,31 @@ class MeshClient:
             self._metrics.observe_tokens(fresh, choice.created, before, choice.last_token_at, choice.traceparent)
 
     async def _on_report(self, report: PrefillReport, sender: Member) -> None:
-        registry = self.node.registry
-        worker = None
-        if report.decode_worker is not None:
-            if report.decode_worker not in registry.members:  # it may have joined since the last look
-                try:
-                    await registry.refresh()
-                except RedisError as error:
-                    log.debug("can't look for %s: %s", report.decode_worker, error)
-            worker = registry.members.get(report.decode_worker)
+        worker = await self._member(report.decode_worker) if report.decode_worker is not None else None
         choice = self._choices.get(report.request_id)
         if choice is not None:
             choice.on_report(report, sender, worker, self)
+
+    async def _on_moved(self, moved: Moved) -> None:
+        worker = await self._member(moved.decode_worker)
+        choice = self._choices.get(moved.request_id)
+        if choice is not None:
+            choice.on_moved(moved, worker, self)
+
+    async def _member(self, worker_id: str) -> Member | None:
+        registry = self.node.registry
+        if worker_id not in registry.members:  # it may have joined since the last look
+            try:
+                await registry.refresh()
+            except RedisError as error:
+                log.debug("can't look for %s: %s", worker_id, error)
+        return registry.members.get(worker_id)
+
+    def _flush(self, sender: Member) -> None:
+        try:
+            self.node.mesh.post(sender.id, Flushed())
+        except PeerGone as error:
+            log.debug("%s need not wait: %s", sender.id, error)
 
     def _on_leave(self, member: Member) -> None:
         for choice in list(self._choices.values()):

@@ -31,6 +31,7 @@ COMMANDS = {
     "status": ("headrace.status", "tell how a mesh is, at one look"),
     "top": ("headrace.top", "show a mesh at work, live"),
     "doctor": ("headrace.doctor", "check what this machine has and say what to fix"),
+    "restart": ("headrace.restart", "replace the workers of a running `headrace up` one by one; no request notices"),
 }
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "keys":
             return _make_key(options["file"])
-        if positional := options.pop("model_positional", None):
+        if (positional := options.pop("model_positional", None)) is not None:
             options["model"] = options["model"] or positional
         settings = Settings.load(options)
         _set_up_logging(settings.log_level)

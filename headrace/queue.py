@@ -24,6 +24,8 @@ FIELD = b"entry"
 DELIVERIES_PER_ATTEMPT = 16
 """After so many deliveries an entry is given up: it has killed or lost as many workers."""
 MAX_RENEWED = 4096
+GIVEN_BACK_MS = 3_600_000
+"""Idle time of an entry that was given back: longer than anybody waits before it claims."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,27 @@ class RequestQueue:
         mine = {bytes(item["message_id"]).decode() for item in pending}.intersection(entry_ids)  # type: ignore[arg-type]
         if mine:
             await self._client.xclaim(self._stream, GROUP, consumer, min_idle_time=0, message_ids=[*mine], justid=True)
+
+    async def give_back(self, consumer: str, delivery: Delivery, is_untouched: bool) -> None:
+        """Have the next `claim` of anybody take this entry, if it still is `consumer`'s.
+
+        One that `is_untouched` comes with the same attempt number again: nothing of this delivery is anywhere.
+        """
+        entry_id = delivery.entry_id
+        pending = await self._client.xpending_range(self._stream, GROUP, min=entry_id, max=entry_id, count=1)
+        if not pending or pending[0]["consumer"] != consumer.encode():
+            return
+        times = int(pending[0]["times_delivered"])
+        await self._client.xclaim(
+            self._stream,
+            GROUP,
+            consumer,
+            min_idle_time=0,
+            message_ids=[entry_id],
+            idle=GIVEN_BACK_MS,
+            retrycount=times - 1 if is_untouched else times,
+            justid=True,
+        )
 
     async def _delivery(self, entry_id: bytes, fields: dict[bytes, bytes], times: int) -> Delivery | None:
         try:

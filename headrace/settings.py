@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from headrace.errors import StartError
 
 ENV_PREFIX = "HEADRACE_"
-NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_CPU_SHARE"}
+NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_READY_FD", "HEADRACE_CPU_SHARE"}
 """Variables with our prefix that are read elsewhere."""
 
 GATEWAY = ("up", "gateway")
@@ -61,7 +61,7 @@ class Settings(BaseModel):
     )
 
     host: str = _field("127.0.0.1", "HTTP address", (*GATEWAY, "doctor"))
-    port: int = _field(8000, "HTTP port", (*GATEWAY, "doctor"), ge=0, le=65535)
+    port: int = _field(8000, "HTTP port", (*GATEWAY, "doctor", "restart"), ge=0, le=65535)
     api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
     max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
@@ -95,7 +95,7 @@ class Settings(BaseModel):
     kv_wire_dtype: Literal["auto", "fp8"] = _field(
         "auto",
         "how KV pages travel over a network: as they are stored, or in half the bytes",
-        ("up", "prefill", "colocate"),
+        WORKER,
     )
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
     speculation: Literal["auto", "off"] = _field(

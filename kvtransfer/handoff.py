@@ -8,7 +8,7 @@
 | OFFERED    | Refuse, Abort `unknown`         | may be offered to another, or again  | UNPLACED  |
 | GRANTED    | a layer is computed, in credit  | pages go to the data line            | GRANTED   |
 | GRANTED    | Credit                          | widen the window                     | GRANTED   |
-| GRANTED    | all sent and first token known  | Commit                               | COMMITTED |
+| GRANTED    | all sent and next token known   | Commit                               | COMMITTED |
 | COMMITTED  | time to renew                   | Commit again: the Ack may be lost    | COMMITTED |
 | COMMITTED  | Ack                             | (the pages may be freed)             | DONE      |
 | OFFERED, GRANTED | time to renew             | Renew: Grant or Credit may be lost   | same      |
@@ -28,6 +28,7 @@ import asyncio
 import operator
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -119,7 +120,7 @@ class Timings:
     offered: float = 0.0
     granted: float = 0.0
     computed: float = 0.0
-    """The first token was known."""
+    """The token to commit was known."""
     acknowledged: float = 0.0
 
 
@@ -165,7 +166,7 @@ class Handoff:
         self._staging: Staging | None = None
         self._staged: dict[int, Staged] = {}
         """By sequence, as long as the receiver may read it."""
-        self._first_token: tuple[int, TokenLogprobs | None] | None = None
+        self._next_token: tuple[int, TokenLogprobs | None, list[int]] | None = None
         self._commit: Commit | None = None
         self._failure = ""
         self._changed = asyncio.Event()
@@ -204,9 +205,10 @@ class Handoff:
             return [segment]
         return [replace(segment, part=part) for part, of in enumerate(self._parts) if of.rank == segment.rank]
 
-    def finish(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """The prompt is computed (all its layers have been announced) and this is the first token."""
-        self._first_token = (token_id, logprobs)
+    def finish(self, token_id: int, logprobs: TokenLogprobs | None, came: Sequence[int] = ()) -> None:
+        """All is computed (all layers have been announced) and this is the next token, after those that were coming."""
+        assert len(came) == self.offer.coming, (len(came), self.offer.coming)
+        self._next_token = (token_id, logprobs, list(came))
         self.timings.computed = time.monotonic()
         self._changed.set()
 
@@ -330,13 +332,18 @@ class Handoff:
                 rest = Segment(segment.layer, stop, end - stop, segment.ready, segment.rank, segment.part)
                 self._segments.appendleft(rest)
             return self._outgoing(segment, first, stop, size)
-        if self._first_token is None:
+        if self._next_token is None:
             return None
         self.state = State.COMMITTED
-        token_id, logprobs = self._first_token
+        token_id, logprobs, came = self._next_token
         request_id, attempt = self.key
         self._commit = Commit(
-            request_id=request_id, attempt=attempt, sequence=self._sequence, token_id=token_id, logprobs=logprobs
+            request_id=request_id,
+            attempt=attempt,
+            sequence=self._sequence,
+            token_id=token_id,
+            logprobs=logprobs,
+            came=came,
         )
         return self._commit
 

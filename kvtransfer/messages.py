@@ -1,4 +1,4 @@
-"""Prefill worker <-> decode worker: the handoff protocol (`Offer -> Grant | Refuse -> Pages* -> Commit -> Ack`).
+"""Worker -> decode worker: the handoff protocol (`Offer -> Grant | Refuse -> Pages* -> Commit -> Ack`).
 
 `Abort` may come from either side at any point. Each message names its (request, attempt); within one, `Pages` carry a
 sequence number and are applied once. They travel on data lines of their own, several at a time, so they may arrive in
@@ -22,6 +22,7 @@ from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, To
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 MAX_PAGES_PER_MESSAGE = 65536
 MAX_PARTS = 4096
+MAX_COMING = 4096
 MAX_RENEWED = 1024
 """Handoffs in one `Renew`: more than a prefill worker can have open."""
 
@@ -81,7 +82,9 @@ TransportName = Literal["local", "cuda_ipc", "shm", "tcp"]
 
 
 class Offer(Message, frozen=True, kw_only=True):
-    """The sender is about to compute this prompt's KV. Everything that decoding needs to know is here."""
+    """The sender is about to compute this prompt's KV, or decodes it and wants to stop. All that decoding needs to know
+    is here.
+    """
 
     request_id: RequestId
     attempt: Attempt
@@ -101,6 +104,10 @@ class Offer(Message, frozen=True, kw_only=True):
     """How the sender would have pages travel where they travel over a network."""
     traceparent: TraceParent | None = None
     """The queue entry's."""
+    coming: Annotated[int, msgspec.Meta(ge=0, le=MAX_COMING)] = 0
+    """So many tokens the sender will have added when it commits; their KV travels, too."""
+    may_wait: bool = True
+    """Whether to queue for pages. A request that runs where it is need not: refuse it where there is no room now."""
 
 
 class Part(Record, frozen=True, kw_only=True):
@@ -188,13 +195,15 @@ class Credit(Message, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """All pages have been sent (`sequence` messages of them) and here is the first token: decode."""
+    """All pages have been sent (`sequence` messages of them) and here is the token that follows: decode."""
 
     request_id: RequestId
     attempt: Attempt
     sequence: Count
     token_id: TokenId
     logprobs: TokenLogprobs | None
+    came: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_COMING)] = []
+    """The tokens before it that were coming when it was offered."""
 
 
 class Ack(Message, frozen=True, kw_only=True):

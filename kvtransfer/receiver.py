@@ -5,6 +5,7 @@
 | (none)     | Offer, its pages are this pool's own | own them, too, Grant (`local`: all are held) | RECEIVING |
 | (none)     | Offer, pages free          | reserve, choose a transport, Grant               | RECEIVING  |
 | (none)     | Offer, pool full           | queue, first come first served                   | WAITING    |
+| (none)     | Offer that may not wait, no room | Refuse                                     | (none)     |
 | (none)     | Offer, unusable            | Refuse                                           | (none)     |
 | (none)     | Commit or Renew, taken before | Ack again                                     | (none)     |
 | (none)     | Commit or Renew, unknown   | Abort `unknown`                                  | (none)     |
@@ -76,12 +77,15 @@ class _Seen:
 
 @dataclass(frozen=True)
 class ReceivedRequest:
-    """A prompt whose KV is complete in this worker's cache. Whoever takes it owns `pages`."""
+    """A request whose KV is complete in this worker's cache. Whoever takes it owns `pages`."""
 
     offer: Offer
     pages: list[PageId]
-    token_id: int
     commit: Commit
+    token_ids: list[int]
+    """Those whose KV it is: the offered ones and those that came since."""
+    generated: int
+    """How many of these are output."""
 
 
 class Choice(Protocol):
@@ -160,6 +164,8 @@ class Receiver:
         self.stopping = False
         self.reserve_pages = 0
         """Free pages that grants leave alone, for running requests to grow into."""
+        self.places = 2**31
+        """In the batch: so many more requests would run at once. Others are taken, unless they may not wait."""
         self.aborts: Counter[str] = Counter()
         self.refusals: Counter[RefuseCause] = Counter()
         """Offers not taken."""
@@ -258,7 +264,13 @@ class Receiver:
             return "stopping", "this worker is about to stop"
         if len(self._waiting) >= MAX_WAITING:
             return "full", f"{MAX_WAITING} handoffs wait for pages"
+        if not offer.may_wait and not self._has_room(offer):
+            return "full", "it would wait here"
         return None
+
+    def _has_room(self, offer: Offer) -> bool:
+        pages_fit = self._pages_needed(offer) + self.reserve_pages <= self._pool.num_free
+        return pages_fit and not self._waiting and len(self._incoming) < self.places
 
     def _remember(self, request_id: str, seen: _Seen) -> None:
         self._newest[request_id] = seen
@@ -267,7 +279,16 @@ class Receiver:
             self._newest.popitem(last=False)
 
     def _pages_needed(self, offer: Offer) -> int:
-        return -(-len(offer.token_ids) // self._layout.page_size)
+        return -(-(len(offer.token_ids) + offer.coming) // self._layout.page_size)
+
+    def stop(self) -> None:
+        """Take nothing new, and send away those who wait. What was granted may still end."""
+        self.stopping = True
+        for incoming in list(self._waiting.values()):
+            self._take_out(incoming)
+            request_id, attempt = incoming.key
+            refuse = Refuse(request_id=request_id, attempt=attempt, cause="stopping", message="this worker stops")
+            self._send(incoming.sender, refuse)
 
     def grant_waiting(self) -> None:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""
@@ -289,7 +310,8 @@ class Receiver:
             self._call_soon(lambda: self._landed(incoming, landing))
 
         offer = incoming.offer
-        plan = plan_landings(offer.layout, self._layout, self._stores, len(offer.token_ids), incoming.pages, held)
+        num_tokens = len(offer.token_ids) + offer.coming
+        plan = plan_landings(offer.layout, self._layout, self._stores, num_tokens, incoming.pages, held)
         num_parts = len(plan.destinations)
         landing = Landing(plan.num_pages, plan.held_pages, self._layout.num_layers, notify, num_parts)
         incoming.landing = landing
@@ -329,8 +351,7 @@ class Receiver:
             self._answer_over(sender, commit.request_id, commit.attempt)
         elif incoming.sender != sender or incoming.landing is None:
             self._refuse(sender, "it commits what was not granted to it")
-        elif commit.token_id >= self._layout.vocab_size:
-            problem = f"committed token {commit.token_id}, which must be below {self._layout.vocab_size}"
+        elif (problem := self._problem_with_tokens(incoming.offer, commit)) is not None:
             self._refuse(sender, problem)
             self._abort(incoming, "sequence", problem)
         elif incoming.commit == commit:
@@ -338,6 +359,14 @@ class Receiver:
         else:
             incoming.commit = commit
             self._complete(incoming)
+
+    def _problem_with_tokens(self, offer: Offer, commit: Commit) -> str | None:
+        if len(commit.came) != offer.coming:
+            return f"committed {len(commit.came)} tokens where {offer.coming} were coming"
+        newest = max([commit.token_id, *commit.came])
+        if newest >= self._layout.vocab_size:
+            return f"committed token {newest}, which must be below {self._layout.vocab_size}"
+        return None
 
     def _answer_over(self, sender: str, request_id: str, attempt: int) -> None:
         """Say once more how a handoff ended that `sender` believes to be open."""
@@ -361,10 +390,14 @@ class Receiver:
             landing.close()
             self._take_out(incoming)
             self._remember(commit.request_id, _Seen(commit.attempt, incoming.sender))
-            for page, page_hash in zip(incoming.pages, incoming.hashes, strict=False):
+            offer = incoming.offer
+            token_ids = [*offer.token_ids, *commit.came]
+            hashes = self._pool.hashes(token_ids) if commit.came else incoming.hashes
+            for page, page_hash in zip(incoming.pages, hashes, strict=False):
                 self._pool.publish(page, page_hash)
             self._send(incoming.sender, Ack(request_id=commit.request_id, attempt=commit.attempt))
-            self._on_received(ReceivedRequest(incoming.offer, incoming.pages, commit.token_id, commit))
+            generated = offer.generated + offer.coming
+            self._on_received(ReceivedRequest(offer, incoming.pages, commit, token_ids, generated))
 
     def _take_out(self, incoming: _Incoming) -> None:
         self._waiting.pop(incoming.key, None)
@@ -401,6 +434,7 @@ class Receiver:
         incoming = self._incoming.get(key)
         if incoming is not None and incoming.sender == sender:
             self.aborts[abort.cause] += 1
+            self._remember(abort.request_id, _Seen(abort.attempt - 1))  # it may be offered again, by another
             self._free(incoming, tell_released=True)
             return
         if incoming is not None:
@@ -426,7 +460,7 @@ class Receiver:
             self._abort(incoming, "cancelled", "the gateway is gone")
 
     def sender_left(self, sender: str) -> None:
-        """A prefill worker is gone: nothing it began will end."""
+        """A worker is gone: nothing it began will end."""
         for incoming in [i for i in self._incoming.values() if i.sender == sender]:
             self._free(incoming, tell_released=False)
             self.aborts["sender_failed"] += 1

@@ -1,4 +1,4 @@
-"""Drives the handoffs that leave one prefill worker."""
+"""Drives the handoffs that leave one worker."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ class Sender:
     def num_open(self) -> int:
         """Handoffs that are not acknowledged yet."""
         return len(self._open)
+
+    def is_open(self, request_id: str, attempt: int) -> bool:
+        """Whether such a handoff is under way."""
+        return (request_id, attempt) in self._open
 
     def tokens_promised(self, receiver: str) -> int:
         """Tokens of open handoffs that go to `receiver`, whose pages its own figures may not show yet."""

@@ -13,6 +13,7 @@ from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment
 from headrace.kvtransfer.messages import Offer, ToReceiver, ToSender
+from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Send, Sender
 from headrace.kvtransfer.transports import Transports, exports_of
@@ -31,7 +32,6 @@ from headrace.messages.control import Cancel
 from headrace.messages.stream import PrefillReport, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.prefill.intake import Intake
-from headrace.prefill.placement import Placement
 from headrace.queue import Delivery
 from headrace.registry import Member
 from headrace.tasks import end_task, run_beside
@@ -148,7 +148,7 @@ class BareDecode:
             request_id=key[0],
             attempt=key[1],
             position=request.offer.generated,
-            token_ids=[request.token_id, token_id],
+            token_ids=[request.commit.token_id, token_id],
             finish_reason="length",
         )
         self._post(request.offer.gateway, TokenBatch(events=[event]))

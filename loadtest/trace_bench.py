@@ -170,7 +170,7 @@ async def workers(redis: str, namespace: str) -> None:
         prefill_node = await stack.enter_async_context(join_mesh(settings, "prefill", identity))
         lines = await stack.enter_async_context(DataLines(prefill_node.registry, None))
         threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2)]
-        decode = DecodeWorker(decode_node, engines[0], threads[0], layout, STREAMS, listener)
+        decode = DecodeWorker(decode_node, engines[0], threads[0], layout, STREAMS, listener, lines)
         turns = OwnDevice(engines[1], threads[1], 256)
         prefill = PrefillWorker(prefill_node, engines[1], layout, turns, STREAMS, settings.lease_seconds, lines, "auto")
         async with asyncio.TaskGroup() as group:

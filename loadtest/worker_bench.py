@@ -117,9 +117,10 @@ async def _serve(connection: Connection, url: str, shape: Shape) -> None:
         async with (
             data_listener("127.0.0.1", None) as listener,
             join_mesh(settings, "decode", MODEL, listener.address) as node,
+            DataLines(node.registry, None) as lines,
         ):
             with patch.object(decode_worker, "new_batch", timed_batch):
-                worker = decode_worker.DecodeWorker(node, engine, device_thread, layout, largest, listener)
+                worker = decode_worker.DecodeWorker(node, engine, device_thread, layout, largest, listener, lines)
                 stopped: asyncio.Future[None] = loop.create_future()
                 running = asyncio.create_task(worker.run(stopped, 5.0))
                 connection.send((engine.layout, engine.model_config.vocab_size))

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from headrace.queue import Delivery, RequestQueue
 from headrace.redis_client import RedisError
@@ -74,6 +75,19 @@ class Intake:
     def let_go(self, delivery: Delivery) -> None:
         """Stop caring for an entry without acknowledging it: whoever claims it serves it."""
         self._held.discard(delivery.entry_id)
+
+    async def give_back(self, deliveries: Iterable[Delivery], is_untouched: bool) -> None:
+        """Let others have these entries at once; while Redis is away, when this worker has been silent for a lease."""
+        for delivery in deliveries:
+            self.let_go(delivery)
+            try:
+                await self._queue.give_back(self._consumer, delivery, is_untouched)
+            except RedisError as error:
+                log.warning("entry %s could not be given back: %s", delivery.entry_id, error)
+
+    def hurry(self) -> None:
+        """Somebody has given entries back: claim before anything else is taken."""
+        self._next_claim = 0.0
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Skip this request, up to `attempt`, should it still come."""

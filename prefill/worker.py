@@ -14,18 +14,19 @@ from headrace.data_lines import DataLines
 from headrace.engine.base import Ready
 from headrace.engine.engine import Engine, PrefillOutput
 from headrace.engine.page_pool import page_hashes
+from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.messages import Layout, Offer, ToSender, WireDtype
+from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
 from headrace.kvtransfer.transports import exports_of
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel
+from headrace.messages.control import Cancel, Flushed, GivenBack
 from headrace.messages.stream import PrefillReport, RequestFailed
 from headrace.node import Node
 from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
-from headrace.prefill.placement import Placement
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
 from headrace.prefill.turns import Turns
 from headrace.prefill.watch import Watch, watching
@@ -84,6 +85,10 @@ class PrefillWorker:
         self._placement = Placement(node.registry, self._sender, beside)
         self._room = asyncio.Semaphore(max_jobs)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._deliveries: dict[tuple[str, int], Delivery] = {}
+        """What each of them serves."""
+        self._begun: set[tuple[str, int]] = set()
+        """Those of which something has been computed."""
         self._jobs: dict[tuple[str, int], Job] = {}
         self._page_turn = asyncio.Lock()
         self._pages_freed = asyncio.Event()
@@ -93,11 +98,17 @@ class PrefillWorker:
         self._work = asyncio.Event()
         self._recomputed = 0
         self._stopping = False
-        self._decode: Decoder[ToSender | Cancel] = Decoder(ToSender | Cancel)
+        self._farewell = Farewell(node)
+        self._decode: Decoder[ToSender | Cancel | Flushed | GivenBack] = Decoder(
+            ToSender | Cancel | Flushed | GivenBack
+        )
         node.registry.on_leave.append(self._member_left)
 
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
-        """Serve until `stopped` is done, then finish what is held (for `drain_timeout` seconds at most)."""
+        """Serve until `stopped` is done, then give back what has not begun, and finish the rest.
+
+        What is left after `drain_timeout` seconds is given back, too.
+        """
         self._publish_stats()
         async with asyncio.TaskGroup() as group:
             taking = group.create_task(self._take_loop(group))
@@ -106,10 +117,30 @@ class PrefillWorker:
             await stopped
             self._stopping = True
             self._node.registry.drain()
+            await self._give_back_waiting()
             await asyncio.wait([taking], timeout=STOP_TAKING_SECONDS)
+            await end_task(taking)
+            await self._give_back_waiting()  # what came meanwhile
             if self._tasks:
                 await asyncio.wait(list(self._tasks.values()), timeout=drain_timeout)
-            await asyncio.gather(*[end_task(task) for task in [taking, *self._tasks.values(), *running]])
+            await self._give_entries_back(list(self._tasks), is_untouched=False)
+            await self._farewell.say()
+            await asyncio.gather(*[end_task(task) for task in running])
+
+    async def _give_back_waiting(self) -> None:
+        waiting = [key for key in self._tasks if key not in self._begun]
+        await self._give_entries_back(waiting, is_untouched=True)
+
+    async def _give_entries_back(self, keys: list[tuple[str, int]], is_untouched: bool) -> None:
+        if not keys:
+            return
+        tasks = {self._tasks[key]: self._deliveries[key] for key in keys}
+        await asyncio.gather(*[end_task(task) for task in tasks])
+        left = [delivery for task, delivery in tasks.items() if task.cancelled()]
+        await self._intake.give_back(left, is_untouched)
+        for worker in self._node.registry.tier("prefill"):
+            self._post(worker.id, GivenBack())
+        log.info("gave %d entries back to the queue", len(left))
 
     async def _take_loop(self, group: asyncio.TaskGroup) -> None:
         """Pull entries, only as many as there is room for."""
@@ -122,11 +153,13 @@ class PrefillWorker:
             key = delivery.entry.request_id, delivery.attempt
             task = group.create_task(self._serve(delivery), name=f"serve {key}")
             self._tasks[key] = task
+            self._deliveries[key] = delivery
             task.add_done_callback(functools.partial(self._served, key, delivery))
 
     def _served(self, key: tuple[str, int], delivery: Delivery, _: asyncio.Task[None]) -> None:
         self._intake.let_go(delivery)
-        del self._tasks[key]
+        del self._tasks[key], self._deliveries[key]
+        self._begun.discard(key)
         self._room.release()
         self._publish_stats()
 
@@ -299,6 +332,7 @@ class PrefillWorker:
                     continue
                 step = _Step([(self._jobs[chunk.key], chunk) for chunk in chunks])
                 self._steps.append(step)
+                self._begun |= {chunk.key for chunk in chunks}
                 ending = group.create_task(self._end(step, self._start(step)))
                 ending.add_done_callback(lambda _: places.release())
 
@@ -350,8 +384,14 @@ class PrefillWorker:
             match message, inbound.sender.tier:
                 case Cancel(), "gateway":
                     self._cancel(message)
-                case Cancel(), _:
-                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
+                case Flushed(), "gateway":
+                    self._farewell.answered(inbound.sender.id)
+                case ((Cancel() | Flushed()), _):
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel, and say what it has taken")
+                case GivenBack(), "prefill":
+                    self._intake.hurry()
+                case GivenBack(), _:
+                    self._node.mesh.refuse(inbound.sender, "only prefill workers give entries back")
                 case _:
                     self._sender.handle(inbound.sender.id, message)
 
@@ -376,6 +416,7 @@ class PrefillWorker:
         if member.tier == "decode":
             self._sender.receiver_left(member.id)
         elif member.tier == "gateway":
+            self._farewell.answered(member.id)
             for job in self._jobs.values():
                 if job.entry.gateway == member.id:
                     self._tasks[job.key].cancel()

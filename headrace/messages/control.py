@@ -1,4 +1,4 @@
-"""Gateway -> workers."""
+"""Gateway -> workers, and between workers of a tier."""
 
 from __future__ import annotations
 
@@ -10,3 +10,11 @@ class Cancel(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: Attempt
+
+
+class Flushed(Message, frozen=True):
+    """The answer to a worker's `Flush`."""
+
+
+class GivenBack(Message, frozen=True):
+    """From one prefill worker to the others: it stops, and there are entries of its in the queue to be claimed now."""

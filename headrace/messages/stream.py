@@ -73,4 +73,16 @@ class RequestFailed(Message, frozen=True, kw_only=True):
     retryable: bool
 
 
-ToGateway = TokenBatch | PrefillReport | RequestFailed
+class Moved(Message, frozen=True, kw_only=True):
+    """Another decode worker has the request now and goes on with it, in the same attempt."""
+
+    request_id: RequestId
+    attempt: Attempt
+    decode_worker: MeshId
+
+
+class Flush(Message, frozen=True):
+    """The sender is about to leave: answer with `Flushed` when all that it sent before has been taken."""
+
+
+ToGateway = TokenBatch | PrefillReport | RequestFailed | Moved | Flush

@@ -36,6 +36,7 @@ MODEL = "tiny"
 VOCABULARY = 49152
 """The built-in model's, whose tokenizer the gateway uses."""
 MAX_MODEL_LEN = 96
+LEASE_SECONDS = 5.0
 _namespaces = itertools.count()
 
 
@@ -46,6 +47,29 @@ class TinyMesh:
     url: str
     engines: dict[str, Engine] = field(default_factory=dict)
     speculators: list[Speculator] = field(default_factory=list)
+    workers: dict[str, PrefillWorker | DecodeWorker] = field(default_factory=dict)
+    """Those of one tier, by id."""
+    _running: dict[str, tuple[asyncio.Task[None], asyncio.Event, AsyncExitStack]] = field(default_factory=dict)
+
+    async def stop(self, *names: str) -> None:
+        """What SIGTERM does to workers, all at once; returns when they have left the mesh."""
+        stopping = [self._running.pop(name) for name in names]
+        for _, stopped, _ in stopping:
+            stopped.set()
+        await asyncio.wait([running for running, _, _ in stopping], timeout=20)
+        for running, _, own in stopping:
+            await end_task(running)
+            await own.aclose()
+            running.result()
+
+    async def stop_all(self) -> None:
+        """Those that still run."""
+        if self._running:
+            await self.stop(*self._running)
+
+    def runs(self, name: str, running: asyncio.Task[None], stopped: asyncio.Event, own: AsyncExitStack) -> None:
+        """A worker runs until `stopped` is set, and leaves the mesh by closing `own`."""
+        self._running[name] = running, stopped, own
 
     def speculator(self) -> Speculator:
         """One that takes drafted tokens to cost next to nothing, so that it drafts as often as it can."""
@@ -84,10 +108,11 @@ async def tiny_mesh(
     decode_pages: Sequence[int] = (),
     colocate_pages: Sequence[int] = (),
     speculates: bool = False,
+    drain_timeout: float = 5.0,
 ) -> AsyncIterator[TinyMesh]:
     """A worker for each number of pages. All share one thread that computes."""
     values: dict[str, Any] = {"redis": redis_url, "namespace": f"tiny-{next(_namespaces)}", "port": 0}
-    settings = Settings(**values, lease_seconds=5.0)
+    settings = Settings(**values, lease_seconds=LEASE_SECONDS)
     identity = ModelIdentity(MODEL, "0" * 16, MAX_MODEL_LEN)
     tokenizer = Tokenizer.load(locate_model("smollm2").path)
     async with AsyncExitStack() as stack:
@@ -95,26 +120,18 @@ async def tiny_mesh(
         device_thread = stack.enter_context(ThreadPoolExecutor(1))
         node = await stack.enter_async_context(join_mesh(settings, "gateway", identity))
         mesh = TinyMesh(await stack.enter_async_context(serving(settings, MODEL, tokenizer, node)))
-        stopped = asyncio.Event()
-        running: list[asyncio.Task[None]] = []
-
-        async def stop() -> None:
-            stopped.set()
-            await asyncio.wait(running, timeout=20)
-            for task in running:
-                await end_task(task)
-                task.result()
-
         for tier, pages in (("prefill", prefill_pages), ("decode", decode_pages)):
             for index, num_pages in enumerate(pages):
                 name = f"{tier}-{index}"
                 engine = mesh.engines[name] = tiny_engine(folder, num_pages)
-                own = settings.model_copy(update={"worker_id": name})
+                values = {"worker_id": name}
                 layout = layout_of("tiny", engine.layout, VOCABULARY)
+                stopped, own = asyncio.Event(), await stack.enter_async_context(AsyncExitStack())
                 worker: PrefillWorker | DecodeWorker
                 if tier == "decode":
-                    listener = await stack.enter_async_context(data_listener("127.0.0.1", None))
-                    node = await stack.enter_async_context(join_mesh(own, "decode", identity, listener.address))
+                    listener = await own.enter_async_context(data_listener("127.0.0.1", None))
+                    joining = join_mesh(settings.model_copy(update=values), "decode", identity, listener.address)
+                    node = await own.enter_async_context(joining)
                     worker = DecodeWorker(
                         node,
                         engine,
@@ -122,11 +139,12 @@ async def tiny_mesh(
                         layout,
                         max_num_seqs=16,
                         listener=listener,
+                        lines=await own.enter_async_context(DataLines(node.registry, None)),
                         speculator=mesh.speculator() if speculates else None,
                     )
                 else:
-                    node = await stack.enter_async_context(join_mesh(own, "prefill", identity))
-                    lines = await stack.enter_async_context(DataLines(node.registry, None))
+                    joining = join_mesh(settings.model_copy(update=values), "prefill", identity)
+                    node = await own.enter_async_context(joining)
                     worker = PrefillWorker(
                         node,
                         engine,
@@ -134,15 +152,19 @@ async def tiny_mesh(
                         turns=OwnDevice(engine, device_thread, 64),
                         max_jobs=8,
                         lease_seconds=settings.lease_seconds,
-                        lines=lines,
+                        lines=await own.enter_async_context(DataLines(node.registry, None)),
                         wire_dtype="auto",
                     )
-                running.append(asyncio.create_task(worker.run(_until(stopped), 5.0)))
+                mesh.workers[name] = worker
+                mesh.runs(name, asyncio.create_task(worker.run(_until(stopped), drain_timeout)), stopped, own)
         for index, num_pages in enumerate(colocate_pages):
-            engine = mesh.engines[f"colocate-{index}"] = tiny_engine(folder, num_pages)
+            name = f"colocate-{index}"
+            engine = mesh.engines[name] = tiny_engine(folder, num_pages)
             model = LoadedModel(ModelFolder(folder, MODEL, "tiny"), engine, device_thread, identity)
-            own = settings.model_copy(update={"worker_id": f"c{index}", "drain_timeout": 5.0})
+            values = {"worker_id": f"c{index}", "drain_timeout": drain_timeout}
             speculator = mesh.speculator() if speculates else None
-            running.append(asyncio.create_task(serve(own, model, _until(stopped), speculator)))
-        stack.push_async_callback(stop)
+            stopped = asyncio.Event()
+            serving_both = serve(settings.model_copy(update=values), model, _until(stopped), speculator)
+            mesh.runs(name, asyncio.create_task(serving_both), stopped, AsyncExitStack())
+        stack.push_async_callback(mesh.stop_all)
         yield mesh

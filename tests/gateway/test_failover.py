@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from headrace.messages.control import Cancel
-from headrace.messages.stream import TokenBatch, TokenEvent
+from headrace.messages.stream import Flush, Moved, TokenBatch, TokenEvent
 from headrace.queue import DELIVERIES_PER_ATTEMPT, Delivery
 from tests.gateway.conftest import MODEL, Gateway, OpenGateway
 from tests.gateway.workers import TEXT, Workers, answer, keep_silent
@@ -68,6 +68,42 @@ async def test_a_decode_worker_that_leaves_is_a_pause_in_the_stream(open_gateway
     assert _text(events) == TEXT
     assert (second.attempt, second.generated, second.token_ids[-4:]) == (DELIVERIES_PER_ATTEMPT, 4, ids[:4])
     assert events[-1]["usage"]["prompt_tokens_details"]["recomputed_tokens"] > 0
+
+
+async def test_a_worker_that_leaves_after_its_request_has_moved_is_not_missed(open_gateway: OpenGateway) -> None:
+    """Though nothing has come from the new worker yet: the gateway knows of the move before it says that it knows."""
+
+    async def moves(workers: Workers, delivery: Delivery) -> None:
+        ids, entry, leaving = workers.ids(), delivery.entry, workers.decode[0].mesh
+        await workers.report(delivery, 0)
+        await workers.tokens(delivery, 0, ids[:4])
+        moved = Moved(request_id=entry.request_id, attempt=delivery.attempt, decode_worker="d1")
+        await leaving.send(entry.gateway, moved)
+        await leaving.send(entry.gateway, Flush())
+        await workers.until(lambda: workers.flushed == ["d0"])
+        await workers.leave("d0")
+        await workers.tokens(delivery, 3, ids[3:], "length", decode=1)
+
+    async with open_gateway(decode=2) as gateway:
+        gateway.workers.script = moves
+        events = await _stream(gateway, stream_options={"include_usage": True})
+        assert len(gateway.workers.client_deliveries()) == 1
+    assert _text(events) == TEXT
+    assert "recomputed_tokens" not in events[-1]["usage"]["prompt_tokens_details"]
+
+
+async def test_a_request_that_moved_to_a_worker_that_is_gone_is_tried_again(open_gateway: OpenGateway) -> None:
+    """Nobody will send its tokens."""
+
+    async def moves_away(workers: Workers, delivery: Delivery) -> None:
+        moved = Moved(request_id=delivery.entry.request_id, attempt=delivery.attempt, decode_worker="d9")
+        await workers.report(delivery, 0)
+        await workers.decode[0].mesh.send(delivery.entry.gateway, moved)
+
+    async with open_gateway(decode=1) as gateway:
+        gateway.workers.script = _script(moves_away)
+        assert _text(await _stream(gateway)) == TEXT
+        assert len(gateway.workers.client_deliveries()) == 2
 
 
 async def test_a_gap_is_filled_by_another_attempt(open_gateway: OpenGateway) -> None:

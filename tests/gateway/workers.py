@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from headrace.gateway.tokenizer import Tokenizer
-from headrace.messages.control import Cancel
+from headrace.messages.control import Cancel, Flushed
 from headrace.messages.stream import (
     FailureCode,
     FinishReason,
@@ -39,6 +39,8 @@ class Workers:
         self.text = TEXT
         self.deliveries: list[Delivery] = []
         self.cancels: list[Cancel] = []
+        self.flushed: list[str] = []
+        """Workers to whom the gateway has said that it has taken all they sent."""
         self.prefill: Node
         self.decode: list[Node] = []
         self.tokenizer = tokenizer
@@ -164,11 +166,15 @@ class Workers:
                 self._group.create_task(script(self, delivery))  # type: ignore[arg-type]
 
     async def _listen(self, node: Node) -> None:
-        decode: Decoder[Cancel] = Decoder(Cancel)
+        decode: Decoder[Cancel | Flushed] = Decoder(Cancel | Flushed)
         while True:
             inbound = await node.mesh.receive()
+            message = decode(inbound.header)
             async with self._changed:
-                self.cancels.append(decode(inbound.header))
+                if isinstance(message, Cancel):
+                    self.cancels.append(message)
+                else:
+                    self.flushed.append(node.id)
                 self._changed.notify_all()
 
 

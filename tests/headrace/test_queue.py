@@ -54,6 +54,21 @@ async def test_a_claimed_entry_has_the_next_attempt_number(queue: RequestQueue) 
     assert not claimed.exhausted
 
 
+async def test_an_entry_that_was_given_back_can_be_claimed_at_once(queue: RequestQueue) -> None:
+    """With the same attempt number where nothing has been done for it; by nobody else's doing."""
+    for is_untouched, attempt in ((True, 0), (False, 1)):
+        await queue.put(entry("a"))
+        (taken,) = await queue.take("w1", 1, 100)
+        await queue.give_back("w2", taken, is_untouched)
+        assert await queue.claim("w2", 1, 60_000) == []
+        await queue.give_back("w1", taken, is_untouched)
+        (claimed,) = await queue.claim("w2", 1, 60_000)
+        assert (claimed.entry_id, claimed.attempt) == (taken.entry_id, attempt)
+        await queue.remove(claimed.entry_id)
+        await queue.give_back("w2", claimed, is_untouched)
+        assert await queue.claim("w1", 1, 0) == []
+
+
 async def test_an_entry_is_given_up_after_its_last_delivery(queue: RequestQueue) -> None:
     """A request that kills its workers does not go on for ever."""
     await queue.put(entry("a"))

@@ -244,7 +244,7 @@ def test_a_committed_prompt_goes_to_the_decoder(bench: Bench) -> None:
     bench.offer(4)
     bench.deliver()
     (request,) = bench.received
-    assert (request.token_id, len(request.pages)) == (5, 1)
+    assert (request.commit.token_id, len(request.pages)) == (5, 1)
     for layer in range(NUM_LAYERS):
         assert bench.store.data[layer][request.pages[0]] == bytes([layer + 1]) * PAGE_BYTES
     assert bench.sent[-1] == (PREFILL, Ack(request_id="r", attempt=0))
@@ -494,3 +494,64 @@ def test_a_repeated_commit_is_acknowledged_again(bench: Bench) -> None:
     bench.receiver.cancel("r", 1)
     bench.commit(NUM_LAYERS)
     assert bench.last == Abort(request_id="r", attempt=0, cause="unknown")
+
+
+def test_what_may_not_wait_is_refused_where_it_would(bench: Bench) -> None:
+    """For pages, for a place in the batch, or behind others."""
+    offer = msgspec.structs.replace(make_offer(range(9), "r"), may_wait=False, coming=8)
+    bench.receiver.reserve_pages = 4
+    bench.receiver.handle("decode-2", offer)
+    assert refuse_cause(bench) == "full"
+    bench.receiver.reserve_pages, bench.receiver.places = 3, 0
+    bench.receiver.handle("decode-2", offer)
+    assert refuse_cause(bench) == "full"
+    bench.receiver.places = 1
+    bench.receiver.handle("decode-2", offer)
+    assert isinstance(bench.last, Grant)
+    assert bench.pool.num_in_use == 5
+    bench.receiver.handle("decode-2", Abort(request_id="r", attempt=0, cause="sender_failed"))
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize("came", [[], [1, 2], [1, 1000, 3]], ids=["none", "too few", "unknown"])
+def test_a_commit_without_just_the_tokens_that_were_coming_is_refused(bench: Bench, came: list[int]) -> None:
+    """And counted: no honest worker sends it."""
+    bench.receiver.handle("decode-2", msgspec.structs.replace(make_offer([5], "r"), coming=3))
+    for layer in range(NUM_LAYERS):
+        bench.pages(layer, layer, sender="decode-2")
+    commit = Commit(request_id="r", attempt=0, sequence=NUM_LAYERS, token_id=5, logprobs=None, came=came)
+    bench.receiver.handle("decode-2", commit)
+    assert isinstance(bench.last, Abort)
+    assert len(bench.refused) == 1
+    bench.assert_empty()
+
+
+def test_tokens_that_came_are_part_of_what_is_received_and_of_what_can_be_found(bench: Bench) -> None:
+    """Their page's hash covers them."""
+    bench.receiver.handle("decode-2", msgspec.structs.replace(make_offer([5], "r"), coming=3))
+    for layer in range(NUM_LAYERS):
+        bench.pages(layer, layer, sender="decode-2")
+    commit = Commit(request_id="r", attempt=0, sequence=NUM_LAYERS, token_id=9, logprobs=None, came=[6, 7, 8])
+    bench.receiver.handle("decode-2", commit)
+    (request,) = bench.received
+    assert (request.token_ids, request.generated) == ([5, 6, 7, 8], 3)
+    assert bench.pool.match_prefix(bench.pool.hashes([5, 6, 7, 8])) == request.pages
+
+
+def test_an_attempt_that_its_sender_gave_up_may_come_from_another(bench: Bench) -> None:
+    """An entry that went back to the queue, or a request that moves elsewhere after all."""
+    bench.offer(4)
+    bench.receiver.handle(PREFILL, Abort(request_id="r", attempt=0, cause="sender_failed"))
+    bench.offer(4, sender="prefill-2")
+    assert isinstance(bench.last, Grant)
+
+
+def test_a_worker_that_stops_sends_those_away_who_wait(bench: Bench) -> None:
+    """Their senders ask elsewhere at once; what was granted still arrives."""
+    bench.offer(4)
+    bench.offer(32, "long")
+    bench.receiver.stop()
+    assert refuse_cause(bench) == "stopping"
+    assert (bench.receiver.num_waiting, bench.receiver.num_open) == (0, 1)
+    bench.deliver()
+    assert len(bench.received) == 1

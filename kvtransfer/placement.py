@@ -30,10 +30,9 @@ class Placement:
     async def choose(self, handoff: Handoff) -> str:
         """The id of the receiver to try next, waiting for one. Raises `HandoffFailed` where none will ever do."""
         while True:
-            workers = [worker for worker in self._registry.tier("decode") if not worker.draining]
-            willing = [worker for worker in workers if worker.id not in handoff.refused]
-            if willing:
-                return min(willing, key=self._rank).id
+            if (best := self.best(handoff)) is not None:
+                return best
+            workers = self._workers()
             causes = {handoff.refused[worker.id] for worker in workers}
             if causes and causes <= FINAL_CAUSES:
                 raise HandoffFailed(f"no decode worker can take it: {', '.join(sorted(causes))}")
@@ -42,6 +41,14 @@ class Placement:
                 await asyncio.wait_for(self._joined.wait(), RETRY_SECONDS)
             except TimeoutError:
                 handoff.refused = {id: cause for id, cause in handoff.refused.items() if cause in FINAL_CAUSES}
+
+    def best(self, handoff: Handoff) -> str | None:
+        """The same without waiting; None where nobody is left to ask."""
+        willing = [worker for worker in self._workers() if worker.id not in handoff.refused]
+        return min(willing, key=self._rank).id if willing else None
+
+    def _workers(self) -> list[Member]:
+        return [worker for worker in self._registry.tier("decode") if not worker.draining]
 
     def _rank(self, worker: Member) -> tuple[bool, float, str]:
         total = worker.stats.get("kv_pages_total", 1.0) or 1.0
