@@ -1,4 +1,4 @@
-"""The command line: `headrace up | gateway | prefill | decode | colocate | keys`, with flags made from `Settings`."""
+"""The command line: `headrace up | gateway | ... | restart | keys`, with flags made from `Settings`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "prefill": ("headrace.prefill.main", "compute prompts' KV pages and hand them to decode workers"),
     "colocate": ("headrace.colocate.main", "be a prefill and a decode worker in one process"),
     "decode": ("headrace.decode.main", "receive KV pages and make tokens"),
+    "restart": ("headrace.restart", "replace the workers of a running `headrace up` one by one; no request notices"),
 }
 
 
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "keys":
             return _make_key(options["file"])
-        positional = options.pop("model_positional")
-        options["model"] = options["model"] or positional
+        if (positional := options.pop("model_positional", None)) is not None:
+            options["model"] = options["model"] or positional
         settings = Settings.load(options)
         _set_up_logging(settings.log_level)
         _run(COMMANDS[command][0], settings)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from headrace import __version__
@@ -24,6 +24,8 @@ from headrace.tasks import end_task
 log = logging.getLogger(__name__)
 
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
+READY_FD = "HEADRACE_READY_FD"
+"""File descriptor on which a supervisor waits for a byte, which says that this process serves."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,14 @@ async def join_mesh(
 
 
 async def until_stopped() -> None:
-    """Return at SIGTERM or SIGINT, or when the supervisor that started this process is gone."""
+    """Return at SIGTERM or SIGINT, or when the supervisor that started this process is gone.
+
+    Called when the process serves, of which the supervisor is told.
+    """
+    if (ready_fd := os.environ.pop(READY_FD, None)) is not None:
+        with suppress(BrokenPipeError):
+            os.write(int(ready_fd), b"1")
+        os.close(int(ready_fd))
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

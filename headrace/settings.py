@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from headrace.errors import StartError
 
 ENV_PREFIX = "HEADRACE_"
-NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_CPU_SHARE"}
+NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_READY_FD", "HEADRACE_CPU_SHARE"}
 """Variables with our prefix that are read elsewhere."""
 
 GATEWAY = ("up", "gateway")
@@ -50,7 +50,7 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe messages shown", ALL)
 
     host: str = _field("127.0.0.1", "HTTP address", GATEWAY)
-    port: int = _field(8000, "HTTP port", GATEWAY, ge=0, le=65535)
+    port: int = _field(8000, "HTTP port", (*GATEWAY, "restart"), ge=0, le=65535)
     api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
     max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +15,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from headrace.control import taking_orders
 from headrace.errors import StartError
+from headrace.fleet import Fleet, orders
 from headrace.models.locate import locate_model
 from headrace.node import until_stopped
 from headrace.redis_server import private_redis
@@ -26,12 +27,6 @@ from headrace.supervisor import Child, Supervisor
 READY_TIMEOUT_SECONDS = 900.0
 """Loading a large model from a slow disk takes minutes; a mesh that is not up by then never will be."""
 POLL_SECONDS = 0.1
-SPIN_COUNT = "30000"
-"""How long a worker's idle OpenMP thread spins before it sleeps: a fraction of a millisecond, since others want the
-core."""
-LARGE_COPIES = "glibc.cpu.x86_non_temporal_threshold=4194304"
-"""For a worker's GLIBC_TUNABLES: copies of 4 MiB and more (KV alone is that large) go past the
-caches, which is half as fast again."""
 
 
 async def run(settings: Settings) -> None:
@@ -50,16 +45,18 @@ async def run(settings: Settings) -> None:
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
             settings = settings.model_copy(update={"redis": url})
-            screen = _Screen(console, _children(settings, Path(folder)))
-            supervisor = Supervisor(screen.children, screen.show)
+            fleet = Fleet(settings, Path(folder))
+            screen = _Screen(console, fleet.children)
+            supervisor = Supervisor(fleet.children, screen.show)
             running = asyncio.create_task(supervisor.run())
             serving = asyncio.create_task(_until_ready(settings))
             try:
-                with screen.live:
-                    await asyncio.wait([running, stopped, serving], return_when=asyncio.FIRST_COMPLETED)
-                if serving.done() and not stopped.done() and not running.done():
-                    console.print(_welcome(settings, serving.result(), time.monotonic() - started), soft_wrap=True)
-                    await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
+                async with taking_orders(settings.port, orders(fleet, supervisor)):
+                    with screen.live:
+                        await asyncio.wait([running, stopped, serving], return_when=asyncio.FIRST_COMPLETED)
+                    if serving.done() and not stopped.done() and not running.done():
+                        console.print(_welcome(settings, serving.result(), time.monotonic() - started), soft_wrap=True)
+                        await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if running.done():
                     running.result()
             finally:
@@ -79,26 +76,6 @@ async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
     else:
         async with private_redis(folder) as url:
             yield url
-
-
-def _children(settings: Settings, folder: Path) -> list[Child]:
-    """In the order in which they are stopped: the gateway first, so that nothing new comes in."""
-    cpu_share = folder / "cpu-share"
-    tiers = {"colocate": 1} if settings.colocate else {"prefill": settings.prefill, "decode": settings.decode}
-    cpu_share.write_bytes(bytes(sum(tiers.values())))
-    environment = settings.as_environment()
-    children = [Child("gateway", "gateway", environment)]
-    for tier, count in tiers.items():
-        for index in range(count):
-            name = f"{tier}-{index}"
-            own = {
-                "GOMP_SPINCOUNT": SPIN_COUNT,
-                "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_COPIES),
-                "HEADRACE_WORKER_ID": str(index) if settings.colocate else name,
-                "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
-            }
-            children.append(Child(name, tier, environment | own))
-    return children
 
 
 async def _until_ready(settings: Settings) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from headrace.data_line import STRIPES
 from headrace.engine.kv_cache import CacheLayout, KVCache
+from headrace.fleet import LARGE_COPIES
 from headrace.keys import MeshKey
 from headrace.kvtransfer.messages import TransportName, WireDtype
 from headrace.loadtest.client import StreamClient
@@ -33,7 +34,6 @@ from headrace.loadtest.local_mesh import local_mesh
 from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.raw_zmq import RawZmq, touched
 from headrace.loadtest.report import RESULTS, Figure, publish
-from headrace.up import LARGE_COPIES
 
 LAYOUT = CacheLayout(dtype="bfloat16", num_layers=32, num_kv_heads=8, head_dim=128, page_size=16)
 """Of a model of 8 billion parameters."""
