@@ -27,6 +27,7 @@ from headrace.messages.control import Cancel
 from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
+from headrace.scaling.gauges import StepGauge
 from headrace.tasks import end_task
 from headrace.wire import Decoder, Message
 
@@ -76,6 +77,7 @@ class DecodeWorker:
         engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._stats_at = 0.0
+        self._gauge = StepGauge()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
@@ -119,6 +121,7 @@ class DecodeWorker:
                 log.exception("a decode step failed, giving its requests up")
                 self._give_up_running()
             else:
+                self._gauge.ended(loop.time(), self._scheduler.num_running)
                 self._apply(tokens)
                 if self._speculator is not None and plan is not None and tokens is not None:
                     self._speculator.ran(plan.drafts, loop.time() - started)
@@ -238,6 +241,7 @@ class DecodeWorker:
         if not self._scheduler.has_work:
             self._work.clear()
             self._engine.cpu_share.rest()
+            self._gauge.rest()
             self._idle.set()
             self._publish_stats()
         elif time.monotonic() - self._stats_at > STATS_SECONDS:
@@ -315,6 +319,7 @@ class DecodeWorker:
             "handoff_recomputed_total": 0,
             "messages_refused_total": self._node.mesh.refused,
         }
+        stats |= self._gauge.stats()
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
         if self._speculator is not None:
             stats |= self._speculator.stats()

@@ -30,6 +30,7 @@ from headrace.prefill.turns import Turns
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.registry import Member
+from headrace.scaling.gauges import PrefillGauge
 from headrace.tasks import end_task
 from headrace.wire import Decoder, Message
 
@@ -81,6 +82,7 @@ class PrefillWorker:
         """Pages of those among them that were given up: others may have them when the step has ended."""
         self._work = asyncio.Event()
         self._recomputed = 0
+        self._gauge = PrefillGauge()
         self._stopping = False
         self._decode: Decoder[ToSender | Cancel] = Decoder(ToSender | Cancel)
         node.registry.on_leave.append(self._member_left)
@@ -288,6 +290,7 @@ class PrefillWorker:
             inputs = [job.chunk(chunk) for job, chunk in step]
             announce = on_layer if any(job.wants_layers for job, _ in step) else None
             self._computing = {job.key for job, _ in step}
+            started = loop.time()
             try:
                 outputs = await loop.run_in_executor(self._device_thread, self._compute, inputs, announce)
             except Exception as error:
@@ -295,6 +298,8 @@ class PrefillWorker:
                 self._fail_jobs([job for job, _ in step], error)
             else:
                 self._apply(step, outputs)
+                completed = sum(chunk.is_last for chunk in chunks)
+                self._gauge.ran(sum(chunk.length for chunk in chunks), completed, loop.time() - started)
             self._computing = set()
             while self._retired:
                 self._engine.pool.release(self._retired.pop())
@@ -366,8 +371,10 @@ class PrefillWorker:
                 "kv_pages_total": pool.num_pages,
                 "requests_waiting": len(self._tasks) - len(self._jobs),
                 "requests_running": len(self._jobs),
+                "prompt_tokens_waiting": self._scheduler.num_tokens,
                 "handoff_recomputed_total": self._recomputed,
                 "messages_refused_total": self._node.mesh.refused,
             }
             | self._sender.stats.figures()
+            | self._gauge.stats()
         )

@@ -2,8 +2,9 @@
 
 Prefill is sized by how busy its workers are, and by the backlog: what waits must be computed within the TTFT target.
 Decode is sized by its pages and by the time between two tokens. Both tiers leave a gap between the load at which they
-grow and the one at which they shrink, so that a constant load never makes them swing: after a change, either way, the
-load lies between the two (`tests/scaling/test_policy.py` tries that).
+grow and the one at which they shrink, so that a constant load does not make them swing: after a change, either way, the
+load lies between the two. Where steps are so uneven that a worker was taken away in error, the next try waits twice as
+long.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ FULL, SIZED, SPARE = 0.85, 0.75, 0.7
 pass by shrinking."""
 ITL_SPARE = 0.8
 """The same as the last, for the time between tokens: of what the target leaves for streams beside the first."""
+MOST_REGRETS = 5
 CROWDED = 0.95
 """Share of decode's pages in use at which prompts wait for them: more prefill workers would not help then."""
 
@@ -74,6 +76,11 @@ class TierState:
     """Since when fewer workers would have been enough."""
     calm_need: int = 0
     """How many would have been, at the most, since then."""
+    shrank: bool = False
+    """The last change took workers away."""
+    regrets: int = 0
+    """How often in a row some were taken away that were needed soon after: each time the next calm has to be twice as
+    long."""
 
 
 Fleet = dict[ScaledTier, TierState]
@@ -113,10 +120,12 @@ def _decode_need(signals: Signals, targets: Targets) -> _Need | None:
     pages = workers * signals.pages_in_use
     # More workers shorten only what a step takes beyond that of a stream alone. Where that alone takes longer than the
     # target, none would help; where it isn't known, taking it for 0 asks for too few and frees too few: the next look
-    # tells.
-    alone = signals.inter_token_alone
-    excess = max(signals.inter_token - alone, 0.0)
-    steps = workers * excess / (targets.itl - alone) if alone < targets.itl else 0.0
+    # tells. With fewer workers steps take longer, so streams last longer and there are more of them (Little's law):
+    # hence the last factor.
+    alone, now, target = signals.inter_token_alone, signals.inter_token, targets.itl
+    steps = 0.0
+    if now > alone and alone < target:
+        steps = workers * (now - alone) / (target - alone) * max(target / now, 1.0)
     grow = _up(max(pages / SIZED, steps)) if max(pages / FULL, steps) > workers else None
     return _Need(grow, _up(max(pages / SPARE, steps / ITL_SPARE)))
 
@@ -131,17 +140,20 @@ def _scale(now: float, state: TierState, need: _Need | None, bounds: Bounds) -> 
         return TierState(bounded, now)
     if need is None:
         return replace(state, calm_since=None)
+    calm_seconds = bounds.calm_seconds * 2**state.regrets
     if need.grow is not None:
         grown = min(need.grow, bounds.most)
         if grown > state.workers and now - state.changed_at >= bounds.settle_seconds:
-            return TierState(grown, now)
+            regrets_it = state.shrank and now - state.changed_at < 2 * calm_seconds
+            return TierState(grown, now, regrets=min(state.regrets + 1, MOST_REGRETS) if regrets_it else state.regrets)
         return replace(state, calm_since=None)
-    enough = max(need.shrink, bounds.least)
+    # Some at a time: how much slower the others become shows only then.
+    enough = max(need.shrink, state.workers - max(state.workers // 4, 1), bounds.least)
     if enough >= state.workers:
         return replace(state, calm_since=None)
     if state.calm_since is None:
         return replace(state, calm_since=now, calm_need=enough)
     enough = max(enough, state.calm_need)
-    if now - state.calm_since >= bounds.calm_seconds and now - state.changed_at >= bounds.calm_seconds:
-        return TierState(enough, now)
+    if now - state.calm_since >= calm_seconds and now - state.changed_at >= calm_seconds:
+        return TierState(enough, now, shrank=True, regrets=state.regrets)
     return replace(state, calm_need=enough)
