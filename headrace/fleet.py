@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from headrace.control import Handler, Say
 from headrace.errors import StartError
@@ -87,21 +89,26 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
             await supervisor.remove(old, fleet.patience_seconds)
             say(f"{old.name}: gone, {new.name} serves")
 
+    async def start(tier: str, say: Say) -> None:
+        new = fleet.worker(tier)
+        say(f"{new.name}: starting")
+        await supervisor.add(new)
+        say(f"{new.name}: serves")
+
+    async def stop(old: Child, say: Say) -> None:
+        say(f"{old.name}: finishing what it holds")
+        await supervisor.remove(old, fleet.patience_seconds)
+        say(f"{old.name}: gone")
+
     async def scale(arguments: Mapping[str, str], say: Say) -> None:
-        """Start and stop workers until each tier named has so many."""
+        """Start and stop workers until each tier named has so many: first those that come, then those that go."""
         changes = {tier: fleet.missing(tier, count) for tier, count in arguments.items()}
-        for tier, missing in changes.items():
-            for _ in range(missing):
-                new = fleet.worker(tier)
-                say(f"{new.name}: starting")
-                await supervisor.add(new)
-                say(f"{new.name}: serves")
+        await _all_of([start(tier, say) for tier, missing in changes.items() for _ in range(missing)])
+        leaving: list[Child] = []
         for tier, missing in changes.items():
             workers = [child for child in fleet.workers if child.command == tier]
-            for old in workers[::-1][: max(-missing, 0)]:
-                say(f"{old.name}: finishing what it holds")
-                await supervisor.remove(old, fleet.patience_seconds)
-                say(f"{old.name}: gone")
+            leaving += workers[len(workers) + min(missing, 0) :]
+        await _all_of([stop(child, say) for child in leaving])
 
     async def describe(arguments: Mapping[str, str], say: Say) -> None:
         """What an autoscaler needs to know, a `name=value` a line."""
@@ -111,3 +118,13 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
         say(f"redis={fleet.settings.redis}")
 
     return {"restart": restart, "scale": scale, "describe": describe}
+
+
+async def _all_of(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """At the same time; the first failure ends all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None

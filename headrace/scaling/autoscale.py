@@ -58,13 +58,14 @@ class Autoscaler:
             elif self._fleet[tier].workers != current[tier] and not self._dry_run:
                 self._fleet[tier] = TierState(current[tier], now)
         log.debug("%s", signals)
-        self._fleet = decide(now, self._fleet, signals, self._targets, self._bounds)
-        changes = {tier: s.workers for tier, s in self._fleet.items() if s.workers != current[tier]}
+        fleet = decide(now, self._fleet, signals, self._targets, self._bounds)
+        changes = {tier: fleet[tier].workers for tier in TIERS if fleet[tier].workers != self._fleet[tier].workers}
         if not changes:
+            self._fleet = fleet
             return
         log.info(
             "%s (prefill %.0f %% busy, %.0f tokens wait; decode %.0f %% of pages, %.0f ms a token)",
-            ", ".join(f"{tier} {current[tier]} -> {count}" for tier, count in changes.items()),
+            ", ".join(f"{tier} {self._fleet[tier].workers} -> {count}" for tier, count in changes.items()),
             signals.prefill_busy * 100,
             signals.backlog_tokens,
             signals.pages_in_use * 100,
@@ -72,6 +73,7 @@ class Autoscaler:
         )
         if not self._dry_run:
             await self._executor.scale(changes)
+        self._fleet = fleet  # decided only once it could be done
 
 
 async def autoscale(options: argparse.Namespace) -> None:
