@@ -53,6 +53,9 @@ bench-spec: $(VENV)/installed
 bench-mesh: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.mesh_scale $(if $(QUICK),--quick) $(ARGS)
 
+bench-simulate: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)
+
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Headrace needs Python 3.11 to 3.13; name one with: make PYTHON=python3.12 ..."; exit 1; }

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +22,8 @@ import aiohttp
 from headrace.loadtest.local_mesh import LocalMesh, local_mesh
 from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.timed_stream import StreamFailed, completion, timed_stream
+from headrace.settings import Settings
 
 MODEL = "smollm2"
 COSTS = Path(__file__).resolve().parent / "step_costs" / "smollm2_cpu.json"
@@ -29,6 +31,8 @@ PROMPT_TOKENS = 16
 OPENING = 512
 """Requests at once that have no answer yet: a gateway reads 1,024 at most."""
 KEYS = ("key-of-a", "key-of-b")
+KNOWS_KEYS = "api_keys_file" in Settings.model_fields
+"""Whether this gateway tells callers apart."""
 FAIR_TOKENS = 4
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -65,35 +69,26 @@ class Crowd:
         self, number: int, tokens: int, key: str = KEYS[0], opening: asyncio.Semaphore | None = None
     ) -> None:
         """Ask for `tokens` tokens and keep what came."""
-        body = {"model": MODEL, "prompt": unique_tokens(PROMPT_TOKENS, number), "max_tokens": tokens, "stream": True}
-        body |= {"temperature": 0, "ignore_eos": True}
+        body = completion(MODEL, unique_tokens(PROMPT_TOKENS, number), tokens)
+        began = False
+
+        def first() -> None:
+            nonlocal began
+            began = True
+            self._begin(started, key)
+            if opening is not None:
+                opening.release()
+
         if opening is not None:
             await opening.acquire()
-        begun = False
-        lines: list[bytes] = []
         started = time.perf_counter()
         try:
-            headers = {"Authorization": f"Bearer {key}"}
-            async with self.session.post("/v1/completions", json=body, headers=headers) as response:
-                if response.status != 200:
-                    raise RuntimeError(await response.text())
-                async for line in response.content:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    if not begun:
-                        begun = True
-                        self._begin(started, key)
-                        if opening is not None:
-                            opening.release()
-                    lines.append(line)
-            chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines]
-            if errors := [chunk["error"]["message"] for chunk in chunks if "error" in chunk]:
-                raise RuntimeError(errors[0])
-            self.texts.append("".join(chunk["choices"][0]["text"] for chunk in chunks))
-        except (aiohttp.ClientError, RuntimeError, TimeoutError) as error:
+            stream = await timed_stream(self.session, body, {"Authorization": f"Bearer {key}"}, first)
+            self.texts.append(stream.text)
+        except (aiohttp.ClientError, StreamFailed, TimeoutError) as error:
             self.failures.append(str(error)[:200])
         finally:
-            if begun:
+            if began:
                 self.running -= 1
             elif opening is not None:
                 opening.release()
@@ -107,18 +102,26 @@ class Crowd:
         self.most_running = max(self.most_running, self.running)
 
 
-async def bench(extent: Extent, keys_flags: Sequence[str]) -> list[Figure]:
+async def bench(extent: Extent) -> list[Figure]:
     """All figures of one mesh."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        for name, key in zip("ab", KEYS, strict=True):
+            file.write(f'[{name}]\nkey = "{key}"\n')
+        file.flush()
+        return await _bench(extent, ("--api-keys-file", file.name) if KNOWS_KEYS else ())
+
+
+async def _bench(extent: Extent, keys_flags: Sequence[str]) -> list[Figure]:
     flags = ["--load-format", "synthetic", "--step-costs", str(COSTS), *keys_flags]
     flags += ["--prefill", str(extent.prefill), "--decode", str(extent.decode), "--lease-seconds", "10"]
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=600)
     async with (
-        local_mesh(*flags) as mesh,
+        local_mesh(*flags, api_key=KEYS[0]) as mesh,
         aiohttp.ClientSession(mesh.url, connector=connector, timeout=timeout) as session,
     ):
         await _until_all_joined(mesh, extent)
         figures = await many_streams(mesh, session, extent)
-        figures.append(await fair_sharing(session, extent, bool(keys_flags)))
+        figures.append(await fair_sharing(session, extent))
         await mesh.until_no_page_is_used(30)
         used = await mesh.metrics("headrace_kv_pages_in_use")
         return [*figures, Figure("pages in use at the end", sum(used.values()), "pages", "= 0")]
@@ -159,14 +162,14 @@ async def many_streams(mesh: LocalMesh, session: aiohttp.ClientSession, extent: 
     ]
 
 
-async def fair_sharing(session: aiohttp.ClientSession, extent: Extent, gateway_knows_keys: bool) -> Figure:
+async def fair_sharing(session: aiohttp.ClientSession, extent: Extent) -> Figure:
     """One key queues all its requests, then another as many: from then on, and while both wait, each has its turn.
 
     How much fewer prompts of the one began than of the other, in percent.
     """
     name, target = "fair sharing between two keys: difference", "<= 10"
-    if not gateway_knows_keys:
-        return Figure(name, None, "%", target, why="no keys: name the gateway's flags with --keys-flags")
+    if not KNOWS_KEYS:
+        return Figure(name, None, "%", target, why="this gateway has one key for all")
     crowd, each = Crowd(session), min(extent.streams // 2, OPENING)
     async with asyncio.TaskGroup() as group:
         for number in range(each):
@@ -204,13 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer processes and streams: under 45 seconds")
     parser.add_argument("--streams", type=int, help="instead of the usual number")
-    parser.add_argument(
-        "--keys-flags", default="", help=f"flags of `headrace up` with which a gateway knows {' and '.join(KEYS)}"
-    )
     options = parser.parse_args()
     extent = QUICK if options.quick else FULL
     extent.streams = options.streams or extent.streams
-    figures = asyncio.run(bench(extent, options.keys_flags.split()))
+    figures = asyncio.run(bench(extent))
     print(f"written to {publish('mesh', figures)}")
     sys.exit(any(figure.met is False for figure in figures))
 
