@@ -30,12 +30,22 @@ from headrace.scaling.step_costs import Cost, Handoff, Limits, StepCosts
 from headrace.scaling.trace import TraceRequest, read_trace
 
 MODEL = "smollm2"
-PROMPTS = (16, 64, 128, 256, 512)
-ROWS = (1, 2, 4, 8, 16)
+PROMPTS = (16, 128, 512)
+ROWS = (1, 3, 8, 16)
 SHORT, LONG = 16, 512
 BUDGET = 512
 """Prompt tokens of a step, the default on a CPU."""
 STEPS = 24
+SETTLED_SECONDS, TIMEOUT_SECONDS = 0.8, 60.0
+"""A registration, and with it what a gateway shows of a worker, is half a second behind."""
+COUNTERS = (
+    "prompts",
+    "prefill_busy_seconds",
+    "inter_token_steps",
+    "inter_token_step_requests",
+    "inter_token_step_seconds",
+)
+"""Of workers; without `headrace_` and `_total`."""
 TARGET = "<= 15"
 
 
@@ -89,6 +99,7 @@ class Bench:
         self._case = case
         self._mesh = mesh
         self._session = session
+        self._counts: dict[str, dict[str, float]] = {}
         self._number = random.Random(case.name).randrange(10**6)
 
     def _new_prompt(self, length: int) -> list[int]:
@@ -100,63 +111,64 @@ class Bench:
         body = completion(MODEL, prompt, tokens)
         return await timed_stream(self._session, body | {"logprobs": 0})  # so each token is an event
 
-    async def _prefilled(self) -> tuple[float, float]:
-        """Prompts computed so far, and seconds that took, once both stand still."""
-        found, before = (0.0, 0.0), (-1.0, -1.0)
-        while found != before or not found[0]:
-            before = found
-            await asyncio.sleep(0.6)  # longer than a registration takes to follow
-            prompts = await self._mesh.metrics("headrace_prompts_total")
-            seconds = await self._mesh.metrics("headrace_prefill_busy_seconds_total")
-            found = sum(prompts.values()), sum(seconds.values())
-        return found
+    async def _new_counts(self) -> dict[str, dict[str, float]]:
+        """By how much each worker's counters have grown since the last call, by counter and worker, once they stand
+        still.
+        """
+        found: dict[str, dict[str, float]] = {}
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            while True:
+                last = found
+                found = {name: await self._mesh.metrics(f"headrace_{name}_total") for name in COUNTERS}
+                if found == last:
+                    break
+                await asyncio.sleep(SETTLED_SECONDS)
+        before, self._counts = self._counts, found
+        return {
+            name: {worker: value - before.get(name, {}).get(worker, 0.0) for worker, value in values.items()}
+            for name, values in found.items()
+        }
+
+    async def _prefill_seconds(self, lengths: Sequence[int]) -> tuple[float, list[float]]:
+        """Seconds that a worker takes for one of these prompts on average, and their times to first token."""
+        waits = [(await self._ask(self._new_prompt(length), 1)).ttft for length in lengths]
+        counts = await self._new_counts()
+        return sum(counts["prefill_busy_seconds"].values()) / sum(counts["prompts"].values()), waits
 
     async def measure_costs(self, rounds: int) -> StepCosts:
-        """Prefill steps from the workers' counters, decode steps from the time between tokens."""
+        """From the workers' own counters, by prompts and streams of known size."""
         await self._ask(self._new_prompt(SHORT), 4)
+        await self._new_counts()
         chunks, overheads = {}, []
         for length in PROMPTS:
-            prompts, busy = await self._prefilled()
-            waits = [(await self._ask(self._new_prompt(length), 1)).ttft for _ in range(rounds)]
-            now_prompts, now_busy = await self._prefilled()
-            chunks[length] = (now_busy - busy) / (now_prompts - prompts)
+            chunks[length], waits = await self._prefill_seconds([length] * rounds)
             overheads.append(statistics.median(waits) - chunks[length])
-        prompts, busy = await self._prefilled()
-        for _ in range(rounds):
-            await self._ask(self._new_prompt(2 * BUDGET), 1)
-        now_prompts, now_busy = await self._prefilled()
-        both = (now_busy - busy) / (now_prompts - prompts)
+        both, _ = await self._prefill_seconds([2 * BUDGET] * rounds)
         per_pair = max(both - 2 * chunks[BUDGET], 0.0) / BUDGET**2
-        steps = {rows: await self._step(rows, SHORT) for rows in ROWS}
-        per_kv = max(await self._step(8, LONG) - steps[8], 0.0) / (8 * (LONG - SHORT))
+        steps = [point for rows in ROWS for point in await self._steps(rows, SHORT)]
+        line = _rising(steps, 0.0)
+        far = [(s - line.seconds(round(r), 0)) / (r * (LONG - SHORT)) for r, s in await self._steps(4, LONG)]
+        per_kv = max(statistics.mean(far), 0.0)
         pages = min((await self._mesh.metrics("headrace_kv_pages_total")).values())
         return StepCosts(
             machine=machine(),
-            prefill=_rising({n: s - per_pair * n * n / 2 for n, s in chunks.items()}, per_pair),
-            decode=_rising({n: s - per_kv * n * (SHORT + STEPS / 2) for n, s in steps.items()}, per_kv),
+            prefill=_rising([(n, s - per_pair * n * n / 2) for n, s in chunks.items()], per_pair),
+            decode=_rising([(r, s - per_kv * r * (SHORT + STEPS / 2)) for r, s in steps], per_kv),
             handoff=Handoff(),  # small pages: it is in the overhead
             limits=Limits(pages=int(pages), max_num_batched_tokens=BUDGET),
             overhead_seconds=max(statistics.median(overheads), 0.0),
         )
 
-    async def _step(self, rows: int, context: int) -> float:
-        """Seconds between two tokens while each decode worker runs so many streams."""
+    async def _steps(self, rows: int, context: int) -> list[tuple[float, float]]:
+        """(rows, seconds) of each decode worker's steps, on average, beside about so many streams."""
         prompt = self._new_prompt(context)
         for _ in range(2 * self._case.prefill):  # all workers know it then, and the streams begin together
             await self._ask(prompt, 1)
-        streams = await asyncio.gather(*(self._ask(prompt, STEPS + rows) for _ in range(rows * self._case.decode)))
-        start = max(stream.event_times[0] for stream in streams)
-        end = min(stream.event_times[-1] for stream in streams)
-        gaps = []
-        for stream in streams:
-            inside = [at for at in stream.event_times if start <= at <= end]
-            if len(inside) > 1:
-                gaps.append((inside[-1] - inside[0]) / (len(inside) - 1))
-        if not gaps:
-            raise RuntimeError(
-                f"{len(streams)} streams never ran at the same time: they are too short for this machine"
-            )
-        return statistics.mean(gaps)
+        await asyncio.gather(*(self._ask(prompt, STEPS + rows) for _ in range(rows * self._case.decode)))
+        steps, requests, seconds = (counts for name, counts in (await self._new_counts()).items() if "step" in name)
+        return [
+            (requests[worker] / taken, seconds[worker] / taken) for worker, taken in steps.items() if taken >= STEPS / 2
+        ]
 
     async def replay(self, trace: Sequence[TraceRequest]) -> tuple[list[float], list[float]]:
         """Times to first token and mean inter-token times, as clients see them."""
@@ -171,10 +183,14 @@ class Bench:
         return [ttft for ttft, _ in found], [itl for _, itl in found]
 
 
-def _rising(seconds: dict[int, float], per_pair: float) -> Cost:
+def _rising(measured: Sequence[tuple[float, float]], per_pair: float) -> Cost:
+    """Points of rising size and time; those of one size become their mean."""
+    by_size: dict[int, list[float]] = {}
+    for size, seconds in measured:
+        by_size.setdefault(round(size), []).append(seconds)
     points, least = [], 0.0
-    for size, measured in sorted(seconds.items()):
-        least = max(least, measured)
+    for size, all_seconds in sorted(by_size.items()):
+        least = max(least, statistics.mean(all_seconds))
         points.append((size, least))
     return Cost(points, per_pair)
 

@@ -30,12 +30,15 @@ class PrefillGauge:
 
 
 class StepGauge:
-    """The time between the ends of two decode steps, now, and where one request runs alone."""
+    """The time between the ends of two decode steps: now, where one request runs alone, and in all."""
 
     def __init__(self) -> None:
         self._last: float | None = None
         self._gap = 0.0
         self._alone = 0.0
+        self._steps = 0
+        self._rows = 0
+        self._seconds = 0.0
 
     def ended(self, now: float, rows: int) -> None:
         """A step of so many requests ended; `now` is seconds of any one clock."""
@@ -44,6 +47,9 @@ class StepGauge:
             self._gap += (MEMORY if self._gap else 1.0) * (gap - self._gap)
             if rows == 1:
                 self._alone += (MEMORY if self._alone else 1.0) * (gap - self._alone)
+            self._steps += 1
+            self._rows += rows
+            self._seconds += gap
         self._last = now
 
     def rest(self) -> None:
@@ -52,5 +58,11 @@ class StepGauge:
         self._gap = 0.0
 
     def stats(self) -> dict[str, float]:
-        """By metric name; 0 where nothing runs, or never ran alone."""
-        return {"inter_token_seconds": self._gap, "inter_token_alone_seconds": self._alone}
+        """By metric name; seconds are 0 where nothing runs, or never ran alone."""
+        return {
+            "inter_token_seconds": round(self._gap, 6),
+            "inter_token_alone_seconds": round(self._alone, 6),
+            "inter_token_steps_total": self._steps,
+            "inter_token_step_requests_total": self._rows,
+            "inter_token_step_seconds_total": round(self._seconds, 6),
+        }
