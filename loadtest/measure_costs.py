@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,12 +118,14 @@ async def measured(settings: Settings) -> StepCosts:
 
 def main() -> None:
     """Measure and write."""
-    out, flags = Path(sys.argv[1]), sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="where to write them")
+    out, flags = parser.parse_known_args()
     options = vars(build_parser().parse_args(["decode", *flags]))
-    options = {name: value for name, value in options.items() if name in Settings.model_fields}
-    costs = asyncio.run(measured(Settings.load(options)))
-    costs.write(out)
-    print(out.read_text())
+    settings = Settings.load({name: value for name, value in options.items() if name in Settings.model_fields})
+    costs = asyncio.run(measured(settings))
+    costs.write(out.out)
+    print(out.out.read_text())
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ class LocalProcesses:
     async def current(self) -> Workers:
         """See `Executor`."""
         described = await self.describe()
-        return {tier: int(described[tier]) for tier in TIERS}
+        workers = {tier: int(described[tier]) for tier in TIERS}
+        if not all(workers.values()):
+            raise StartError("this mesh is one worker that is both tiers (--colocate): there is nothing to scale")
+        return workers
 
     async def describe(self) -> dict[str, str]:
         """What the mesh says of itself: workers by tier, `redis` and `namespace`. Raises `StartError`."""
