@@ -181,8 +181,10 @@ class Simulation:
             self._step(worker)
 
     def _compute_chunk(self, worker: _Worker, beside_rows: bool) -> None:
+        page = self._limits.page_size
         budget = self._colocated_budget(worker) if beside_rows else self._limits.max_num_batched_tokens
-        page, size, pairs = self._limits.page_size, 0, 0.0
+        budget = max(budget, page)
+        size, pairs = 0, 0.0
         done: list[_Job] = []
         for job in worker.computing:
             left = job.served.request.prompt_tokens - job.computed
@@ -208,7 +210,7 @@ class Simulation:
             middle = (low + high + 1) // 2
             fits = step + self._costs.prefill.seconds(middle, middle * middle / 2) <= self._targets.itl
             low, high = (middle, high) if fits else (low, middle - 1)
-        return max(low, self._limits.page_size)
+        return low
 
     def _computed(self, worker: _Worker, done: list[_Job]) -> None:
         worker.busy = False
