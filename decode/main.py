@@ -45,7 +45,7 @@ async def run(settings: Settings) -> None:
 
 async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator | None:
     """What drafts for a decode worker, after steps have been timed; None where drafts are off or there are none yet."""
-    if settings.speculation == "off":
+    if settings.speculation == "off" or settings.load_format == "synthetic":
         return None
     engine = model.engine
     if engine.device.type != "cpu":

@@ -34,6 +34,7 @@ from headrace.messages.control import Cancel, Flushed
 from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
+from headrace.scaling.gauges import StepGauge
 from headrace.tasks import end_task
 from headrace.telemetry.events import StepRan
 from headrace.wire import Decoder, Message
@@ -108,6 +109,7 @@ class DecodeWorker:
         engine.pool.on_freed.append(self._pages_came_free)
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._stats_at = 0.0
+        self._gauge = StepGauge()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed] = Decoder(
@@ -162,6 +164,7 @@ class DecodeWorker:
                 log.exception("a decode step failed, giving its requests up")
                 self._give_up_running()
             else:
+                self._gauge.ended(loop.time(), self._scheduler.num_running)
                 self._apply(tokens)
                 if tokens:
                     self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
@@ -298,6 +301,7 @@ class DecodeWorker:
         if not self._scheduler.has_work:
             self._work.clear()
             self._engine.cpu_share.rest()
+            self._gauge.rest()
             self._idle.set()
             self._publish_stats()
         elif time.monotonic() - self._stats_at > STATS_SECONDS:
@@ -401,6 +405,7 @@ class DecodeWorker:
             "handoff_moved_here_total": self._moved_here,
             "messages_refused_total": self._node.mesh.refused,
         }
+        stats |= self._gauge.stats()
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
         if self._speculator is not None:
             stats |= self._speculator.stats()

@@ -12,6 +12,7 @@ import torch
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.engine.synthetic import SyntheticBatch, SyntheticEngine
 from headrace.engine.verify import verify
 from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
 from headrace.kernels.verify_attention import VerifyPlan, plan_verify
@@ -62,6 +63,8 @@ class RunningBatch(Protocol[K]):
 
 def new_batch(engine: Engine) -> RunningBatch[Any]:
     """An empty batch of the kind that suits the engine's device."""
+    if isinstance(engine, SyntheticEngine):
+        return SyntheticBatch(engine)
     if engine.graph_decoder is None:
         return DecodeBatch(engine)
     from headrace.engine.graph_batch import GraphBatch

@@ -10,9 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.errors import EngineError
 from headrace.engine.host_memory import Populating, keep_freed_memory
+from headrace.engine.synthetic import SyntheticEngine
 from headrace.models.locate import ModelFolder, locate_model
 from headrace.node import ModelIdentity
+from headrace.scaling.step_costs import StepCosts
 from headrace.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,10 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
         cpu_threads=settings.cpu_threads,
         random_weights=settings.load_format == "dummy",
     )
+    if settings.load_format == "synthetic":
+        if settings.step_costs is None:
+            raise EngineError("--load-format synthetic sleeps for what steps cost: name a file with --step-costs")
+        return SyntheticEngine(config, StepCosts.read(settings.step_costs))
     engine = Engine.load(config, _LoggedProgress())
     log.info("warming up")
     engine.warm_up()

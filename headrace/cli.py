@@ -17,6 +17,7 @@ import uvloop
 
 from headrace import __version__
 from headrace.errors import StartError
+from headrace.scaling.commands import add_scaling_commands
 from headrace.settings import Settings, commands_of, env_name, flag_name, nearest
 
 EXIT_USAGE = 2
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "keys":
             return _make_key(options["file"])
+        if scaling := options.pop("scaling", None):
+            scaling(argparse.Namespace(**options))
+            return 0
         if (positional := options.pop("model_positional", None)) is not None:
             options["model"] = options["model"] or positional
         settings = Settings.load(options)
@@ -84,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         for name in Settings.model_fields:
             if command in commands_of(name):
                 _add_flag(subparser, name)
+    add_scaling_commands(commands)
     keys = commands.add_parser("keys", help="make a key for a mesh that spans machines", allow_abbrev=False)
     keys.add_argument("file", type=Path, help="where to write it; give this file to every process with --mesh-key")
     return parser

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from headrace.control import Handler, Say
+from headrace.errors import StartError
 from headrace.settings import Settings
 from headrace.supervisor import STOP_TIMEOUT_SECONDS, Child, Supervisor
 
 MAX_WORKERS = 256
 """At a time, successors of leaving ones among them."""
+MAX_TIER = 64
+"""Workers of one tier."""
 SPIN_COUNT = "30000"
 """How long a worker's idle OpenMP thread spins before it sleeps: a fraction of a millisecond, since others want the
 core."""
@@ -28,7 +33,7 @@ class Fleet:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         """`settings` are those of `headrace up`; `folder` is for what the processes share."""
-        self._settings = settings
+        self.settings = settings
         self._cpu_share = folder / "cpu-share"
         self._cpu_share.write_bytes(bytes(MAX_WORKERS))
         self.children = [Child("gateway", "gateway", settings.as_environment())]
@@ -55,12 +60,22 @@ class Fleet:
             "HEADRACE_METRICS_PORT": "0",  # whatever the environment says: they can't all have it
             "HEADRACE_CPU_SHARE": slot,
         }
-        return Child(f"{tier}-{index}", tier, self._settings.as_environment() | own)
+        return Child(f"{tier}-{index}", tier, self.settings.as_environment() | own)
+
+    def missing(self, tier: str, wanted: str) -> int:
+        """How many workers a tier has fewer than `wanted`; negative where it has more. Raises `StartError`."""
+        if tier not in ("prefill", "decode"):
+            raise StartError(f"{tier} is no tier: name prefill=N, decode=N or both")
+        if self.settings.colocate:
+            raise StartError("this mesh is one worker that is both tiers (--colocate): there is nothing to scale")
+        if not wanted.isdecimal() or not 1 <= int(wanted) <= MAX_TIER:
+            raise StartError(f"{tier}={wanted}: give a number from 1 to {MAX_TIER}")
+        return int(wanted) - sum(child.command == tier for child in self.workers)
 
     @property
     def patience_seconds(self) -> float:
         """How long a worker that is told to stop may take."""
-        return self._settings.drain_timeout + STOP_TIMEOUT_SECONDS
+        return self.settings.drain_timeout + STOP_TIMEOUT_SECONDS
 
 
 def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
@@ -75,4 +90,42 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
             await supervisor.remove(old, fleet.patience_seconds)
             say(f"{old.name}: gone, {new.name} serves")
 
-    return {"restart": restart}
+    async def start(tier: str, say: Say) -> None:
+        new = fleet.worker(tier)
+        say(f"{new.name}: starting")
+        await supervisor.add(new)
+        say(f"{new.name}: serves")
+
+    async def stop(old: Child, say: Say) -> None:
+        say(f"{old.name}: finishing what it holds")
+        await supervisor.remove(old, fleet.patience_seconds)
+        say(f"{old.name}: gone")
+
+    async def scale(arguments: Mapping[str, str], say: Say) -> None:
+        """Start and stop workers until each tier named has so many: first those that come, then those that go."""
+        changes = {tier: fleet.missing(tier, count) for tier, count in arguments.items()}
+        await _all_of([start(tier, say) for tier, missing in changes.items() for _ in range(missing)])
+        leaving: list[Child] = []
+        for tier, missing in changes.items():
+            workers = [child for child in fleet.workers if child.command == tier]
+            leaving += workers[len(workers) + min(missing, 0) :]
+        await _all_of([stop(child, say) for child in leaving])
+
+    async def describe(arguments: Mapping[str, str], say: Say) -> None:
+        """What an autoscaler needs to know, a `name=value` a line."""
+        for tier in ("prefill", "decode"):
+            say(f"{tier}={sum(child.command == tier for child in fleet.workers)}")
+        say(f"namespace={fleet.settings.namespace}")
+        say(f"redis={fleet.settings.redis}")
+
+    return {"restart": restart, "scale": scale, "describe": describe}
+
+
+async def _all_of(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """At the same time; the first failure ends all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None

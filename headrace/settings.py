@@ -84,7 +84,13 @@ class Settings(BaseModel):
         WORKER,
     )
     kv_cache_dtype: Literal["auto", "fp8"] = _field("auto", "type of the KV cache; `auto` is --dtype", WORKER)
-    load_format: Literal["auto", "dummy"] = _field("auto", "`dummy` makes random weights, to measure speed", WORKER)
+    load_format: Literal["auto", "dummy", "synthetic"] = _field(
+        "auto",
+        "`dummy` makes random weights, to measure speed; `synthetic` loads none and sleeps for --step-costs, to test a "
+        "mesh at scale",
+        WORKER,
+    )
+    step_costs: Path | None = _field(None, "JSON file of measured step costs that `synthetic` sleeps for", WORKER)
     model_impl: Literal["auto", "fused", "transformers"] = _field("auto", "which path runs the model", WORKER)
     max_model_len: int | None = _field(
         None, "longest prompt + output in tokens (default: the model's own)", WORKER, ge=16

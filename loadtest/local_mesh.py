@@ -29,13 +29,16 @@ class LocalMesh:
     """A running mesh. `log` is what `headrace up` wrote so far."""
 
     url: str
+    api_key: str | None = None
+    """For its /metrics, where it wants one."""
     log: list[str] = field(default_factory=list)
     pids: dict[str, int] = field(default_factory=dict)
     """Process ids of the children by name, the newest start of each."""
 
     async def metrics(self, name: str) -> dict[str, float]:
         """One metric of every worker, by worker id."""
-        async with aiohttp.ClientSession() as session, session.get(f"{self.url}/metrics") as response:
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{self.url}/metrics") as response:
             text = await response.text()
         return {worker: float(value) for metric, _, worker, value in METRIC.findall(text) if metric == name}
 
@@ -66,7 +69,7 @@ class LocalMesh:
 
 
 @asynccontextmanager
-async def local_mesh(*flags: str) -> AsyncIterator[LocalMesh]:
+async def local_mesh(*flags: str, api_key: str | None = None) -> AsyncIterator[LocalMesh]:
     """Run `headrace up FLAGS` inside the block; yields once it says that it is ready."""
     port = _free_port()
     command = [sys.executable, "-m", "headrace", "up", "--port", str(port), *flags]
@@ -76,7 +79,7 @@ async def local_mesh(*flags: str) -> AsyncIterator[LocalMesh]:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
-    mesh = LocalMesh(f"http://127.0.0.1:{port}")
+    mesh = LocalMesh(f"http://127.0.0.1:{port}", api_key)
     ready = asyncio.Event()
     reading = asyncio.create_task(_read_log(process, mesh, ready))
     try:

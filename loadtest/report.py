@@ -52,7 +52,7 @@ def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
     report = {
         "name": name,
         "commit": _commit(),
-        "machine": f"{os.cpu_count()} cores of {_processor()}",
+        "machine": machine(),
         "card": card,
         "command": " ".join(["python", "-m", _main_module(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -60,6 +60,11 @@ def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
     }
     path.write_text(json.dumps(report, indent=2) + "\n")
     return path
+
+
+def machine() -> str:
+    """This machine in a few words."""
+    return f"{os.cpu_count()} cores of {_processor()}"
 
 
 def _main_module() -> str:

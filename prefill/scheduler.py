@@ -43,6 +43,11 @@ class PrefillScheduler:
         """Forget a prompt, whether it is still here or not."""
         self._waiting = deque(waiting for waiting in self._waiting if waiting.key != key)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that no step has computed or computes."""
+        return sum(waiting.num_tokens - waiting.computed for waiting in self._waiting)
+
     def schedule(self, token_budget: int) -> list[Chunk]:
         """The chunks of the next step, which count as computed from now on. Empty where nothing waits.
 

@@ -33,6 +33,7 @@ from headrace.prefill.watch import Watch, watching
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.registry import Member
+from headrace.scaling.gauges import PrefillGauge
 from headrace.tasks import end_task
 from headrace.wire import Decoder, Message
 
@@ -46,6 +47,8 @@ class _Step:
     """Chunks on the device."""
 
     parts: list[tuple[Job, Chunk]]
+    started: float = field(default_factory=time.monotonic)
+    """Seconds, monotonic."""
     retired: list[list[int]] = field(default_factory=list)
     """Pages of jobs that were given up meanwhile: others may have them when the step has ended."""
 
@@ -97,6 +100,8 @@ class PrefillWorker:
         """On the device, the oldest first."""
         self._work = asyncio.Event()
         self._recomputed = 0
+        self._gauge = PrefillGauge()
+        self._step_ended = 0.0
         self._stopping = False
         self._farewell = Farewell(node)
         self._decode: Decoder[ToSender | Cancel | Flushed | GivenBack] = Decoder(
@@ -353,9 +358,18 @@ class PrefillWorker:
             self._fail_jobs([job for job, _ in step.parts], error)
         else:
             self._apply(step.parts, outputs)
+            self._measure(step)
         self._steps.remove(step)
         for pages in step.retired:
             self._engine.pool.release(pages)
+
+    def _measure(self, step: _Step) -> None:
+        """Steps in flight overlap: each counts from the end of the one before."""
+        now = time.monotonic()
+        chunks = [chunk for _, chunk in step.parts]
+        seconds = now - max(step.started, self._step_ended)
+        self._gauge.ran(sum(chunk.length for chunk in chunks), sum(chunk.is_last for chunk in chunks), seconds)
+        self._step_ended = now
 
     def _is_handing_over(self) -> bool:
         """Or is about to."""
@@ -429,9 +443,11 @@ class PrefillWorker:
                 "kv_pages_total": pool.num_pages,
                 "requests_waiting": len(self._tasks) - len(self._jobs),
                 "requests_running": len(self._jobs),
+                "prompt_tokens_waiting": self._scheduler.num_tokens,
                 "handoff_recomputed_total": self._recomputed,
                 "messages_refused_total": self._node.mesh.refused,
             }
             | self._sender.stats.figures()
             | self._node.telemetry.stats()
+            | self._gauge.stats()
         )

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"gateway", "kernels", "engine", "kvtransfer", "prefill", "decode", "colocate", "loadtest"}
 BASE = "headrace"
-"""The package's own modules, `messages`, `models` and `telemetry` among them."""
+"""The package's own modules, `messages`, `models`, `scaling` and `telemetry` among them."""
 
 MAY_IMPORT = {
     BASE: set(),
@@ -34,7 +34,7 @@ def sources(part: str) -> list[Path]:
     """The Python files of one part."""
     if part != BASE:
         return sorted((ROOT / part).rglob("*.py"))
-    own = [ROOT / BASE, *(ROOT / BASE / name for name in ("messages", "models", "telemetry"))]
+    own = [ROOT / BASE, *(ROOT / BASE / name for name in ("messages", "models", "scaling", "telemetry"))]
     return sorted(path for folder in own for path in folder.glob("*.py"))
 
 

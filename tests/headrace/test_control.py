@@ -15,6 +15,7 @@ import pytest
 from headrace.control import Say, give_order, socket_path, taking_orders
 from headrace.errors import StartError
 from headrace.fleet import Fleet, orders
+from headrace.scaling.executors import LocalProcesses
 from headrace.settings import Settings
 from headrace.supervisor import Supervisor
 from headrace.tasks import end_task
@@ -163,3 +164,39 @@ async def test_a_worker_that_dies_is_started_again_and_one_that_was_told_to_leav
                 await prefill.is_ready.wait()
     assert sum(f"{prefill.name}: started" in line for line in log) == 2
     assert sum(f"{decode.name}: started" in line for line in log) == 1
+
+
+async def test_a_mesh_is_scaled_to_the_numbers_named(tmp_path: Path) -> None:
+    """Other tiers stay as they are, and the newest go first."""
+    async with fleet(tmp_path, []) as (made, supervisor), taking_orders(PORT, orders(made, supervisor)):
+        local = LocalProcesses(PORT)
+        assert await local.current() == {"prefill": 1, "decode": 2}
+        await local.scale({"prefill": 3})
+        assert await local.current() == {"prefill": 3, "decode": 2}
+        await local.scale({"prefill": 2, "decode": 4})
+        await local.scale({"decode": 1})
+        assert [child.name for child in made.workers] == ["prefill-0", "decode-0", "prefill-1"]
+        assert (await local.describe())["namespace"] == "headrace"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [({"decode": "0"}, "from 1 to"), ({"decode": "two"}, "from 1 to"), ({"gateway": "2"}, "no tier")],
+)
+async def test_what_cannot_be_scaled_to_is_refused(tmp_path: Path, wanted: dict[str, str], says: str) -> None:
+    """Before anything is started or stopped."""
+    async with fleet(tmp_path, []) as (made, supervisor):
+        before = list(made.children)
+        with pytest.raises(StartError, match=says):
+            await orders(made, supervisor)["scale"]({"prefill": "2", **wanted}, lambda line: None)
+        assert made.children == before
+
+
+async def test_workers_that_cannot_start_leave_none_behind(tmp_path: Path) -> None:
+    """Scaling up fails as a whole."""
+    async with fleet(tmp_path, []) as (made, supervisor):
+        (tmp_path / "broken").touch()
+        before = list(made.children)
+        with pytest.raises(StartError, match="no such model"):
+            await orders(made, supervisor)["scale"]({"prefill": "3"}, lambda line: None)
+        assert made.children == before
