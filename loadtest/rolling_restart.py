@@ -109,11 +109,14 @@ async def measure(
         watching, loading = asyncio.create_task(watch(mesh, totals)), asyncio.create_task(load.run(stopped))
         port = urlsplit(mesh.url).port
         assert port is not None
-        await give_order(port, "restart", {}, print if say_all else lambda line: None)
-        stopped.set()
-        await loading
-        await mesh.until_no_page_is_used()
-        await end_task(watching)
+        try:
+            await give_order(port, "restart", {}, print if say_all else lambda line: None)
+            stopped.set()
+            await loading
+            await mesh.until_no_page_is_used()
+        finally:
+            await end_task(watching)
+            await end_task(loading)
         anew = await requeues(mesh)
         log = list(mesh.log)
     left = [line for line in log if "exited with code 0, as it was told to" in line]
