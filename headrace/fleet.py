@@ -72,6 +72,13 @@ class Fleet:
             raise StartError(f"{tier}={wanted}: give a number from 1 to {MAX_TIER}")
         return int(wanted) - sum(child.command == tier for child in self.workers)
 
+    def forget(self, worker: Child) -> None:
+        """It is gone: it needs no part of the cores any more, however it ended."""
+        _, _, slot = worker.environment["HEADRACE_CPU_SHARE"].rpartition(":")
+        with self._cpu_share.open("r+b") as file:
+            file.seek(int(slot))
+            file.write(b"\0")
+
     @property
     def patience_seconds(self) -> float:
         """How long a worker that is told to stop may take."""
@@ -88,6 +95,7 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
             say(f"{old.name}: starting {new.name} in its place")
             await supervisor.add(new)
             await supervisor.remove(old, fleet.patience_seconds)
+            fleet.forget(old)
             say(f"{old.name}: gone, {new.name} serves")
 
     async def start(tier: str, say: Say) -> None:
