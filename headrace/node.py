@@ -69,6 +69,7 @@ async def join_mesh(
     url = settings.redis or DEFAULT_REDIS
     client = connect(url)
     mesh = Mesh(settings.bind, settings.mesh_key)
+    telemetry: Telemetry | None = None
     try:
         keys = Keys(settings.namespace)
         member = Member(
@@ -113,8 +114,9 @@ async def join_mesh(
                 await registry.leave()
             except RedisError as error:
                 log.warning("could not leave the registry, the lease will end by itself: %s", error)
-            await telemetry.close()
     finally:
+        if telemetry is not None:
+            await telemetry.close()
         mesh.close()
         await client.aclose()
 

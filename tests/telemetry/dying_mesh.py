@@ -39,6 +39,8 @@ class DyingMesh:
     settings: Settings
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     workers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    armed: bool = False
+    """Whether a worker may stall: not before the gateway's own warm-up is over."""
     stalled: str = ""
     """Which did."""
     has_stalled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -50,7 +52,7 @@ class DyingMesh:
         steps, loop = itertools.count(), asyncio.get_running_loop()
 
         def on_step(running: int, ended: bool) -> None:
-            if running and next(steps) >= STEPS and self.stalled in ("", name):
+            if self.armed and running and next(steps) >= STEPS and self.stalled in ("", name):
                 self.stalled = name
                 loop.call_soon_threadsafe(self.has_stalled.set)
                 self.go_on.wait(60)
@@ -73,7 +75,7 @@ async def _for_ever() -> None:
 async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool = False) -> AsyncIterator[DyingMesh]:
     """One prefill and some decode workers; `stalls`: one of them makes no more than `STEPS` steps."""
     settings = Settings(
-        redis=redis_url, namespace=f"dying-{next(_namespaces)}", port=0, lease_seconds=2.0, worker_id="gateway-0"
+        redis=redis_url, namespace=f"dying-{next(_namespaces)}", port=0, lease_seconds=5.0, worker_id="gateway-0"
     )
     identity = ModelIdentity(MODEL, "0" * 16, MAX_MODEL_LEN)
     tokenizer = Tokenizer.load(locate_model("smollm2").path)
@@ -86,11 +88,11 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool
         async def prefill(name: str, own: Settings) -> None:
             async with worker_endpoint(own, "prefill") as endpoint:
                 mesh.endpoints[name] = endpoint
+                engine = tiny_engine(folder, PAGES)
                 async with (
                     join_mesh(own, "prefill", identity, endpoint=endpoint) as node,
                     DataLines(node.registry, None) as lines,
                 ):
-                    engine = tiny_engine(folder, PAGES)
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
                     with ThreadPoolExecutor(1) as thread:
                         turns = OwnDevice(64)
@@ -100,8 +102,8 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool
         async def decoding(name: str, own: Settings) -> None:
             async with worker_endpoint(own, "decode") as endpoint, data_listener("127.0.0.1", None) as listener:
                 mesh.endpoints[name] = endpoint
+                engine = tiny_engine(folder, PAGES)
                 async with join_mesh(own, "decode", identity, listener.address, endpoint) as node:
-                    engine = tiny_engine(folder, PAGES)
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
                     with ThreadPoolExecutor(1) as thread:
                         on_step = mesh.stall(name) if stalls else lambda running, ended: None
