@@ -262,9 +262,9 @@ class DecodeWorker:
         except PeerGone as error:
             log.debug("not sent: %s", error)  # the registry will say so too, and what it held is freed then
 
-    def _fail(self, sequence: Sequence, code: FailureCode, message: str) -> None:
+    def _fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
         request_id, attempt = sequence.key
-        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=True)
+        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
         self._post(sequence.offer.gateway, failed)
 
     def _cancel(self, keys: list[Key]) -> None:
@@ -291,9 +291,19 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             self._receiver.reap()
+            self._expire()
             self._grant()
             self._idle.set()
             self._publish_stats()
+
+    def _expire(self) -> None:
+        """Let go of what nobody waits for any more, also where its gateway can't say so."""
+        now = time.time()
+        expired = [sequence for sequence in self._scheduler.sequences() if sequence.offer.deadline < now]
+        for sequence in expired:
+            self._fail(sequence, "deadline", "the request's deadline passed before its last token", retryable=False)
+        if expired:
+            self._cancel([sequence.key for sequence in expired])
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "prefill":

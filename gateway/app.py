@@ -9,12 +9,14 @@ from collections.abc import Callable
 from aiohttp import web
 
 from headrace import __version__
-from headrace.gateway.admission import Admission
+from headrace.gateway.admission import Admission, Arrival
 from headrace.gateway.answer import Answer, running
+from headrace.gateway.callers import ApiKeys
 from headrace.gateway.chat_request import read_chat
 from headrace.gateway.chat_shape import ChatShape
 from headrace.gateway.completion_request import read_completion
 from headrace.gateway.completion_shape import CompletionShape
+from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.errors import ApiError, BodyTooSlow, ModelNotFound, Unavailable
 from headrace.gateway.guard import add_request_id, guard
 from headrace.gateway.job import Job
@@ -23,6 +25,7 @@ from headrace.gateway.metrics import GatewayMetrics
 from headrace.gateway.request_log import log_request
 from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
 from headrace.gateway.shape import Shape
+from headrace.gateway.terms import read_terms
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.gateway.warmup import Readiness
 from headrace.settings import Settings
@@ -39,20 +42,19 @@ class GatewayApp:
     def __init__(
         self, settings: Settings, model: str, tokenizer: Tokenizer, mesh: MeshClient, metrics: GatewayMetrics
     ) -> None:
-        self.admission = Admission(mesh.node, settings.max_queued_requests)
-        self.readiness = Readiness(self.admission, mesh, tokenizer)
+        self._keys = ApiKeys.load(settings)
+        self._dispatcher = Dispatcher(mesh)
+        self.admission = Admission(self._dispatcher, settings, self._keys.callers)
+        self.readiness = Readiness(self.admission, self._dispatcher, tokenizer)
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
-        self._mesh = mesh
         self._metrics = metrics
         self._started = int(time.time())
 
     def build(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(
-            client_max_size=self._settings.max_body_bytes, middlewares=[guard(self._settings.api_key)]
-        )
+        app = web.Application(client_max_size=self._settings.max_body_bytes, middlewares=[guard(self._keys)])
         app.on_response_prepare.append(add_request_id)
         app.add_routes(
             [
@@ -108,7 +110,7 @@ class GatewayApp:
     def stop(self) -> None:
         """Take no new requests and end those that run."""
         self.admission.stopping = True
-        self._mesh.fail_all(Unavailable("This server is stopping.", code="stopping"))
+        self._dispatcher.fail_all(Unavailable("This server is stopping.", code="stopping"))
 
     async def _answer(
         self, request: web.Request, read: Reader, shape_of: Callable[[Answer, str], Shape]
@@ -121,7 +123,7 @@ class GatewayApp:
         if request.transport is None:  # the client has gone, and redis-py may have lost the cancellation (see end_task)
             raise ConnectionResetError("the client has gone")
         try:
-            async with running(answer, self._mesh):
+            async with running(answer, self._dispatcher):
                 shape = shape_of(answer, self._model)
                 if answer.job.stream:
                     return await respond_streaming(request, answer, shape)
@@ -139,10 +141,13 @@ class GatewayApp:
                 body = await request.read()
         except TimeoutError:
             raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
+        terms = read_terms(request, self._settings.request_timeout)
+        self.admission.check(Arrival(terms))  # spares the tokenizer what would be refused whatever it is
         model, job = await self._tokenizer.in_thread(lambda: read(body, self._tokenizer))
         self._check_model(model)
-        context_length = await self.admission.admit(job.choices)
-        answer = Answer(job, self._tokenizer.vocabulary, context_length, self._settings.request_timeout)
+        tokens = job.n * sum(len(prompt.token_ids) for prompt in job.prompts)
+        context_length = await self.admission.admit(Arrival(terms, job.choices, tokens))
+        answer = Answer(job, terms, self._tokenizer.vocabulary, context_length)
         self._metrics.prompt_tokens.inc(sum(len(prompt.token_ids) for prompt in job.prompts))
         return answer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import secrets
@@ -11,6 +10,7 @@ from contextvars import ContextVar
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from headrace.gateway.callers import ApiKeys, Caller
 from headrace.gateway.errors import (
     ApiError,
     BadRequest,
@@ -21,6 +21,7 @@ from headrace.gateway.errors import (
     error_body,
 )
 from headrace.gateway.respond import encode_json
+from headrace.gateway.terms import caller
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def guard(api_key: str | None) -> Middleware:
+def guard(keys: ApiKeys) -> Middleware:
     """The one middleware of the gateway."""
 
     @web.middleware
@@ -39,8 +40,8 @@ def guard(api_key: str | None) -> Middleware:
         given = request.headers.get("X-Request-Id", "")
         request_id.set(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
         try:
-            if api_key is not None and request.path not in OPEN_PATHS:
-                _check_key(request, api_key)
+            if request.path not in OPEN_PATHS:
+                caller.set(_caller(request, keys))
             return await handler(request)
         except ConnectionResetError:  # the client has gone: there is nobody to tell
             raise
@@ -60,10 +61,12 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
         response.headers["X-Request-Id"] = current
 
 
-def _check_key(request: web.Request, api_key: str) -> None:
+def _caller(request: web.Request, keys: ApiKeys) -> Caller:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), api_key.encode()):
+    found = keys.find(key.strip() if scheme.lower() == "bearer" else "")
+    if found is None:
         raise Unauthorized("Incorrect API key provided: send 'Authorization: Bearer KEY'.")
+    return found
 
 
 def _as_api_error(request: web.Request, error: Exception) -> ApiError:

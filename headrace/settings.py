@@ -53,7 +53,17 @@ class Settings(BaseModel):
     port: int = _field(8000, "HTTP port", GATEWAY, ge=0, le=65535)
     api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
     max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
+    api_keys_file: Path | None = _field(
+        None, "TOML file with a table for each caller: [name], key, weight (share) and priority", GATEWAY
+    )
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
+    max_queued_tokens: int = _field(2**21, "the same in tokens of their prompts", GATEWAY, ge=1)
+    max_ttft: float = _field(
+        60.0,
+        "seconds before the first token that a request may wait for others; a 429 if it would be more",
+        GATEWAY,
+        gt=0,
+    )
     request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
 
     worker_id: str | None = _field(

@@ -26,6 +26,7 @@ from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
 from headrace.prefill.placement import Placement
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
+from headrace.prefill.step_rate import StepRate
 from headrace.prefill.turns import Turns
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
@@ -81,6 +82,7 @@ class PrefillWorker:
         """Pages of those among them that were given up: others may have them when the step has ended."""
         self._work = asyncio.Event()
         self._recomputed = 0
+        self._step_rate = StepRate()
         self._stopping = False
         self._decode: Decoder[ToSender | Cancel] = Decoder(ToSender | Cancel)
         node.registry.on_leave.append(self._member_left)
@@ -197,6 +199,8 @@ class PrefillWorker:
         """Raise `RequestRejected` for what no worker, or not this one, can compute."""
         if delivery.exhausted:
             raise RequestRejected("worker_error", "every worker that tried this request died of it or was lost", False)
+        if delivery.entry.deadline <= time.time():
+            raise RequestRejected("deadline", "the request's deadline passed before its prompt was begun", False)
         if delivery.attempt > 0:
             self._recomputed += 1
         limit, length = self._engine.max_model_len, len(delivery.entry.token_ids)
@@ -275,7 +279,8 @@ class PrefillWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            chunks = self._scheduler.schedule(await self._turns.turn(self._is_handing_over()))
+            budget = await self._turns.turn(self._is_handing_over())
+            chunks = self._scheduler.schedule(budget)
             if not chunks:
                 self._work.clear()
                 self._engine.cpu_share.rest()
@@ -288,6 +293,7 @@ class PrefillWorker:
             inputs = [job.chunk(chunk) for job, chunk in step]
             announce = on_layer if any(job.wants_layers for job, _ in step) else None
             self._computing = {job.key for job, _ in step}
+            started = loop.time()
             try:
                 outputs = await loop.run_in_executor(self._device_thread, self._compute, inputs, announce)
             except Exception as error:
@@ -295,6 +301,7 @@ class PrefillWorker:
                 self._fail_jobs([job for job, _ in step], error)
             else:
                 self._apply(step, outputs)
+                self._step_rate.observe(sum(chunk.length for chunk in chunks), budget, loop.time() - started)
             self._computing = set()
             while self._retired:
                 self._engine.pool.release(self._retired.pop())
@@ -369,5 +376,6 @@ class PrefillWorker:
                 "handoff_recomputed_total": self._recomputed,
                 "messages_refused_total": self._node.mesh.refused,
             }
+            | self._step_rate.figures()
             | self._sender.stats.figures()
         )
