@@ -28,12 +28,20 @@ class PrefillRate:
         self._seconds = 0.0
         """Of workers: two of them in one second count twice."""
         self._workers = 0.0
+        self._since = 0.0
+        """Seconds with a backlog since tokens were last counted; long prompts come in lumps."""
+        self._worker_seconds_since = 0.0
 
     def observe(self, tokens: int, workers: float) -> None:
         """`tokens` were prefilled. From now on there is a backlog for so many workers; 0 where there is none."""
         self._pass_time()
-        if self._workers:
-            self._tokens += tokens
+        if tokens and self._since:
+            fade = math.exp(-self._since / BUSY_MEMORY_SECONDS)
+            mean_weight = BUSY_MEMORY_SECONDS * (1 - fade) / self._since
+            self._tokens = self._tokens * fade + tokens * mean_weight
+            self._seconds = self._seconds * fade + self._worker_seconds_since * mean_weight
+        if tokens or not workers:
+            self._since = self._worker_seconds_since = 0.0
         self._workers = workers
 
     def __call__(self, workers: float, published: float | None) -> float | None:
@@ -43,16 +51,18 @@ class PrefillRate:
         """
         self._pass_time()
         missing = max(EVIDENCE_SECONDS - self._seconds, 0.0)
-        if published is None and missing:
-            return None
-        rate = (self._tokens + (published or 0.0) * missing) / (self._seconds + missing)
-        return max(rate, 1.0) * workers
+        if published is None:
+            missing = 0.0
+        known = self._seconds + missing
+        return (self._tokens + (published or 0.0) * missing) / known * workers if known > 0 else None
 
     def _pass_time(self) -> None:
         now = self._clock()
         passed, self._at = now - self._at, now
-        memory = BUSY_MEMORY_SECONDS if self._workers else IDLE_MEMORY_SECONDS
-        fade = math.exp(-passed / memory)
-        self._tokens *= fade
-        # the mean weight of a second within `passed`, so that a steady rate reads as itself
-        self._seconds = self._seconds * fade + self._workers * memory * (1 - fade)
+        if self._workers:
+            self._since += passed
+            self._worker_seconds_since += passed * self._workers
+        else:
+            fade = math.exp(-passed / IDLE_MEMORY_SECONDS)
+            self._tokens *= fade
+            self._seconds *= fade
