@@ -12,6 +12,7 @@ IDLE_MEMORY_SECONDS = 60.0
 """The same while there is none, and nothing new to learn."""
 EVIDENCE_SECONDS = 1.0
 """So long a backlog has to be seen to be believed; until then, what the workers say of themselves fills in."""
+EVIDENCE_PROMPTS = 3.0
 
 
 class PrefillRate:
@@ -25,6 +26,7 @@ class PrefillRate:
         self._clock = clock
         self._at = clock()
         self._tokens = 0.0
+        self._prompts = 0.0
         self._seconds = 0.0
         """Of workers: two of them in one second count twice."""
         self._workers = 0.0
@@ -39,6 +41,7 @@ class PrefillRate:
             fade = math.exp(-self._since / BUSY_MEMORY_SECONDS)
             mean_weight = BUSY_MEMORY_SECONDS * (1 - fade) / self._since
             self._tokens = self._tokens * fade + tokens * mean_weight
+            self._prompts = self._prompts * fade + mean_weight
             self._seconds = self._seconds * fade + self._worker_seconds_since * mean_weight
         if tokens or not workers:
             self._since = self._worker_seconds_since = 0.0
@@ -51,10 +54,11 @@ class PrefillRate:
         """
         self._pass_time()
         missing = max(EVIDENCE_SECONDS - self._seconds, 0.0)
-        if published is None:
-            missing = 0.0
-        known = self._seconds + missing
-        return (self._tokens + (published or 0.0) * missing) / known * workers if known > 0 else None
+        if self._prompts < EVIDENCE_PROMPTS:
+            return None if published is None else published * workers
+        if published is None and missing:
+            return None
+        return (self._tokens + (published or 0.0) * missing) / (self._seconds + missing) * workers
 
     def _pass_time(self) -> None:
         now = self._clock()
@@ -65,4 +69,5 @@ class PrefillRate:
         else:
             fade = math.exp(-passed / IDLE_MEMORY_SECONDS)
             self._tokens *= fade
+            self._prompts *= fade
             self._seconds *= fade
