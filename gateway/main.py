@@ -61,6 +61,7 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
                 await end_task(warming)
                 app.stop()
                 await runner.cleanup()
+                await app.close()
                 await mesh.close()
                 await end_task(receiving)
     finally:

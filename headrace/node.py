@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import redis.asyncio
+
 from headrace import __version__
 from headrace.mesh import Mesh
 from headrace.queue import RequestQueue
@@ -43,6 +45,8 @@ class Node:
     registry: Registry
     mesh: Mesh
     queue: RequestQueue
+    redis: redis.asyncio.Redis
+    keys: Keys
 
 
 @asynccontextmanager
@@ -84,7 +88,7 @@ async def join_mesh(
         heartbeat = asyncio.create_task(registry.run(), name="registry")
         heartbeat.add_done_callback(lambda task: None if task.cancelled() else block.cancel())
         try:
-            yield Node(member.id, registry, mesh, queue)
+            yield Node(member.id, registry, mesh, queue, client, keys)
         except asyncio.CancelledError:
             if heartbeat.done():  # a process that nobody can see any more must not go on as if it could be seen
                 heartbeat.result()
