@@ -51,6 +51,7 @@ class Settings(BaseModel):
 
     host: str = _field("127.0.0.1", "HTTP address", GATEWAY)
     port: int = _field(8000, "HTTP port", GATEWAY, ge=0, le=65535)
+    reuse_port: bool = _field(False, "share the port with other gateways of this machine that do", ("gateway",))
     api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
     max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
     api_keys_file: Path | None = _field(
@@ -111,6 +112,7 @@ class Settings(BaseModel):
     )
     colocate: bool = _field(False, "start one worker that is both tiers, in place of --prefill and --decode", ("up",))
 
+    gateways: int = _field(1, "gateways to start, which share the port", ("up",), ge=1, le=64)
     prefill: int = _field(1, "prefill workers to start", ("up",), ge=1, le=64)
     decode: int = _field(1, "decode workers to start", ("up",), ge=1, le=64)
 

@@ -42,6 +42,8 @@ async def run(settings: Settings) -> None:
             "--colocate starts one worker that is both tiers: leave --prefill and --decode away, and add others with "
             "`headrace prefill` and `headrace decode`"
         )
+    if settings.gateways > 1 and settings.port == 0:
+        raise SettingsError("--gateways: several share a port, so --port has to name one")
     console = Console(stderr=True, highlight=False)
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
@@ -82,12 +84,16 @@ async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
 
 
 def _children(settings: Settings, folder: Path) -> list[Child]:
-    """In the order in which they are stopped: the gateway first, so that nothing new comes in."""
+    """In the order in which they are stopped: the gateways first, so that nothing new comes in."""
     cpu_share = folder / "cpu-share"
     tiers = {"colocate": 1} if settings.colocate else {"prefill": settings.prefill, "decode": settings.decode}
     cpu_share.write_bytes(bytes(sum(tiers.values())))
     environment = settings.as_environment()
-    children = [Child("gateway", "gateway", environment)]
+    if settings.gateways == 1:
+        children = [Child("gateway", "gateway", environment)]
+    else:
+        shared = environment | {"HEADRACE_REUSE_PORT": "true"}
+        children = [Child(f"gateway-{index}", "gateway", shared) for index in range(settings.gateways)]
     for tier, count in tiers.items():
         for index in range(count):
             name = f"{tier}-{index}"
@@ -95,7 +101,7 @@ def _children(settings: Settings, folder: Path) -> list[Child]:
                 "GOMP_SPINCOUNT": SPIN_COUNT,
                 "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_COPIES),
                 "HEADRACE_WORKER_ID": str(index) if settings.colocate else name,
-                "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - 1}",
+                "HEADRACE_CPU_SHARE": f"{cpu_share}:{len(children) - settings.gateways}",
             }
             children.append(Child(name, tier, environment | own))
     return children

@@ -11,10 +11,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from headrace.gateway.main import serving
+from headrace.node import join_mesh
 from headrace.queue import Delivery
 from headrace.redis_client import RedisError
 from headrace.settings import SettingsError
-from tests.gateway.conftest import MODEL, OpenGateway, start_redis
+from tests.gateway.conftest import IDENTITY, MODEL, OpenGateway, start_redis
 from tests.gateway.workers import TEXT, Workers
 
 PATH = "/v1/chat/completions"
@@ -121,3 +123,18 @@ async def test_a_namespace_of_its_own_keeps_meshes_apart(open_gateway: OpenGatew
         first.workers.text, second.workers.text = "One.", "Two."
         answers = await asyncio.gather(first.post(PATH, CHAT), second.post(PATH, CHAT))
     assert [answer["choices"][0]["message"]["content"] for _, answer in answers] == ["One.", "Two."]
+
+
+async def test_gateways_share_a_port_and_each_answers_its_own_requests(open_gateway: OpenGateway) -> None:
+    """Connections are spread by the kernel; both gateways get some."""
+    async with (
+        open_gateway(lease_seconds=5, reuse_port=True) as gateway,
+        join_mesh(gateway.settings, "gateway", IDENTITY) as node,
+    ):
+        settings = gateway.settings.model_copy(update={"port": int(gateway.url.rpartition(":")[2])})
+        async with serving(settings, MODEL, gateway.workers.tokenizer, node) as url:
+            assert url == gateway.url
+            await gateway.workers.until_seen_by(node, 3)
+            while len({delivery.entry.gateway for delivery in gateway.workers.client_deliveries()}) < 2:
+                async with aiohttp.ClientSession() as http, http.post(url + PATH, json=CHAT) as response:
+                    assert (await response.json())["choices"][0]["message"]["content"] == TEXT
