@@ -114,7 +114,7 @@ async def _go_on(gateway: Gateway) -> list[Delivery]:
 
 async def test_retry_after_is_right_within_a_factor_of_two(open_gateway: OpenGateway) -> None:
     """Nobody else comes meanwhile: half of it is too early, twice is enough."""
-    async with open_gateway(lease_seconds=5, max_ttft=0.4) as gateway, _Clients(gateway) as clients:
+    async with open_gateway(max_ttft=0.4) as gateway, _Clients(gateway) as clients:
         gateway.workers.script = _paced(2000)
         load = clients.ask(90)
         await asyncio.wait(load[:30])
@@ -136,7 +136,7 @@ async def test_keys_share_by_weight_and_a_thousand_requests_starve_nobody(
     """Shares of what the workers were given, while three keys wait, are within a tenth of 1 : 1 : 2."""
     file = tmp_path / "keys.toml"
     file.write_text(KEYS)
-    async with open_gateway(lease_seconds=5, api_keys_file=file) as gateway, _Clients(gateway) as clients:
+    async with open_gateway(api_keys_file=file) as gateway, _Clients(gateway) as clients:
         gateway.workers.script = keep_silent
         clients.ask(500, mark=1, Authorization="Bearer key-of-ann")
         await _until_all_wait(gateway, 500)
@@ -160,7 +160,7 @@ async def test_a_key_that_fills_the_queue_leaves_room_for_others(open_gateway: O
     file = tmp_path / "keys.toml"
     file.write_text(KEYS)
     async with (
-        open_gateway(lease_seconds=5, api_keys_file=file, max_queued_requests=40) as gateway,
+        open_gateway(api_keys_file=file, max_queued_requests=40) as gateway,
         _Clients(gateway) as clients,
     ):
         gateway.workers.script = keep_silent
@@ -176,7 +176,7 @@ async def test_a_key_that_fills_the_queue_leaves_room_for_others(open_gateway: O
 
 async def test_priority_orders_a_caller_s_own_requests(open_gateway: OpenGateway) -> None:
     """The urgent come before those that wait, the others after."""
-    async with open_gateway(lease_seconds=5) as gateway, _Clients(gateway) as clients:
+    async with open_gateway() as gateway, _Clients(gateway) as clients:
         gateway.workers.script = keep_silent
         clients.ask(30, mark=1)
         await _until_all_wait(gateway, 30)
@@ -194,7 +194,7 @@ async def test_priority_orders_a_caller_s_own_requests(open_gateway: OpenGateway
 
 async def test_a_request_that_waits_here_expires_here(open_gateway: OpenGateway) -> None:
     """With a 504, and no worker ever hears of it."""
-    async with open_gateway(lease_seconds=5) as gateway, _Clients(gateway) as clients:
+    async with open_gateway() as gateway, _Clients(gateway) as clients:
         gateway.workers.script = keep_silent
         clients.ask(30, mark=1)
         await _until_all_wait(gateway, 30)
@@ -206,7 +206,7 @@ async def test_a_request_that_waits_here_expires_here(open_gateway: OpenGateway)
 
 async def test_clients_that_leave_make_room(open_gateway: OpenGateway) -> None:
     """Whether they waited here or at the workers: nothing is counted that nobody waits for."""
-    async with open_gateway(lease_seconds=5) as gateway, _Clients(gateway) as clients:
+    async with open_gateway() as gateway, _Clients(gateway) as clients:
         gateway.workers.script = keep_silent
         load = clients.ask(40)
         await _until_all_wait(gateway, 40)
@@ -221,7 +221,7 @@ async def test_clients_that_leave_make_room(open_gateway: OpenGateway) -> None:
 
 async def test_a_deadline_travels_with_the_request(open_gateway: OpenGateway) -> None:
     """Workers know when nobody waits any more."""
-    async with open_gateway(lease_seconds=5, request_timeout=50) as gateway, _Clients(gateway) as clients:
+    async with open_gateway(request_timeout=50) as gateway, _Clients(gateway) as clients:
         gateway.workers.script = _paced(1e9)
         await clients.post(X_Request_Timeout="7")
         await clients.post(X_Request_Timeout="1000")

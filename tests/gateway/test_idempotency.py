@@ -26,7 +26,7 @@ async def _ask(gateway: Gateway, url: str | None = None, body: Any = CHAT, key: 
 
 async def test_a_retry_gets_the_finished_answer(open_gateway: OpenGateway) -> None:
     """Word for word; another key is another request, and another body under this key an error."""
-    async with open_gateway(lease_seconds=5) as gateway:
+    async with open_gateway() as gateway:
         first, again = await _ask(gateway), await _ask(gateway)
         assert len(gateway.workers.client_deliveries()) == 1
         other = await _ask(gateway, key={"Idempotency-Key": "two"})
@@ -48,7 +48,7 @@ async def test_the_answer_is_made_though_its_client_has_gone(open_gateway: OpenG
         await answer(workers, delivery)
 
     async with (
-        open_gateway(lease_seconds=5) as gateway,
+        open_gateway() as gateway,
         join_mesh(gateway.settings, "gateway", IDENTITY) as node,
         serving(gateway.settings, MODEL, gateway.workers.tokenizer, node) as other_url,
     ):
@@ -73,7 +73,7 @@ async def test_a_failure_is_not_kept(open_gateway: OpenGateway) -> None:
     async def fail(workers: Workers, delivery: Delivery) -> None:
         await workers.fail(delivery, "worker_error", retryable=False)
 
-    async with open_gateway(lease_seconds=5) as gateway:
+    async with open_gateway() as gateway:
         gateway.workers.script = fail
         assert (await _ask(gateway))[0] == 500
         gateway.workers.script = answer
@@ -82,7 +82,7 @@ async def test_a_failure_is_not_kept(open_gateway: OpenGateway) -> None:
 
 async def test_what_a_dead_gateway_had_begun_is_begun_anew(open_gateway: OpenGateway) -> None:
     """A claim counts as long as its owner is in the mesh."""
-    async with open_gateway(lease_seconds=5) as gateway:
+    async with open_gateway() as gateway:
         async with (
             join_mesh(gateway.settings, "gateway", IDENTITY) as node,
             serving(gateway.settings, MODEL, gateway.workers.tokenizer, node) as url,
@@ -109,7 +109,7 @@ async def _only_claim(gateway: Gateway) -> bytes:
 async def test_a_stream_with_a_key_runs_once_at_a_time(open_gateway: OpenGateway) -> None:
     """Then it may be asked for again."""
     body = {**CHAT, "stream": True}
-    async with open_gateway(lease_seconds=5) as gateway:
+    async with open_gateway() as gateway:
         gateway.workers.script = keep_silent
         first = asyncio.create_task(_ask(gateway, body=body))
         await gateway.workers.until(lambda: len(gateway.workers.client_deliveries()) == 1)
@@ -129,6 +129,6 @@ async def test_a_stream_with_a_key_runs_once_at_a_time(open_gateway: OpenGateway
 async def test_a_large_answer_is_computed_again(open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis is no place for it."""
     monkeypatch.setattr(idempotency, "MAX_KEPT_BYTES", 10)
-    async with open_gateway(lease_seconds=5) as gateway:
+    async with open_gateway() as gateway:
         assert (await _ask(gateway))[0] == (await _ask(gateway))[0] == 200
         assert len(gateway.workers.client_deliveries()) == 2

@@ -34,7 +34,7 @@ def test_a_backlog_shows_the_rate_whatever_the_workers_say(clock: _Clock) -> Non
     assert rate(2, 3000.0) == 6000.0
     _run(rate, clock, 0.5, 500, workers=1)
     assert 1500 < (rate(1, 3000.0) or 0) < 2000
-    _run(rate, clock, 0.6, 500, workers=1)
+    _run(rate, clock, 1.0, 500, workers=1)
     assert rate(1, 3000.0) == pytest.approx(500, rel=0.1)
     assert rate(3, None) == pytest.approx(1500, rel=0.1)
 

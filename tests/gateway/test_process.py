@@ -128,7 +128,7 @@ async def test_a_namespace_of_its_own_keeps_meshes_apart(open_gateway: OpenGatew
 async def test_gateways_share_a_port_and_each_answers_its_own_requests(open_gateway: OpenGateway) -> None:
     """Connections are spread by the kernel; both gateways get some."""
     async with (
-        open_gateway(lease_seconds=5, reuse_port=True) as gateway,
+        open_gateway(reuse_port=True) as gateway,
         join_mesh(gateway.settings, "gateway", IDENTITY) as node,
     ):
         settings = gateway.settings.model_copy(update={"port": int(gateway.url.rpartition(":")[2])})
