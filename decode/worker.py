@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 REAP_SECONDS = 1.0
 STATS_SECONDS = 0.1
 """Between two looks at the figures while steps run."""
+READY_PART = 8
+"""One in so many of the places is taken by a request that waits for one: the next is ready when a place comes free,
+and none has a first token and no second one for long."""
 
 
 class DecodeWorker:
@@ -59,6 +62,8 @@ class DecodeWorker:
         self._batch: RunningBatch[Key] | None = None
         """Made and used on the device thread alone, see `_run_step`."""
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._max_num_seqs = max_num_seqs
+        self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
         self._receiver = Receiver(
             layout,
@@ -249,6 +254,7 @@ class DecodeWorker:
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
         self._receiver.reserve_pages = self._scheduler.num_running
+        self._receiver.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
         self._receiver.grant_waiting()
         self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
 
@@ -320,6 +326,7 @@ class DecodeWorker:
             "kv_pages_in_use": pool.num_in_use,
             "kv_pages_total": pool.num_pages,
             "kv_page_tokens": pool.page_size,
+            "max_num_seqs": self._max_num_seqs,
             "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,
             "requests_running": self._scheduler.num_running,
             "handoff_recomputed_total": 0,

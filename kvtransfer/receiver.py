@@ -160,6 +160,8 @@ class Receiver:
         self.stopping = False
         self.reserve_pages = 0
         """Free pages that grants leave alone, for running requests to grow into."""
+        self.places: int | None = None
+        """Handoffs that may be granted and not committed: more could not be run soon. None sets no bound."""
         self.aborts: Counter[str] = Counter()
         self.refusals: Counter[RefuseCause] = Counter()
         """Offers not taken."""
@@ -271,7 +273,7 @@ class Receiver:
 
     def grant_waiting(self) -> None:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""
-        while self._waiting:
+        while self._waiting and (self.places is None or self.num_open - self.num_waiting < self.places):
             key, incoming = next(iter(self._waiting.items()))
             held = self._pool.match_prefix(incoming.hashes)
             missing = self._pages_needed(incoming.offer) - len(held)

@@ -130,7 +130,7 @@ async def test_retry_after_is_right_within_a_factor_of_two(open_gateway: OpenGat
         assert {task.result() for task in load if task.done()} == {200}
 
 
-async def test_keys_share_by_weight_and_a_thousand_requests_starve_nobody(
+async def test_keys_share_by_weight_and_hundreds_of_requests_starve_nobody(
     open_gateway: OpenGateway, tmp_path: Path
 ) -> None:
     """Shares of what the workers were given, while three keys wait, are within a tenth of 1 : 1 : 2."""
@@ -138,13 +138,13 @@ async def test_keys_share_by_weight_and_a_thousand_requests_starve_nobody(
     file.write_text(KEYS)
     async with open_gateway(api_keys_file=file) as gateway, _Clients(gateway) as clients:
         gateway.workers.script = keep_silent
-        clients.ask(500, mark=1, Authorization="Bearer key-of-ann")
-        await _until_all_wait(gateway, 500)
+        clients.ask(300, mark=1, Authorization="Bearer key-of-ann")
+        await _until_all_wait(gateway, 300)
         clients.ask(60, mark=2, Authorization="Bearer key-of-bob")
         clients.ask(110, mark=3, Authorization="Bearer key-of-eve")
-        await _until_all_wait(gateway, 670)
+        await _until_all_wait(gateway, 470)
         clients.ask(5, mark=4, Authorization="Bearer key-of-ops")
-        await _until_all_wait(gateway, 675)
+        await _until_all_wait(gateway, 475)
         before = await _go_on(gateway)
         await gateway.workers.until(lambda: len(gateway.workers.client_deliveries()) >= len(before) + 205)
         given = [delivery.entry.token_ids[0] for delivery in gateway.workers.client_deliveries()[len(before) :]]
