@@ -69,7 +69,7 @@ class PrefillWorker:
         self._sender = Sender(node.mesh.send, departures, engine.cache.staging_blocks)
         self._exports = exports_of(engine.cache)
         self._wire_dtype: WireDtype = wire_dtype
-        self._placement = Placement(node.registry, self._sender, beside)
+        self._placement = Placement(node.registry, beside)
         self._room = asyncio.Semaphore(max_jobs)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._jobs: dict[tuple[str, int], Job] = {}
@@ -259,7 +259,8 @@ class PrefillWorker:
         try:
             async with asyncio.TaskGroup() as group:
                 if job.handoff is not None:
-                    group.create_task(self._sender.deliver(job.handoff, self._placement.choose))
+                    choose = functools.partial(self._placement.choose, page_hashes=job.page_hashes)
+                    group.create_task(self._sender.deliver(job.handoff, choose))
                 token = await job.computed
                 first_token_at = time.time()
                 for page, page_hash in zip(job.pages, job.page_hashes, strict=False):
