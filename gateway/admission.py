@@ -67,15 +67,14 @@ class Admission:
         dispatcher, terms = self._dispatcher, arrival.terms
         if dispatcher.waiting == 0:  # whatever it is, nobody is in its way
             return
-        seconds_a_token = 1 / (dispatcher.rate() or dispatcher.waiting_tokens)
-        requests, tokens = dispatcher.waiting, dispatcher.waiting_tokens
+        seconds_a_token = 1 / (dispatcher.rate() or dispatcher.waiting_cost)
         over = self._over(self._max_requests, arrival.choices, dispatcher.requests_of, terms.caller)
         if over > 0:
-            raise QueueFull(
-                f"{requests} requests are waiting: try again later.", over * tokens / requests * seconds_a_token
-            )
+            seconds = over * dispatcher.waiting_cost / dispatcher.waiting * seconds_a_token
+            raise QueueFull(f"{dispatcher.waiting} requests are waiting: try again later.", seconds)
         over = self._over(self._max_tokens, arrival.prompt_tokens, dispatcher.tokens_of, terms.caller)
         if over > 0:
+            tokens = sum(dispatcher.tokens_of.values())
             raise QueueFull(f"Prompts of {tokens} tokens are waiting: try again later.", over * seconds_a_token)
         wait = dispatcher.seconds_until_start(terms.caller, terms.priority)
         limit = min(self._max_ttft, terms.timeout)

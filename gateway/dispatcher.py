@@ -25,6 +25,8 @@ STEPS_AHEAD = 2
 """Released for each worker, in steps and in requests: one is computed while the next is on its way."""
 SECONDS_AHEAD = 0.25
 """The same in time, for workers whose steps are short."""
+PROMPT_COST = 32
+"""In tokens, of a prompt beside its own: steps, handoffs and places in a batch are not free for short ones either."""
 OUTPUT_TOKEN_COST = 2.0
 """Of an output token, in prompt tokens, when callers' shares are compared (as in VTC, arXiv:2401.00588)."""
 
@@ -42,8 +44,8 @@ class Dispatcher:
         """Of all choices."""
         self._queue: FairQueue[Choice] = FairQueue()
         self._ahead: dict[Choice, int] = {}
-        """Prompt tokens of those released and without a first token."""
-        self._tokens_ahead = 0
+        """Cost of those released and without a first token."""
+        self._cost_ahead = 0
         self._rate = PrefillRate()
         mesh.on_prefilled = self._on_prefilled
         mesh.node.registry.on_join.append(self._on_join)
@@ -56,7 +58,7 @@ class Dispatcher:
         for choice in choices:
             tokens = len(choice.prompt.token_ids)
             self._callers[choice] = caller
-            self._queue.push(choice, caller, tokens, priority)
+            self._queue.push(choice, caller, PROMPT_COST + tokens, priority)
             self.requests_of[caller] += 1
             self.tokens_of[caller] += tokens
         await asyncio.gather(*(self.mesh.submit(choice) for choice in self._pump(choices)))
@@ -86,12 +88,12 @@ class Dispatcher:
         return len(self._queue) + len(self._ahead)
 
     @property
-    def waiting_tokens(self) -> int:
-        """Their prompt tokens."""
-        return self._queue.tokens + self._tokens_ahead
+    def waiting_cost(self) -> int:
+        """What they cost, in prompt tokens."""
+        return self._queue.tokens + self._cost_ahead
 
     def rate(self) -> float | None:
-        """Prompt tokens a second that this gateway can have prefilled, if that is known."""
+        """What this gateway can have prefilled in a second, in prompt tokens, if that is known."""
         workers = self._workers()
         published = [rate for worker in workers if (rate := worker.stats.get("prefill_tokens_per_second"))]
         return self._rate(self._part(), sum(published) / len(published) if published else None)
@@ -99,7 +101,7 @@ class Dispatcher:
     def seconds_until_start(self, caller: Caller, priority: int) -> float:
         """How long one more choice of this caller would wait; 0 while nothing is known of the workers' speed."""
         rate = self.rate()
-        ahead = self._tokens_ahead + self._queue.ahead_of(caller, priority)
+        ahead = self._cost_ahead + self._queue.ahead_of(caller, priority)
         return ahead / rate if rate else 0.0
 
     def _on_prefilled(self, choice: Choice) -> None:
@@ -107,13 +109,13 @@ class Dispatcher:
             self._pump(prefilled=self._settle(choice, caller))
 
     def _settle(self, choice: Choice, caller: Caller) -> int:
-        """A released choice waits no more; returns its tokens, 0 where it did not wait."""
+        """A released choice waits no more; returns its cost, 0 where it did not wait."""
         if choice not in self._ahead:
             return 0
-        tokens = self._ahead.pop(choice)
-        self._tokens_ahead -= tokens
+        cost = self._ahead.pop(choice)
+        self._cost_ahead -= cost
         self._count_out(choice, caller)
-        return tokens
+        return cost
 
     def _count_out(self, choice: Choice, caller: Caller) -> None:
         self.requests_of[caller] -= 1
@@ -124,23 +126,26 @@ class Dispatcher:
     def _pump(self, submitted: Sequence[Choice] = (), prefilled: int = 0) -> list[Choice]:
         """Release what fits; returns those of `submitted` that do, which the caller sends."""
         found = []
-        tokens_ahead, choices_ahead = self._window()
-        while self._queue and (self._tokens_ahead < tokens_ahead or len(self._ahead) < choices_ahead):
-            choice, tokens = self._queue.pop()
-            self._ahead[choice] = tokens
-            self._tokens_ahead += tokens
+        cost_ahead, choices_ahead = self._window()
+        while self._queue and (self._cost_ahead < cost_ahead or len(self._ahead) < choices_ahead):
+            choice, cost = self._queue.pop()
+            self._ahead[choice] = cost
+            self._cost_ahead += cost
             if choice in submitted:
                 found.append(choice)
             else:
                 self.mesh.enqueue(choice)
         self._rate.observe(prefilled, self._part() if self._queue else 0.0)
         self.mesh.node.registry.update_stats(
-            {"requests_queued": float(len(self._queue)), "prompt_tokens_queued": float(self._queue.tokens)}
+            {
+                "requests_queued": float(len(self._queue)),
+                "prompt_tokens_queued": float(self._queue.tokens - PROMPT_COST * len(self._queue)),
+            }
         )
         return found
 
     def _window(self) -> tuple[float, float]:
-        """How many tokens, or how many choices, may be released and without a first token."""
+        """How much, or how many choices, may be released and without a first token."""
         workers = self._workers()
         if not workers:
             return 0.0, 0.0

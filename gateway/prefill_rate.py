@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable
 
-BUSY_MEMORY_SECONDS = 5.0
+BUSY_MEMORY_SECONDS = 10.0
 """While there is a backlog, what lies further back counts for little."""
 IDLE_MEMORY_SECONDS = 60.0
 """The same while there is none, and nothing new to learn."""
 EVIDENCE_SECONDS = 1.0
 """So long a backlog has to be seen to be believed; until then, what the workers say of themselves fills in."""
-EVIDENCE_PROMPTS = 3.0
+EVIDENCE_PROMPTS = 4.0
 
 
 class PrefillRate:

@@ -40,11 +40,11 @@ def test_a_backlog_shows_the_rate_whatever_the_workers_say(clock: _Clock) -> Non
 
 
 def test_a_new_rate_is_learned_within_seconds(clock: _Clock) -> None:
-    """Two memories later the old one counts for a seventh."""
+    """Two memories later the old one counts for a seventh of what it did."""
     rate = PrefillRate(clock)
     _run(rate, clock, 20, 1000, workers=2)
     assert rate(2, None) == pytest.approx(1000, rel=0.02)
-    _run(rate, clock, 10, 200, workers=2)
+    _run(rate, clock, 20, 200, workers=2)
     assert (rate(2, None) or 0) < 320
 
 
