@@ -1,4 +1,4 @@
-"""Prometheus metrics: the gateway's own, and every live worker's figures as the registry carries them."""
+"""Prometheus metrics: the gateway's own, and its and every live worker's figures as the registry carries them."""
 
 from __future__ import annotations
 
@@ -75,9 +75,8 @@ class _MeshCollector:
         refused.add_metric([], self._node.mesh.refused)
         yield refused
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for member in self._node.registry.members.values():
-            if member.tier == "gateway":
-                continue
+        registry = self._node.registry
+        for member in [registry.me, *registry.tier("prefill"), *registry.tier("decode")]:
             for name, value in member.stats.items():
                 if not METRIC_NAME.fullmatch(name):
                     continue
