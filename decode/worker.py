@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 REAP_SECONDS = 1.0
 STATS_SECONDS = 0.1
 """Between two looks at the figures while steps run."""
+READY_PART = 8
+"""One in so many of the places is taken by a request that waits for one: the next is ready when a place comes free,
+and none has a first token and no second one for long."""
 
 
 class DecodeWorker:
@@ -70,6 +73,7 @@ class DecodeWorker:
         """Made and used on the device thread alone, see `_run_step`."""
         self._max_num_seqs = max_num_seqs
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
         self._receiver = Receiver(
             layout,
@@ -100,7 +104,7 @@ class DecodeWorker:
             exports,
             wire_dtype,
             self._sender,
-            Placement(node.registry, self._sender),
+            Placement(node.registry),
             self._moved,
             self._wake,
         )
@@ -313,7 +317,8 @@ class DecodeWorker:
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
         self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.places = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
         self._receiver.grant_waiting()
         self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
 
@@ -327,9 +332,9 @@ class DecodeWorker:
         except PeerGone as error:
             log.debug("not sent: %s", error)  # the registry will say so too, and what it held is freed then
 
-    def _fail(self, sequence: Sequence, code: FailureCode, message: str) -> None:
+    def _fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
         request_id, attempt = sequence.key
-        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=True)
+        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
         self._post(sequence.offer.gateway, failed)
         ended(self._node.telemetry, sequence, "failed", code)
 
@@ -378,9 +383,19 @@ class DecodeWorker:
             self._receiver.reap()
             if self._sender.num_open:
                 await self._sender.renew()
+            self._expire()
             self._grant()
             self._idle.set()
             self._publish_stats()
+
+    def _expire(self) -> None:
+        """Let go of what nobody waits for any more, also where its gateway can't say so."""
+        now = time.time()
+        expired = [sequence for sequence in self._scheduler.sequences() if sequence.offer.deadline < now]
+        for sequence in expired:
+            self._fail(sequence, "deadline", "the request's deadline passed before its last token", retryable=False)
+        if expired:
+            self._cancel(expired)
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "gateway":
@@ -399,6 +414,7 @@ class DecodeWorker:
             "kv_pages_in_use": pool.num_in_use,
             "kv_pages_total": pool.num_pages,
             "kv_page_tokens": pool.page_size,
+            "max_num_seqs": self._max_num_seqs,
             "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,
             "requests_running": self._scheduler.num_running,
             "handoff_recomputed_total": 0,

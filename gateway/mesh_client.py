@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from headrace.gateway.choice import Choice
@@ -34,6 +34,8 @@ class MeshClient:
 
     def __init__(self, node: Node, metrics: GatewayMetrics) -> None:
         self.node = node
+        self.on_prefilled: Callable[[Choice], None] = lambda choice: None
+        """Told of each choice's first token."""
         self._metrics = metrics
         self._choices: dict[str, Choice] = {}
         self._decode: Decoder[ToGateway] = Decoder(ToGateway)
@@ -56,6 +58,11 @@ class MeshClient:
         putting = self._spawn(self._put(choice))
         await asyncio.shield(putting)  # a client that leaves now must not leave an entry of unknown id behind
 
+    def enqueue(self, choice: Choice) -> None:
+        """Queue a choice that was accepted before: where Redis is away it waits, until its deadline."""
+        self._choices[choice.request_id] = choice
+        self._spawn(self._requeue(choice, 0.0))
+
     def release(self, choice: Choice) -> None:
         """Forget a choice; where it still runs, have the workers free all they hold for it."""
         self._choices.pop(choice.request_id, None)
@@ -75,11 +82,6 @@ class MeshClient:
         if choice.entry_id is not None:
             self._spawn(self._remove(choice.entry_id))
             choice.entry_id = None
-
-    def fail_all(self, error: Unavailable) -> None:
-        """End every choice, because this process stops."""
-        for choice in self._choices.values():
-            choice.fail(error)
 
     @property
     def running(self) -> int:
@@ -122,6 +124,8 @@ class MeshClient:
         fresh = choice.on_tokens(event, sender, self)
         if fresh and choice.last_token_at is not None:
             self._metrics.observe_tokens(fresh, choice.created, before, choice.last_token_at, choice.traceparent)
+            if before is None:
+                self.on_prefilled(choice)
 
     async def _on_report(self, report: PrefillReport, sender: Member) -> None:
         worker = await self._member(report.decode_worker) if report.decode_worker is not None else None

@@ -28,7 +28,7 @@ caches, which is half as fast again."""
 class Fleet:
     """Makes the processes of one mesh.
 
-    `children` are in the order in which they are stopped: the gateway first, so that nothing new comes in.
+    `children` are in the order in which they are stopped: gateways first, so that nothing new comes in.
     """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
@@ -36,7 +36,12 @@ class Fleet:
         self.settings = settings
         self._cpu_share = folder / "cpu-share"
         self._cpu_share.write_bytes(bytes(MAX_WORKERS))
-        self.children = [Child("gateway", "gateway", settings.as_environment())]
+        environment = settings.as_environment()
+        if settings.gateways == 1:
+            self.children = [Child("gateway", "gateway", environment)]
+        else:
+            shared = environment | {"HEADRACE_REUSE_PORT": "true"}
+            self.children = [Child(f"gateway-{index}", "gateway", shared) for index in range(settings.gateways)]
         tiers = {"colocate": 1} if settings.colocate else {"prefill": settings.prefill, "decode": settings.decode}
         for tier, count in tiers.items():
             for _ in range(count):

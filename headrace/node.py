@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+import redis.asyncio
 from prometheus_client import CollectorRegistry
 
 from headrace import __version__
@@ -51,6 +52,8 @@ class Node:
     registry: Registry
     mesh: Mesh
     queue: RequestQueue
+    redis: redis.asyncio.Redis
+    keys: Keys
     finished: FinishedLog
     telemetry: Telemetry
 
@@ -103,7 +106,7 @@ async def join_mesh(
         if endpoint is not None:
             endpoint.memberships.append(registry)
         try:
-            yield Node(member.id, registry, mesh, queue, FinishedLog(client, keys), telemetry)
+            yield Node(member.id, registry, mesh, queue, client, keys, FinishedLog(client, keys), telemetry)
         except asyncio.CancelledError:
             if heartbeat.done():  # a process that nobody can see any more must not go on as if it could be seen
                 heartbeat.result()

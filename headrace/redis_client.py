@@ -35,6 +35,10 @@ class Keys:
         """Set of the ids that registered and have not left."""
         return f"{self.namespace}:members"
 
+    def outcome(self, digest: str) -> str:
+        """The answer to a request that had an idempotency key; expires."""
+        return f"{self.namespace}:outcome:{digest}"
+
     def member(self, member_id: str) -> str:
         """One process's registration; expires with its lease."""
         return f"{self.namespace}:member:{member_id}"

@@ -37,6 +37,8 @@ async def run(settings: Settings) -> None:
             "--colocate starts one worker that is both tiers: leave --prefill and --decode away, and add others with "
             "`headrace prefill` and `headrace decode`"
         )
+    if settings.gateways > 1 and settings.port == 0:
+        raise SettingsError("--gateways: several share a port, so --port has to name one")
     console = Console(stderr=True, highlight=False)
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
