@@ -112,6 +112,7 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
     async def stop(old: Child, say: Say) -> None:
         say(f"{old.name}: finishing what it holds")
         await supervisor.remove(old, fleet.patience_seconds)
+        fleet.forget(old)
         say(f"{old.name}: gone")
 
     async def scale(arguments: Mapping[str, str], say: Say) -> None:

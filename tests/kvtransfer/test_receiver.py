@@ -516,10 +516,10 @@ def test_what_may_not_wait_is_refused_where_it_would(bench: Bench) -> None:
     bench.receiver.reserve_pages = 4
     bench.receiver.handle("decode-2", offer)
     assert refuse_cause(bench) == "full"
-    bench.receiver.reserve_pages, bench.receiver.places = 3, 0
+    bench.receiver.reserve_pages, bench.receiver.seats = 3, 0
     bench.receiver.handle("decode-2", offer)
     assert refuse_cause(bench) == "full"
-    bench.receiver.places = 1
+    bench.receiver.seats = 1
     bench.receiver.handle("decode-2", offer)
     assert isinstance(bench.last, Grant)
     assert bench.pool.num_in_use == 5
