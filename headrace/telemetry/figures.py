@@ -37,6 +37,7 @@ FIGURES: dict[str, str] = {
     "decode_steps_total": "Decode steps",
     "decode_step_requests_total": "Requests of all decode steps; over the steps, the mean batch size",
     "handoff_recomputed_total": "Prompts computed again after a failure",
+    "handoff_moved_here_total": "Requests taken over from another decode worker, running",
     "handoff_bytes_total": "KV sent, in bytes",
     "handoff_pages_total": "KV pages sent, counted once a layer",
     "handoff_gigabytes_per_second": "KV sent over the last ten seconds",
