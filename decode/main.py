@@ -24,7 +24,7 @@ async def run(settings: Settings) -> None:
     async with loaded_model(settings, decodes=True) as model:
         speculator = await speculator_for(settings, model)
         async with (
-            data_listener(settings.bind, settings.mesh_key) as listener,
+            data_listener(settings.bind, settings.mesh_key, settings.advertise) as listener,
             join_mesh(settings, "decode", model.identity, listener.address) as node,
         ):
             worker = DecodeWorker(

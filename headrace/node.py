@@ -17,6 +17,7 @@ from headrace import __version__
 from headrace.mesh import Mesh
 from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
+from headrace.redis_url import without_password
 from headrace.registry import Member, Registry, Tier
 from headrace.settings import Settings, SettingsError
 from headrace.tasks import end_task
@@ -54,8 +55,8 @@ async def join_mesh(
     Raises `SettingsError` where Redis can't be reached and `MeshMismatch` where this process doesn't fit the mesh.
     """
     url = settings.redis or DEFAULT_REDIS
-    client = connect(url)
-    mesh = Mesh(settings.bind, settings.mesh_key)
+    client, registry_client = connect(url), connect(url, patient=False)
+    mesh = Mesh(settings.bind, settings.mesh_key, settings.advertise)
     try:
         keys = Keys(settings.namespace)
         member = Member(
@@ -69,7 +70,7 @@ async def join_mesh(
             model_fingerprint=model.fingerprint,
             max_model_len=model.max_model_len,
         )
-        registry = Registry(client, keys, member, settings.lease_seconds)
+        registry = Registry(registry_client, keys, member, settings.lease_seconds)
         mesh.follow(registry)
         queue = RequestQueue(client, keys)
         try:
@@ -77,7 +78,7 @@ async def join_mesh(
             await registry.join()
         except RedisError as error:
             raise SettingsError(
-                f"can't reach Redis at {url}: {error}. Start one, or name another with --redis"
+                f"can't reach Redis at {without_password(url)}: {error}. Start one, or name another with --redis"
             ) from error
         block = asyncio.current_task()
         assert block is not None
@@ -98,6 +99,7 @@ async def join_mesh(
     finally:
         mesh.close()
         await client.aclose()
+        await registry_client.aclose()
 
 
 async def until_stopped() -> None:

@@ -20,6 +20,7 @@ from headrace.errors import StartError
 from headrace.models.locate import locate_model
 from headrace.node import until_stopped
 from headrace.redis_server import private_redis
+from headrace.redis_url import without_password
 from headrace.settings import Settings, SettingsError
 from headrace.supervisor import Child, Supervisor
 
@@ -46,7 +47,7 @@ async def run(settings: Settings) -> None:
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
         async with _redis(settings, Path(folder)) as url:
-            console.print(f"Redis at {url}")
+            console.print(f"Redis at {without_password(url)}")
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
             settings = settings.model_copy(update={"redis": url})
