@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -82,8 +82,18 @@ def connect(url: str, patient: bool = True) -> Client:
                 "ssl": parsed.is_encrypted,
                 **parsed.sentinel_options,
             }
-            sentinel = Sentinel(list(parsed.hosts), sentinel_kwargs=sentinel_options)
-            return sentinel.master_for(parsed.service, **options)  # type: ignore[no-any-return]
+            sentinel: Any = cast(Any, Sentinel)(list(parsed.hosts), sentinel_kwargs=sentinel_options)
+            return cast(Client, sentinel.master_for(parsed.service, redis_class=_FoundBySentinels, **options))
         case "server":
             options |= {"max_connections": MAX_CONNECTIONS, "timeout": timeout}
             return redis.asyncio.Redis.from_pool(redis.asyncio.BlockingConnectionPool.from_url(url, **options))
+
+
+class _FoundBySentinels(redis.asyncio.Redis):
+    """The primary's client; closes those of the sentinels, too."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        pool: Any = self.connection_pool
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()

@@ -8,8 +8,8 @@ buried process, should it have only slept, finds the mark, lets go of everything
 
     a member:  absent ── heard ──▶ present ── says so, buried, or a newer epoch heard ──▶ absent
 
-Redis that is away, slow or emptied proves nothing about anybody: the last known membership stays in force, and when it
-is back every process gets one lease of grace to register again.
+Redis that is away, stopped or emptied proves nothing about anybody: the last known membership stays in force, and when
+it is back every process gets one lease of grace to register again.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ class Registry:
         self._touched = asyncio.Event()
         self._leases: dict[str, float] = {}
         """When each member's lease ends, as far as this process has heard."""
+        self._absent: set[str] = set()
+        """Members whose lease had ended at the last look."""
         self._buried: OrderedDict[str, int] = OrderedDict()
         """The newest epoch by id that is known to be over."""
         self._zombies: set[tuple[str, int]] = set()
@@ -161,14 +163,17 @@ class Registry:
         if renewal.is_buried or self._is_buried:
             await self._start_anew()
             return
-        took = time.monotonic() - started
-        if not self._reachable or not renewal.was_held or took > self._lease_seconds / 2:
+        if not self._reachable or not renewal.was_held:
             self._outage_ended()
         for member, lease in zip(silent, renewal.leases, strict=True):
             if lease is not None:
                 self._hear(lease.value, member.id, lease.seconds)
             elif self._is_silent(member) and time.monotonic() >= self._grace_ends:
-                await self._bury(member, only_if_silent=True)
+                if member.id in self._absent:
+                    await self._bury(member)
+                else:
+                    # Where Redis itself was stopped, the renewals of others come in just behind this one.
+                    self._absent.add(member.id)
         for member_id, epoch in list(self._zombies):
             await self._store.bury(member_id, epoch, encode(Left(id=member_id, epoch=epoch)), only_if_silent=False)
             self._zombies.discard((member_id, epoch))
@@ -186,9 +191,9 @@ class Registry:
         for callback in self.on_outage:
             callback()
 
-    async def _bury(self, member: Member, only_if_silent: bool) -> None:
+    async def _bury(self, member: Member) -> None:
         left = Left(id=member.id, epoch=member.epoch)
-        if await self._store.bury(member.id, member.epoch, encode(left), only_if_silent):
+        if await self._store.bury(member.id, member.epoch, encode(left), only_if_silent=True):
             self._hear_left(left)
 
     async def _start_anew(self) -> None:
@@ -238,6 +243,7 @@ class Registry:
             known = None
         self.members[member.id] = member
         self._leases[member.id] = time.monotonic() + lease_seconds
+        self._absent.discard(member.id)
         if known is None:
             log.info("%s joined at %s", member.id, member.address)
             for callback in self.on_join:
@@ -259,6 +265,7 @@ class Registry:
     def _drop(self, member: Member) -> None:
         del self.members[member.id]
         del self._leases[member.id]
+        self._absent.discard(member.id)
         log.info("%s left", member.id)
         for callback in self.on_leave:
             callback(member)

@@ -113,7 +113,7 @@ class RegistryStore:
     @asynccontextmanager
     async def subscription(self) -> AsyncIterator[Subscription]:
         """Hear inside the block what the others publish from its beginning on."""
-        pubsub = self._client.pubsub()
+        pubsub: Any = self._client.pubsub()
         try:
             await pubsub.subscribe(self._keys.news)
             subscription = Subscription(pubsub)
@@ -126,7 +126,8 @@ class RegistryStore:
         return [self._keys.member(member_id), self._keys.members, self._keys.mark(member_id, epoch)]
 
     async def _run(self, script: str, names: list[str], *arguments: bytes | str | int) -> Any:
-        return await self._client.eval(script, len(names), *names, *arguments)  # type: ignore[misc, arg-type]
+        client: Any = self._client
+        return await client.eval(script, len(names), *names, *arguments)
 
 
 class Subscription:

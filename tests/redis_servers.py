@@ -122,27 +122,32 @@ async def _until_sentinel_knows(port: int, others: int) -> None:
     try:
         while True:
             reply = await client.execute_command("SENTINEL", "MASTER", "main")
-            state = {str(k): str(v) for k, v in reply.items()} if isinstance(reply, dict) else {}
-            if int(state.get("num-slaves", 0)) >= 1 and int(state.get("num-other-sentinels", 0)) >= others:
+            state = {_text(name): _text(value) for name, value in dict(reply).items()}
+            if int(state["num-slaves"]) >= 1 and int(state["num-other-sentinels"]) >= others:
                 return
             await asyncio.sleep(0.05)
     finally:
         await client.aclose()
 
 
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 @asynccontextmanager
 async def cluster_of_three() -> AsyncIterator[str]:
     """A Redis Cluster's URL."""
     async with AsyncExitStack() as stack:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
-        nodes = [await stack.enter_async_context(redis_server(*options)) for _ in range(3)]
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
+        buses = [free_port() for _ in range(3)]
+        nodes = [await stack.enter_async_context(redis_server(*options, str(bus))) for bus in buses]
         for number, node in enumerate(nodes):
             client = connect(node.url)
             first, last = 16384 * number // 3, 16384 * (number + 1) // 3 - 1
             await client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
             await client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
             if number:
-                await client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+                await client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, buses[0])
             await client.aclose()
         async with asyncio.timeout(20):
             for node in nodes:
