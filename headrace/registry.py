@@ -96,6 +96,7 @@ class Registry:
         """The newest epoch by id that is known to be over."""
         self._zombies: set[tuple[str, int]] = set()
         """Buried epochs that were heard again."""
+        self._has_joined = False
         self._reachable = True
         self._grace_ends = 0.0
         self._is_buried = False
@@ -105,6 +106,7 @@ class Registry:
         """Register. Raises `MeshMismatch` where an earlier process serves another model or version."""
         await self._store.renew(self.me.id, self.me.epoch, encode(self.me), self._lease_seconds, [])
         await self.refresh()
+        self._has_joined = True
 
     async def run(self) -> None:
         """Renew the lease and follow the others until cancelled."""
@@ -224,7 +226,12 @@ class Registry:
         try:
             heard = self._decode(value)
         except WireError as error:
-            raise MeshMismatch(f"{member_id} registered in a form that this version can't read: {error}") from error
+            if not self._has_joined:
+                raise MeshMismatch(f"{member_id} registered in a form that this version can't read: {error}") from error
+            if (member_id, -1) not in self._reported:
+                self._reported.add((member_id, -1))
+                log.error("ignoring %s, who registered in a form that this version can't read: %s", member_id, error)
+            return
         if isinstance(heard, Left):
             self._hear_left(heard)
         elif heard.id != self.me.id and self._is_compatible(heard):
