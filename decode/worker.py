@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.scheduler import DecodeScheduler, Plan
-from headrace.decode.sequence import Key, Sequence
+from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
 from headrace.decode.step import run_step
 from headrace.engine.decode_batch import RunningBatch, new_batch
@@ -23,7 +23,7 @@ from headrace.kvtransfer.messages import Layout, ToReceiver
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.transports import Beside, Transports
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel
+from headrace.messages.control import Cancel, Repeat
 from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
@@ -78,7 +78,7 @@ class DecodeWorker:
         self._stats_at = 0.0
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
-        self._decode: Decoder[ToReceiver | Cancel] = Decoder(ToReceiver | Cancel)
+        self._decode: Decoder[ToReceiver | Cancel | Repeat] = Decoder(ToReceiver | Cancel | Repeat)
         node.registry.on_leave.append(self._member_left)
 
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
@@ -280,12 +280,28 @@ class DecodeWorker:
                     self._receiver.cancel(message.request_id, message.attempt)
                     held = [sequence.key for sequence in self._scheduler.sequences()]
                     self._cancel([key for key in held if key[0] == message.request_id and key[1] <= message.attempt])
-                case Cancel(), _:
-                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel")
+                case Repeat(), "gateway":
+                    self._post(inbound.sender.id, self._repeated(message))
+                case ((Cancel() | Repeat()), _):
+                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel or ask for tokens")
                 case _, "prefill":
                     self._receiver.handle(inbound.sender.id, message)
                 case _:
                     self._node.mesh.refuse(inbound.sender, "only a prefill worker hands over")
+
+    def _repeated(self, wanted: Repeat) -> TokenBatch | RequestFailed:
+        key = wanted.request_id, wanted.attempt
+        sequence = next((sequence for sequence in self._scheduler.sequences() if sequence.key == key), None)
+        if sequence is not None and (events := repeat_tokens(sequence, wanted.position)) is not None:
+            return TokenBatch(events=events)
+        self._cancel([key])
+        return RequestFailed(
+            request_id=wanted.request_id,
+            attempt=wanted.attempt,
+            code="worker_error",
+            message="tokens were lost on the way and can't be repeated",
+            retryable=True,
+        )
 
     async def _reap_loop(self) -> None:
         while True:

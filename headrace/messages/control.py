@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.wire import Attempt, Message, RequestId
+from headrace.wire import Attempt, Count, Message, RequestId
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -10,3 +10,14 @@ class Cancel(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: Attempt
+
+
+class Repeat(Message, frozen=True, kw_only=True):
+    """The gateway has heard nothing of this attempt for a while: send again what follows output token `position`.
+
+    A decode worker that does not know the attempt answers with `RequestFailed`.
+    """
+
+    request_id: RequestId
+    attempt: Attempt
+    position: Count

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from headrace.gateway.tokenizer import Tokenizer
-from headrace.messages.control import Cancel
+from headrace.messages.control import Cancel, Repeat
 from headrace.messages.stream import (
     FailureCode,
     FinishReason,
@@ -38,7 +39,7 @@ class Workers:
         """What is done with an entry; tests put their own here."""
         self.text = TEXT
         self.deliveries: list[Delivery] = []
-        self.cancels: list[Cancel] = []
+        self.cancels: list[Any] = []
         self.prefill: Node
         self.decode: list[Node] = []
         self.tokenizer = tokenizer
@@ -164,7 +165,7 @@ class Workers:
                 self._group.create_task(script(self, delivery))  # type: ignore[arg-type]
 
     async def _listen(self, node: Node) -> None:
-        decode: Decoder[Cancel] = Decoder(Cancel)
+        decode: Decoder[Cancel | Repeat] = Decoder(Cancel | Repeat)
         while True:
             inbound = await node.mesh.receive()
             async with self._changed:
