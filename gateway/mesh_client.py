@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from headrace.gateway.audit import Audit
 from headrace.gateway.choice import Choice
 from headrace.gateway.errors import Unavailable
 from headrace.gateway.metrics import GatewayMetrics
@@ -18,6 +19,7 @@ from headrace.messages.stream import Flush, Moved, PrefillReport, RequestFailed,
 from headrace.node import Node
 from headrace.redis_client import RedisError
 from headrace.registry import Member
+from headrace.tasks import run_beside
 from headrace.wire import Decoder
 
 log = logging.getLogger(__name__)
@@ -41,10 +43,14 @@ class MeshClient:
         self._decode: Decoder[ToGateway] = Decoder(ToGateway)
         self._tasks: set[asyncio.Task[None]] = set()
         self._strays: OrderedDict[tuple[str, str, int], None] = OrderedDict()
+        self._audit = Audit(node, self._choices, self)  # before the next line: its callbacks come first
         node.registry.on_leave.append(self._on_leave)
 
     async def receive(self) -> None:
         """Hand out messages until cancelled."""
+        await run_beside(self._receive(), [self._audit.run()])
+
+    async def _receive(self) -> None:
         while True:
             inbound, message = await self.node.mesh.receive_as(self._decode)
             if inbound.sender.tier == "gateway":
@@ -114,7 +120,7 @@ class MeshClient:
 
     def _on_tokens(self, event: TokenEvent, sender: Member) -> None:
         choice = self._choices.get(event.request_id)
-        if choice is None:
+        if choice is None or event.attempt < choice.attempt:
             self._stray(event, sender)
             return
         if choice.sampling.logprobs is not None and len(event.logprobs or ()) != len(event.token_ids):

@@ -21,6 +21,7 @@ from headrace.finished_log import FinishedLog
 from headrace.mesh import Mesh
 from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
+from headrace.redis_url import without_password
 from headrace.registry import Member, Registry, Tier
 from headrace.settings import Settings, SettingsError
 from headrace.tasks import end_task
@@ -70,8 +71,8 @@ async def join_mesh(
     `TelemetryError`.
     """
     url = settings.redis or DEFAULT_REDIS
-    client = connect(url)
-    mesh = Mesh(settings.bind, settings.mesh_key)
+    client, registry_client = connect(url), connect(url, patient=False)
+    mesh = Mesh(settings.bind, settings.mesh_key, settings.advertise)
     telemetry: Telemetry | None = None
     try:
         keys = Keys(settings.namespace)
@@ -89,7 +90,7 @@ async def join_mesh(
         )
         histograms = endpoint.histograms if endpoint else WorkerHistograms(CollectorRegistry())
         telemetry = Telemetry(tier, member.id, settings.namespace, model.name, histograms)
-        registry = Registry(client, keys, member, settings.lease_seconds)
+        registry = Registry(registry_client, keys, member, settings.lease_seconds)
         mesh.follow(registry)
         queue = RequestQueue(client, keys)
         try:
@@ -97,7 +98,7 @@ async def join_mesh(
             await registry.join()
         except RedisError as error:
             raise SettingsError(
-                f"can't reach Redis at {url}: {error}. Start one, or name another with --redis"
+                f"can't reach Redis at {without_password(url)}: {error}. Start one, or name another with --redis"
             ) from error
         block = asyncio.current_task()
         assert block is not None
@@ -122,6 +123,7 @@ async def join_mesh(
             await telemetry.close()
         mesh.close()
         await client.aclose()
+        await registry_client.aclose()
 
 
 async def until_stopped() -> None:

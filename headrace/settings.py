@@ -46,13 +46,19 @@ class Settings(BaseModel):
         None, "name that clients use for the model (default: the model's own)", GATEWAY
     )
     redis: str | None = _field(
-        None, "redis://, rediss:// or unix:// URL; `up` starts a private server if none", (*ALL, *WATCH)
+        None,
+        "URL: redis[s]://, unix://, redis[s]+sentinel://HOST,HOST/SERVICE or redis[s]+cluster://HOST,HOST; "
+        "`up` starts a private server if none",
+        (*ALL, *WATCH),
     )
     namespace: str = _field(
         "headrace", "prefix of all Redis keys: one mesh a namespace", (*ALL, *WATCH), pattern=r"^[\w.-]+$"
     )
-    lease_seconds: float = _field(2.0, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
+    lease_seconds: float = _field(1.5, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
     bind: str = _field("127.0.0.1", "address that other machines of the mesh reach this process at", (*ALL, "doctor"))
+    advertise: str | None = _field(
+        None, "address that other machines reach this process at, where that is not --bind (NAT)", ALL
+    )
     mesh_key: Path | None = _field(
         None, "file made by `headrace keys`; required where --bind is not loopback", (*ALL, "doctor")
     )

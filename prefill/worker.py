@@ -80,7 +80,7 @@ class PrefillWorker:
         self._engine = engine
         self._layout = layout
         self._lease_seconds = lease_seconds
-        self._intake = Intake(node.queue, node.id, lease_seconds)
+        self._intake = Intake(node.queue, node.registry, lease_seconds)
         self._scheduler = PrefillScheduler(layout.page_size)
         self._turns = turns
         call_soon = asyncio.get_running_loop().call_soon_threadsafe

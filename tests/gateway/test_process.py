@@ -14,7 +14,7 @@ import pytest
 from headrace.gateway.main import serving
 from headrace.node import join_mesh
 from headrace.queue import Delivery
-from headrace.redis_client import RedisError
+from headrace.redis_client import Keys, RedisError
 from headrace.settings import SettingsError
 from tests.gateway.conftest import IDENTITY, MODEL, OpenGateway, start_redis
 from tests.gateway.workers import TEXT, Workers, answer, keep_silent
@@ -65,10 +65,43 @@ async def test_streams_go_on_without_redis_and_new_requests_get_a_503(
         server.wait()
 
 
+async def test_a_request_waits_while_redis_is_stopped(open_gateway: OpenGateway, tmp_path: Path) -> None:
+    """For longer than leases last; the stream that runs and all workers stay."""
+    socket = tmp_path / "redis.sock"
+    server = start_redis(socket)
+    begun, resumed = asyncio.Event(), asyncio.Event()
+
+    async def slow(workers: Workers, delivery: Delivery) -> None:
+        ids = workers.ids()
+        await workers.report(delivery)
+        await workers.tokens(delivery, 0, ids[:4])
+        begun.set()
+        await resumed.wait()
+        await workers.tokens(delivery, 4, ids[4:], "length")
+
+    try:
+        async with open_gateway(redis=f"unix://{socket}") as gateway:
+            gateway.workers.script = slow
+            running = asyncio.create_task(gateway.post(PATH, CHAT))
+            await begun.wait()
+            server.send_signal(signal.SIGSTOP)
+            waiting = asyncio.create_task(gateway.post(PATH, CHAT))
+            done, _ = await asyncio.wait([running, waiting], timeout=3 * gateway.settings.lease_seconds)
+            assert not done
+            server.send_signal(signal.SIGCONT)
+            resumed.set()
+            for status, answer in await asyncio.gather(running, waiting):
+                assert (status, answer["choices"][0]["message"]["content"]) == (200, TEXT)
+                assert "recomputed_tokens" not in answer["usage"]["prompt_tokens_details"]
+    finally:
+        server.kill()
+        server.wait()
+
+
 async def _members(gateway: Any) -> list[bytes]:
     client = gateway.node.queue._client
     try:
-        return list(await client.smembers(f"{gateway.settings.namespace}:members"))
+        return list(await client.smembers(Keys(gateway.settings.namespace).members))
     except RedisError:
         return []
 
