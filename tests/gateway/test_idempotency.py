@@ -102,7 +102,7 @@ async def test_what_a_dead_gateway_had_begun_is_begun_anew(open_gateway: OpenGat
 
 
 async def _only_claim(gateway: Gateway) -> bytes:
-    (name,) = [key async for key in gateway.node.redis.scan_iter(f"{gateway.settings.namespace}:outcome:*")]
+    (name,) = [key async for key in gateway.node.redis.scan_iter(gateway.node.keys.outcome("*"))]
     return bytes(name)
 
 
