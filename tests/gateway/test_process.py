@@ -80,7 +80,7 @@ async def test_a_request_waits_while_redis_is_stopped(open_gateway: OpenGateway,
         await workers.tokens(delivery, 4, ids[4:], "length")
 
     try:
-        async with open_gateway(redis=f"unix://{socket}") as gateway:
+        async with open_gateway(redis=f"unix://{socket}", lease_seconds=0.8) as gateway:
             gateway.workers.script = slow
             running = asyncio.create_task(gateway.post(PATH, CHAT))
             await begun.wait()
