@@ -83,13 +83,13 @@ class PacedServer:
     ) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
         choice = {"index": 0, "delta": {"content": " word"}} if is_chat else {"index": 0, "text": " word"}
         event = f"data: {json.dumps({'model': MODEL, 'choices': [choice]})}\n\n".encode()
         due = loop.time() + self.pace.first
         times = []
         last = f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode()
         try:
+            await response.prepare(request)
             for _ in range(count):
                 await asyncio.sleep(max(due - loop.time(), 0))
                 await response.write(event)
