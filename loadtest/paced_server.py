@@ -46,12 +46,18 @@ class PacedServer:
         """Its routes."""
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/served", self._tell)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         return app
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        """What was served since the last time that somebody asked."""
+        served, self.served = self.served, []
+        return web.json_response(served)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
@@ -62,7 +68,7 @@ class PacedServer:
         if isinstance(prompt, list) and not self.pace.takes_token_ids:
             return web.json_response({"error": {"message": "prompt must be a string"}}, status=400)
         prompt_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.split()) + 10 * is_chat
-        count = int(body["max_tokens"])
+        count = int(body.get("max_completion_tokens") or body["max_tokens"])
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count, "total_tokens": prompt_tokens + count}
         if not body.get("stream"):
             return web.json_response({"choices": [{"text": " word" * count, "index": 0}], "usage": usage})

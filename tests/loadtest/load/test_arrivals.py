@@ -55,7 +55,9 @@ def test_lengths_follow_their_distribution() -> None:
     assert draws("normal:3:50").min() == 1
 
 
-@pytest.mark.parametrize("text", ["", "0", "many", "-5", "uniform:9", "uniform:9:3", "normal:5", "zipf:1:2", "nan", "9:9"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "many", "-5", "uniform:9", "uniform:9:3", "normal:5", "zipf:1:2", "nan", "9:9"]
+)
 def test_a_length_that_makes_no_sense_is_refused_with_what_would(text: str) -> None:
     """All forms are named."""
     with pytest.raises(StartError, match="lognormal:MEDIAN:SIGMA"):

@@ -110,7 +110,8 @@ def test_events_are_stamped_when_their_last_byte_came() -> None:
     """However pieces are cut; roles, comments and counts are no text."""
     stream = (
         b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n: ping\n\n'
-        b'data: {"choices":[{"delta":{"content":"a"}}]}\r\n\r\ndata: {"choices":[{"delta":{"reasoning_content":"b"}}]}\n\n'
+        b'data: {"choices":[{"delta":{"content":"a"}}]}\r\n\r\n'
+        b'data: {"choices":[{"delta":{"reasoning_content":"b"}}]}\n\n'
         b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\ndata: [DONE]\n\n'
     )
     whole = read_stream([(1.0, stream)])

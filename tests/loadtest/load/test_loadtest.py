@@ -48,7 +48,7 @@ def plan(count: int, prompt: int = 20, output: int = 8) -> list[Planned]:
 
 
 async def test_the_client_sees_what_the_server_did() -> None:
-    """First token after 60 ms and then one each 20 ms, whatever the machine adds; none is lost, the lengths are exact."""
+    """First token after 60 ms, then one each 20 ms, and what the machine adds; none is lost, lengths are exact."""
     async with crew_and_server(Pace(first=0.06, gap=0.02)) as (crew, target, _):
         run = await crew.run(target, plan(12, 30, 9), Prompts(target, (1,)), concurrency=4)
     assert sorted(result.number for result in run.results) == list(range(12))
@@ -159,9 +159,15 @@ async def test_the_search_finds_what_the_server_has_places_for(tmp_path: Path) -
 async def test_two_targets_run_in_turns_and_the_report_renders(tmp_path: Path, browser: Browser) -> None:
     """Light, dark and on a phone; nothing is asked of any host; ratios are there."""
     load = Load(
-        Workload(Lengths.parse("16"), Lengths.parse("uniform:4:12")), Limits(ttft=0.2, itl=0.1), concurrency=3, repeats=2
+        Workload(Lengths.parse("16"), Lengths.parse("uniform:4:12")),
+        Limits(ttft=0.2, itl=0.1),
+        concurrency=3,
+        repeats=2,
     )
-    async with crew_and_server(Pace(first=0.02, gap=0.005)) as (crew, ours, _), paced_server(Pace(0.04, 0.01)) as (url, _):
+    async with (
+        crew_and_server(Pace(first=0.02, gap=0.005)) as (crew, ours, _),
+        paced_server(Pace(0.04, 0.01)) as (url, _),
+    ):
         theirs = await find_target(f"<theirs>={url}", None, None, "auto", {})
         session = Session(crew, [ours, theirs], load, QUIET)
         await session.measure()
