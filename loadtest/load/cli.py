@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import secrets
@@ -246,7 +247,12 @@ async def _run(options: argparse.Namespace, console: Console, command: str) -> i
         )
     async with start_crew(options.processes, options.timeout) as crew:
         session = Session(crew, targets, load, console)
-        await (session.find_rates() if options.find_rate else session.measure())
+        try:
+            await (session.find_rates() if options.find_rate else session.measure())
+        except asyncio.CancelledError:  # ^C
+            if not any(outcome.runs for outcome in session.outcomes):
+                raise
+            console.print("interrupted: these are the runs that were over")
     print_tables(console, session.outcomes, load)
     for path in write_results(save, session.outcomes, load, command):
         console.print(f"written to {path}")
