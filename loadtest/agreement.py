@@ -35,6 +35,8 @@ from headrace.loadtest.report import Figure, publish
 from headrace.processes import end_process
 
 WITHIN = "<= 5"
+RAMP_SECONDS = 2.5
+"""In which many streams begin: at once, they would all be due at once, again and again."""
 PEER_SECONDS = 300.0
 SHARED = {
     ("requests", "1/s"): ("requests_per_second", "mean"),
@@ -193,9 +195,9 @@ async def against_truth(crew: Crew, url: str, job: Job) -> list[Figure]:
 
 async def many_streams(streams: int, tokens: int, gap: float) -> list[Figure]:
     """The generator alone, in one process, with a server in another."""
-    async with paced_process(2.0, gap) as url, start_crew(1, 120.0) as crew:
+    async with paced_process(1.0, gap) as url, start_crew(1, 120.0) as crew:
         target = await find_target(url, None, None, "auto", {})
-        job = Job("", streams, 8, tokens, concurrency=streams)
+        job = Job("", streams, 8, tokens, rate=streams / RAMP_SECONDS)
         run = await ours(crew, target, job, 1)
     name = f"{streams} streams at once"
     return [

@@ -65,6 +65,8 @@ class PacedServer:
         body = await request.json()
         is_chat = request.path.endswith("/chat/completions")
         prompt = body["messages"][0]["content"] if is_chat else body["prompt"]
+        if is_chat and isinstance(prompt, list):  # of parts
+            prompt = "".join(part["text"] for part in prompt)
         if isinstance(prompt, list) and not self.pace.takes_token_ids:
             return web.json_response({"error": {"message": "prompt must be a string"}}, status=400)
         prompt_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.split()) + 10 * is_chat

@@ -74,6 +74,7 @@ class Run:
         probe.waits.clear()
         watching = asyncio.create_task(self._watch_lag(self._pool.pieces))
         try:
+            await asyncio.sleep(max(self.begin.origin - time.perf_counter(), 0))
             if self.begin.concurrency:
                 async with asyncio.TaskGroup() as streams:
                     for _ in range(self.begin.concurrency):

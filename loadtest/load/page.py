@@ -25,6 +25,8 @@ TILES = (
     ("ITL p99", "ms"),
 )
 COLOURS = 6
+SLICES = 40
+"""Of a run's time, in which events are counted."""
 
 
 def page(outcomes: Sequence[Outcome], load: Load, table: Sequence[Row], cost: Overhead, report: dict[str, Any]) -> str:
@@ -33,7 +35,7 @@ def page(outcomes: Sequence[Outcome], load: Load, table: Sequence[Row], cost: Ov
     parts = [f"<h1>{title}</h1><p>{escape(_what(load))}</p>"]
     parts += [f"<p class=warning>The generator may be the bottleneck: {escape(text)}.</p>" for text in cost.warnings]
     parts += [_tiles(outcomes, table), f"<h2>Plots</h2><div class=plots>{''.join(_plots(outcomes, load))}</div>"]
-    parts += [f"<h2>Figures</h2><p>{_intervals(load)}</p>", _figures(outcomes, table), _failures(outcomes)]
+    parts += [f"<h2>Figures</h2><p>{_intervals(outcomes)}</p>", _figures(outcomes, table), _failures(outcomes)]
     parts += ["<h2>What making the load cost</h2>", _cost(cost)]
     command = escape(report["command"]) + ("" if "--seed" in report["command"] else f" --seed {load.seed}")
     where = escape(f"{report['date']}, client on {report['machine']}.")
@@ -61,11 +63,12 @@ def _what(load: Load) -> str:
     return f"{lengths}; {how}; {load.repeats} runs{within}"
 
 
-def _intervals(load: Load) -> str:
-    if load.repeats < 2:
-        return "One run: there are no confidence intervals."
-    turns = "targets ran in turns, ratios are taken pair by pair"
-    return f"Means of {load.repeats} runs with 95 % confidence intervals; {turns}."
+def _intervals(outcomes: Sequence[Outcome]) -> str:
+    repeats = max(len(outcome.runs) for outcome in outcomes)
+    if repeats < 2:
+        return "There are no confidence intervals without repeats."
+    turns = "; targets ran in turns, ratios are taken pair by pair" if len(outcomes) > 1 else ""
+    return f"Means of {repeats} runs with 95 % confidence intervals{turns}."
 
 
 def _tiles(outcomes: Sequence[Outcome], table: Sequence[Row]) -> str:
@@ -115,7 +118,7 @@ def _plots(outcomes: Sequence[Outcome], load: Load) -> Iterable[str]:
         last = [outcome.runs[-1].results if outcome.runs else [] for outcome in outcomes]
         dots = series([[(r.sent, r.ttft * 1000) for r in results if not r.failure] for results in last], dots=True)
         yield plot("First tokens of the last run", "seconds", "ms", dots, _limit(limits.ttft, "y"))
-        rates = [_per_second([(r.sent + at) for r in results for at in r.times]) for results in last]
+        rates = [_rates([(r.sent + at) for r in results for at in r.times]) for results in last]
         yield plot("Output of the last run", "seconds", "events with text/s", series(rates))
         counts = [_running([(r.sent, r.sent + r.ended) for r in results]) for results in last]
         yield plot("Requests at once in the last run", "seconds", "requests", series(counts))
@@ -133,17 +136,18 @@ def _up_to_p999(values: list[float]) -> list[float]:
     return ordered[: max(int(len(ordered) * 0.999), 1)]
 
 
-def _per_second(times: Sequence[float]) -> list[tuple[float, float]]:
-    counts = Counter(int(at) for at in times)
-    return [(second + 0.5, float(counts[second])) for second in range(max(counts, default=-1) + 1)]
+def _rates(times: Sequence[float]) -> list[tuple[float, float]]:
+    width = max(times, default=0.0) / SLICES or 1.0
+    counts = Counter(int(at / width) for at in times)
+    return [((slice + 0.5) * width, counts[slice] / width) for slice in range(max(counts, default=-1) + 1)]
 
 
 def _running(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
     points, running = [], 0
     for at, change in changes:
+        points += [(at, float(running)), (at, float(running + change))]
         running += change
-        points.append((at, float(running)))
     return points
 
 

@@ -47,7 +47,8 @@ def overhead(outcomes: Sequence[Outcome]) -> Overhead:
 
 def print_tables(console: Console, outcomes: Sequence[Outcome], load: Load) -> None:
     """All figures, failures by cause, and what making the load cost."""
-    table = Table(title=f"{load.repeats} runs each, ± is the 95 % interval" if load.repeats > 1 else "one run")
+    repeats = max(len(outcome.runs) for outcome in outcomes)
+    table = Table(title=f"{repeats} runs each, ± is the 95 % interval" if repeats > 1 else "one run")
     table.add_column("figure")
     for outcome in outcomes:
         table.add_column(outcome.target.name, justify="right")

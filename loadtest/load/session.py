@@ -81,18 +81,24 @@ class Session:
                 outcome.runs.append(await self._run(outcome, title, load.rate, load.concurrency, repeat))
 
     async def find_rates(self) -> None:
-        """Look for each target's highest rate in time, and measure there."""
+        """Look for each target's highest rate in time, in turns, and measure there."""
+        searches: list[tuple[Outcome, RateSearch]] = []
         for outcome in self.outcomes:
             warm = await self._warm_up(outcome)
-            start = self._load.rate or 1 / max(statistics.fmean(result.ended for result in warm), 0.001)
-            search = RateSearch(start, self._load.precision)
-            while (rate := search.rate) is not None:
+            alone = 1 / max(statistics.fmean(result.ended for result in warm), 0.001)
+            # a server that mostly idles and is late all the same is late at any rate
+            search = RateSearch(self._load.rate or alone, self._load.precision, least=alone / 4)
+            searches.append((outcome, search))
+        while looking := [pair for pair in searches if pair[1].rate is not None]:
+            for outcome, search in looking:
                 tried = len(outcome.searched)
-                run = await self._run(outcome, f"{outcome.target.name} search", rate, 0, tried, may_cut_off=True)
+                title = f"{outcome.target.name} search"
+                run = await self._run(outcome, title, search.rate, 0, tried, may_cut_off=True)
                 outcome.searched.append(run)
                 search.tell(self._share(run) >= self._load.limits.share)
                 if run.was_cut_off:
                     await self._warm_up(outcome)  # what was cancelled has ended when these have
+        for outcome, search in searches:
             await self._confirm(outcome, search.served)
 
     async def _confirm(self, outcome: Outcome, rate: float) -> None:

@@ -10,17 +10,17 @@ MAX_RUNS = 32
 class RateSearch:
     """Doubles or halves the rate until one is served and one is not, then bisects. Pure: told what came of each rate.
 
-    `rate` is what to try next, None when the answer is known: `served` then is the highest rate that was, or 0. A rate
-    is given up only after two runs in a row: one may have met a pause of the machine, and all else would follow from
-    it.
+    `rate` is what to try next, None when the answer is known: `served` then is the highest rate that was, or 0 where
+    none above `least` was. A rate is given up only after two runs in a row: one may have met a pause of the machine,
+    and all else would follow from it.
     """
 
-    def __init__(self, start: float, precision: float = 0.05) -> None:
+    def __init__(self, start: float, precision: float = 0.05, least: float = 0.01) -> None:
         self.rate: float | None = start
         self.served = 0.0
         self._not_served = math.inf
         self._precision = precision
-        self._least = start / 2**10
+        self._least = least
         self._runs = 0
         self._is_in_doubt = False
 
