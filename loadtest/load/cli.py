@@ -231,7 +231,8 @@ async def find_targets(options: argparse.Namespace) -> list[Target]:
     return targets
 
 
-async def _run(options: argparse.Namespace, console: Console, command: str) -> int:
+async def run_load_test(options: argparse.Namespace, console: Console, command: str) -> int:
+    """The whole of it; returns the exit code. Raises `StartError`."""
     load = load_of(options)
     save = options.save or Path(time.strftime("loadtest-%Y%m%d-%H%M%S"))
     if not save.parent.is_dir():
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
         "***" if before == "--api-key" else word for before, word in zip(["", *arguments], arguments, strict=False)
     ]
     try:
-        return uvloop.run(_run(options, Console(highlight=False), " ".join(["headrace loadtest", *shown])))
+        return uvloop.run(run_load_test(options, Console(highlight=False), " ".join(["headrace loadtest", *shown])))
     except StartError as error:
         print(f"headrace loadtest: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -175,6 +175,8 @@ class Overhead:
     """99th percentile of how much later than planned a request left."""
     stamp: float
     """99th percentile of how long bytes waited for their time stamp."""
+    stamp_limit: float
+    """Above which that is too long for the gaps that were measured."""
     most_running: int
     """Requests at once in all processes together."""
     warnings: tuple[str, ...]
@@ -197,7 +199,7 @@ class Overhead:
         if late > LATE_SECONDS:
             warnings.append(f"1 % of the requests left over {late * 1000:.1f} ms late")
         most = max((sum(done.most_running for done in run.generators) for run in runs), default=0)
-        return cls(cpu, lag, late, stamp, most, tuple(warnings))
+        return cls(cpu, lag, late, stamp, allowed, most, tuple(warnings))
 
     def figures(self) -> list[Figure]:
         """For the table and the JSON file."""
@@ -205,7 +207,9 @@ class Overhead:
             Figure("generator: busiest process", 100 * self.cpu, "% of a core", f"<= {100 * BUSY_SHARE:g}"),
             Figure("generator: loop lag p99", 1000 * self.lag, "ms"),
             Figure("generator: request left late p99", 1000 * self.late, "ms", f"<= {1000 * LATE_SECONDS:g}"),
-            Figure("generator: byte waited for its stamp p99", 1000 * self.stamp, "ms"),
+            Figure(
+                "generator: byte waited for its stamp p99", 1000 * self.stamp, "ms", f"<= {1000 * self.stamp_limit:.3g}"
+            ),
             Figure("generator: streams at once, most", self.most_running, "requests"),
         ]
 

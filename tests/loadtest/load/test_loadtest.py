@@ -18,7 +18,7 @@ from rich.console import Console
 from headrace.cli import main as headrace
 from headrace.errors import StartError
 from headrace.loadtest.load.arrivals import Lengths, Planned, Workload
-from headrace.loadtest.load.cli import build_parser, find_targets, load_of
+from headrace.loadtest.load.cli import build_parser, find_targets, load_of, run_load_test
 from headrace.loadtest.load.cli import main as loadtest
 from headrace.loadtest.load.crew import Crew, start_crew
 from headrace.loadtest.load.figures import Limits, numbers
@@ -32,6 +32,20 @@ from tests.browser import PHONE, Browser
 
 TIMEOUT_SECONDS = 20.0
 QUIET = Console(quiet=True)
+
+
+class Told(Console):
+    """Says when a run's line is printed."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+        self.first_run = asyncio.Event()
+
+    def print(self, *words: object, **options: object) -> None:  # type: ignore[override]
+        self.lines += map(str, words)
+        if any(" 1/50" in line for line in self.lines):
+            self.first_run.set()
 
 
 @asynccontextmanager
@@ -187,6 +201,20 @@ async def test_two_targets_run_in_turns_and_the_report_renders(tmp_path: Path, b
             assert await page.run("document.documentElement.scrollWidth <= innerWidth")
             assert not page.problems
             assert page.hosts <= {""}
+
+
+async def test_an_interrupted_test_reports_the_runs_that_were_over(tmp_path: Path) -> None:
+    """An hour of load is not lost to a ^C."""
+    async with paced_server(Pace(first=0.0, gap=0.01)) as (url, _):
+        flags = ["--url", url, "--concurrency", "1", "--repeats", "50", "--requests", "4", "--output", "4"]
+        options = build_parser().parse_args([*flags, "--save", str(tmp_path / "cut")])
+        console = Told()
+        running = asyncio.create_task(run_load_test(options, console, "headrace loadtest"))
+        await console.first_run.wait()
+        running.cancel()
+        assert await running == 0
+    assert any("interrupted" in line for line in console.lines)
+    assert 1 <= len(json.loads((tmp_path / "cut.json").read_text())["targets"][0]["runs"]) < 50
 
 
 async def test_two_thousand_streams_at_once() -> None:
