@@ -130,9 +130,9 @@ async def measure(plan: Plan, flags: Sequence[str], folder: Path) -> list[Figure
         session = Session(crew, [target], load, Console())
         await session.find_rates()
         (outcome,) = session.outcomes
-    for run in outcome.searched:
+    for number, run in enumerate(outcome.searched, 1):
         share = LIMITS.share_held(run.results, run.planned)
-        figures.append(Figure(f"sweep, {run.rate:.2f} req/s", share, "in time"))
+        figures.append(Figure(f"sweep run {number}, {run.rate:.2f} req/s", share, "in time"))
     figures.append(Figure(f"highest rate with {LIMITS.share:.0%} in time", outcome.highest_rate, "req/s"))
     return figures
 

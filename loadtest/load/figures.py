@@ -201,6 +201,13 @@ class Overhead:
         most = max((sum(done.most_running for done in run.generators) for run in runs), default=0)
         return cls(cpu, lag, late, stamp, allowed, most, tuple(warnings))
 
+    @property
+    def advice(self) -> str:
+        """What to do where there are warnings."""
+        if self.cpu > BUSY_SHARE:
+            return "its core is full: more --processes share the work"
+        return "its core is not full, so something else delays it: is this machine busy with other work, the server's?"
+
     def figures(self) -> list[Figure]:
         """For the table and the JSON file."""
         return [

@@ -15,7 +15,7 @@ from headrace.loadtest.report import Figure
 
 STYLE = Path(__file__).with_name("report.css")
 TILES = (
-    ("highest rate in time", "1/s"),
+    ("highest rate", "1/s"),
     ("requests", "1/s"),
     ("output", "tokens/s"),
     ("goodput", "1/s"),
@@ -33,7 +33,9 @@ def page(outcomes: Sequence[Outcome], load: Load, table: Sequence[Row], cost: Ov
     """All of it."""
     title = escape(f"Load test of {', '.join(outcome.target.name for outcome in outcomes)}")
     parts = [f"<h1>{title}</h1><p>{escape(_what(load))}</p>"]
-    parts += [f"<p class=warning>The generator may be the bottleneck: {escape(text)}.</p>" for text in cost.warnings]
+    if cost.warnings:
+        why = escape(f"{'; '.join(cost.warnings)}: {cost.advice}")
+        parts.append(f"<p class=warning>The generator may be the bottleneck: {why}</p>")
     parts += [_tiles(outcomes, table), f"<h2>Plots</h2><div class=plots>{''.join(_plots(outcomes, load))}</div>"]
     parts += [f"<h2>Figures</h2><p>{_intervals(outcomes)}</p>", _figures(outcomes, table), _failures(outcomes)]
     parts += ["<h2>What making the load cost</h2>", _cost(cost)]
@@ -58,7 +60,7 @@ def _what(load: Load) -> str:
         how = f"{load.rate:.4g} requests a second, "
         how += "as the trace has them" if workload.trace else f"burstiness {workload.burstiness:g}"
     else:
-        how = "the highest rate in time"
+        how = "the highest rate"
     within = f"; {load.limits.share:.0%} in time: {load.limits.describe()}" if load.limits.are_set else ""
     return f"{lengths}; {how}; {load.repeats} runs{within}"
 

@@ -27,7 +27,7 @@ def rows(outcomes: Sequence[Outcome], load: Load) -> list[Row]:
     if any(outcome.highest_rate is not None for outcome in outcomes):
         rates = [Estimate(outcome.highest_rate or 0.0) for outcome in outcomes]
         ratios = [Estimate.ratio([rate.value], [rates[0].value]) for rate in rates[1:]]
-        table.append(Row("highest rate in time", "1/s", list(rates), ratios))
+        table.append(Row("highest rate", "1/s", list(rates), ratios))
     for key in keys:
         values = [[run[key] for run in runs if key in run] for runs in by_target]
         estimates = [Estimate.of(column) if column else None for column in values]
@@ -68,9 +68,9 @@ def print_tables(console: Console, outcomes: Sequence[Outcome], load: Load) -> N
         f"at most {cost.most_running} streams at once"
     )
     for warning in cost.warnings:
-        console.print(
-            f"[bold red]the generator may be the bottleneck: {warning}; try --processes or another machine[/]"
-        )
+        console.print(f"[bold red]the generator may be the bottleneck: {warning}[/]", soft_wrap=True)
+    if cost.warnings:
+        console.print(cost.advice, soft_wrap=True)
 
 
 def as_json(outcomes: Sequence[Outcome], load: Load, command: str) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def test_a_busy_or_late_generator_is_told() -> None:
     cost = Overhead.of([run])
     assert (cost.cpu, cost.most_running, len(cost.warnings)) == (0.9, 12, 3)
     assert "core" in cost.warnings[0]
+    assert "--processes" in cost.advice
 
 
 @pytest.mark.parametrize(("capacity", "start"), [(37.0, 1.0), (37.0, 5000.0), (0.3, 2.0), (8.0, 8.0)])
