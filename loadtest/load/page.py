@@ -108,7 +108,11 @@ def _plots(outcomes: Sequence[Outcome], load: Load) -> Iterable[str]:
         for o in outcomes
     ]
     yield plot(
-        "Search", "requests/s", "% in time", series(searched), [Limit(f"{limits.share:.0%}", y=limits.share * 100)]
+        "Search",
+        "requests/s",
+        "% in time",
+        series(searched, dots=True),
+        [Limit(f"{limits.share:.0%}", y=limits.share * 100)],
     )
     ttft = series([distribution([result.ttft * 1000 for result in results]) for results in good])
     yield plot("Time to first token", "ms", "% of requests within", ttft, _limit(limits.ttft, "x"))

@@ -22,7 +22,7 @@ LEAST_REQUESTS = 20
 """Of a run: with fewer, a share in time says little."""
 REQUESTS_A_STREAM = 10
 CONFIRMATIONS = 5
-"""Rates, each a little lower, that are tried until the repeats say that one is served."""
+"""Rates, each lower, that are tried until the repeats say that one is served."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,8 @@ class Session:
             await self._confirm(outcome, search.served)
 
     async def _confirm(self, outcome: Outcome, rate: float) -> None:
-        """One good run may be luck: the repeats decide."""
-        outcome.highest_rate = 0.0
-        for _ in range(CONFIRMATIONS if rate else 0):
+        """One good run may be luck: the repeats decide, at ever larger steps down."""
+        for attempt in range(1, CONFIRMATIONS + 1 if rate else 1):
             outcome.runs = []
             for repeat in range(self._load.repeats):
                 title = f"{outcome.target.name} {repeat + 1}/{self._load.repeats}"
@@ -112,7 +111,8 @@ class Session:
             if statistics.fmean(self._share(run) for run in outcome.runs) >= self._load.limits.share:
                 outcome.highest_rate = rate
                 return
-            rate /= 1 + self._load.precision
+            rate /= (1 + self._load.precision) ** attempt
+        outcome.highest_rate = 0.0
 
     def _share(self, run: Run) -> float:
         return self._load.limits.share_held(run.results, run.planned)
