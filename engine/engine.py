@@ -187,6 +187,13 @@ class Engine:
             for row, chunk in enumerate(chunks)
         ]
 
+    def hidden_states(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
+        """The final, normalised hidden states [T, H] of all chunks' tokens; the model's `features` are those of the same.
+
+        Their K and V are written to the chunks' pages.
+        """
+        return self.model.forward(self._pack(chunks), self.cache, None)
+
     def _recorded_event(self) -> Ready | None:
         if self.device.type != "cuda":
             return None
