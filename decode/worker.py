@@ -154,6 +154,8 @@ class DecodeWorker:
         if self._batch is None:
             self._batch = new_batch(self._engine)
         tokens = run_step(self._batch, plan)
+        if self._speculator is not None and tokens is not None:
+            self._speculator.look(self._batch)
         self._on_step(len(self._batch), tokens is not None)
         return tokens
 
