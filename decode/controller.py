@@ -49,8 +49,8 @@ class Acceptance:
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
-        for index, (guessed, came) in enumerate(zip(draft.token_ids, token_ids, strict=False)):
-            depth = min(draft.depth + index, DEPTHS - 1)
+        for guessed, came, depth in zip(draft.token_ids, token_ids, draft.depths, strict=False):
+            depth = min(depth, DEPTHS - 1)
             stood = 1.0 if guessed == came else 0.0
             request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
             request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
@@ -62,14 +62,13 @@ class Acceptance:
 
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
-        found, chance, depth = [], 1.0, draft.depth
-        for _ in draft.token_ids:
+        found, chance = [], 1.0
+        for depth in draft.depths:
             at = depth if depth < DEPTHS else DEPTHS - 1
             chance *= (OTHERS_WEIGHT * self._rates[at] + request.stood[at]) / (OTHERS_WEIGHT + request.seen[at])
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
-            depth += 1
         return found
 
 

@@ -21,6 +21,11 @@ from headrace.engine.engine import Engine
 
 MAX_WAITING = 64
 """Positions that wait to be read, of all requests: then they are read in any case."""
+DOUBTFUL = 0.2
+"""A draft whose tokens are all right with so little probability, as the head sees it, does not get longer."""
+STEPS_APART, CONFIDENCES = 4, 8
+"""Acceptance is estimated by so many places in a draft, the last for all that follow, and as many steps of
+probability."""
 TIMED_ROWS = (1, 4, 16)
 TIMED_STEPS = 5
 
@@ -94,25 +99,38 @@ class HeadDrafter:
     def _go_on(
         self, batch: DecodeBatch[Key], states: torch.Tensor, keys: Sequence[Key], positions: Sequence[int], depth: int
     ) -> dict[Key, Draft]:
-        """Draft from these states; a request whose pages are full gets no further token."""
-        drafted = {key: Draft([], 0) for key in keys}
-        going, at = list(keys), list(positions)
+        """Draft from these states; a request whose pages are full, or whose draft has become doubtful, stops there."""
+        drafted: dict[Key, tuple[list[int], list[int]]] = {key: ([], []) for key in keys}
+        going, at, chances = list(keys), list(positions), [1.0] * len(keys)
         for step in range(depth):
-            tokens = self._head.draft(states).tolist()
-            for key, token in zip(going, tokens, strict=True):
-                drafted[key].token_ids.append(token)
+            tokens, sure = (column.tolist() for column in self._head.draft(states))
+            for key, token, one in zip(going, tokens, sure, strict=True):
+                drafted[key][0].append(token)
+                drafted[key][1].append(confidence_depth(step, one))
             if step + 1 == depth:
                 break
-            has_room = [row for row, key in enumerate(going) if at[row] + 1 < batch.room(key)]
-            if len(has_room) < len(going):
-                if not has_room:
+            chances = [chance * one for chance, one in zip(chances, sure, strict=True)]
+            goes_on = [
+                row
+                for row, key in enumerate(going)
+                if at[row] + 1 < batch.room(key) and chances[row] >= DOUBTFUL
+            ]
+            if len(goes_on) < len(going):
+                if not goes_on:
                     break
-                states = states[has_room]
-                going, at, tokens = ([column[row] for row in has_room] for column in (going, at, tokens))
+                states = states[goes_on]
+                going, at, tokens, chances = (
+                    [column[row] for row in goes_on] for column in (going, at, tokens, chances)
+                )
             at = [position + 1 for position in at]
             packed = batch.pack(going, at, [[token] for token in tokens])
             states = self._head.forward(states, packed, self._engine.cache)
-        return drafted
+        return {key: Draft(*columns) for key, columns in drafted.items()}
+
+
+def confidence_depth(step: int, probability: float) -> int:
+    """A drafted token's depth: how far into the draft it is, and how sure the head is of it."""
+    return min(step, STEPS_APART - 1) * CONFIDENCES + min(int(probability * CONFIDENCES), CONFIDENCES - 1)
 
 
 @torch.inference_mode()

@@ -26,8 +26,11 @@ from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
 
-DEEPEST = Draft([0] * MAX_HEAD_DEPTH, 0)
+DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
 """As far as a head is ever asked to guess."""
+BY_PLACE = "by place"
+"""Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
+to, as it was in doubt, counts as wrong."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
 
@@ -93,10 +96,12 @@ class Speculator:
         self._num_requests = 0
         self._max_model_len = max_model_len
         self._names = [drafter.name, *([head.name] if head is not None else [])]
-        self._acceptance = {name: Acceptance() for name in self._names}
+        self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
         self._drafted: dict[Key, _Drafted] = {}
         self._depth = 0
         """Tokens that the head is to guess at the end of the next step."""
+        self._guessed_depth = 0
+        """What it was asked for at the end of the last one."""
         self._steps_without_head = 0
         self._of_head: dict[Key, Draft] = {}
         """What it guessed at the end of the last one."""
@@ -138,6 +143,7 @@ class Speculator:
         if self._head is not None:
             assert isinstance(batch, DecodeBatch)
             self._of_head = self._head.draft(batch, self._depth)
+            self._guessed_depth = self._depth
 
     def ran(self, drafts: Mapping[Key, Sequence[int]], seconds: float) -> None:
         """The step that drafts were proposed for took so long, the head's guesses included; `drafts` are what it
@@ -182,7 +188,9 @@ class Speculator:
         guesses = {}
         for key, guess in self._of_head.items():
             if limits.get(key, 0) > 0:
-                guesses[key] = Draft(guess.token_ids[: limits[key]], 0)
+                guesses[key] = Draft(guess.token_ids[: limits[key]], guess.depths)
+                padded = [*guess.token_ids, *DEEPEST.token_ids][: max(self._guessed_depth, len(guess.token_ids))]
+                self._drafted[key].guesses[BY_PLACE] = Draft(padded, DEEPEST.depths)
         self._of_head = {}
         return guesses
 
@@ -190,8 +198,8 @@ class Speculator:
         """How far the head is to guess at the end of the next step."""
         if self._head is None or self._head_cost is None or not self._num_requests:
             return 0
-        acceptance = self._acceptance[self._head.name]
-        along = [acceptance.chances(drafted.acceptance[self._head.name], DEEPEST) for drafted in self._drafted.values()]
+        by_place = self._acceptance[BY_PLACE]
+        along = [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
         depth = choose_depth(along, self._cost, self._head_cost)
         self._steps_without_head = 0 if depth > 0 else self._steps_without_head + 1
         if self._steps_without_head == TRY_AGAIN_STEPS:
@@ -208,7 +216,7 @@ class Speculator:
         drafted = self._drafted.get(request.key)
         if drafted is None:
             self._drafter.join(request.key, request.token_ids)
-            acceptance = {name: RequestAcceptance() for name in self._names}
+            acceptance = {name: RequestAcceptance() for name in self._acceptance}
             self._drafted[request.key] = _Drafted(request, len(request.token_ids), acceptance)
             return
         new = self._learn(drafted)

@@ -44,8 +44,8 @@ class DraftHead(Protocol):
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """The next states. `batch` has the token after each position; writes the head's K and V to the cache."""
 
-    def draft(self, states: torch.Tensor) -> torch.Tensor:
-        """The likeliest token of each state, [T] int64 of the target's vocabulary."""
+    def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest token of each state, [T] int64 of the target's vocabulary, and its probability, float32 [T]."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,13 @@ class TorchHead:
         inner = gated_activation(F.linear(rms_norm(states, weights.mlp_norm, eps), self._gate_up), config.activation)
         return states + F.linear(inner, weights.down)
 
-    def draft(self, states: torch.Tensor) -> torch.Tensor:
+    def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""
         normed = rms_norm(states, self._weights.norm, self._config.norm_eps)
-        return self._weights.vocabulary[F.linear(normed, self._weights.rows).argmax(-1)]
+        return likeliest(F.linear(normed, self._weights.rows).float(), self._weights.vocabulary)
+
+
+def likeliest(logits: torch.Tensor, vocabulary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `DraftHead.draft`; logits float32 [T, draft vocabulary]."""
+    highest, at = logits.max(-1)
+    return vocabulary[at], (highest - logits.logsumexp(-1)).exp()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.draft_head import HeadWeights
+from headrace.engine.draft_head import HeadWeights, likeliest
 from headrace.engine.errors import EngineError
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
@@ -89,12 +89,12 @@ class PackedHead:
         team.run(0, LAST_NORM, self._threads)
         return team.residual[:rows]
 
-    def draft(self, states: torch.Tensor) -> torch.Tensor:
+    def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""
         team, rows = self._holding(states), len(states)
         team.control[kernels.ROWS] = team.control[kernels.OUTPUT_ROWS] = rows
         team.run(LAST_NORM, LAST_NORM + 3, self._threads)
-        return self._vocabulary[team.logits[:rows].argmax(-1)]
+        return likeliest(team.logits[:rows], self._vocabulary)
 
     def _holding(self, states: torch.Tensor) -> Team:
         """The team, with these states in its rows."""
