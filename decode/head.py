@@ -111,9 +111,7 @@ class HeadDrafter:
                 break
             chances = [chance * one for chance, one in zip(chances, sure, strict=True)]
             goes_on = [
-                row
-                for row, key in enumerate(going)
-                if at[row] + 1 < batch.room(key) and chances[row] >= DOUBTFUL
+                row for row, key in enumerate(going) if at[row] + 1 < batch.room(key) and chances[row] >= DOUBTFUL
             ]
             if len(goes_on) < len(going):
                 if not goes_on:
@@ -151,7 +149,8 @@ def time_head(engine: Engine) -> Mapping[int, float]:
         for _ in range(TIMED_STEPS):
             started = time.perf_counter()
             packed = batch.pack(range(rows), [1] * rows, [[0]] * rows)
-            head.draft(head.forward(states.to(engine.device), packed, engine.cache)).tolist()
+            tokens, _ = head.draft(head.forward(states.to(engine.device), packed, engine.cache))
+            tokens.tolist()  # waits for it
             seconds = time.perf_counter() - started
             fastest[rows] = min(fastest.get(rows, seconds), seconds)
     engine.pool.release(pages)

@@ -87,8 +87,8 @@ def load_head(
         hidden = target.hidden_size
         if fc.shape != (hidden, len(layers) * hidden) or qkv.shape != (expected, 2 * hidden):
             raise EngineError(
-                f"--draft-head {folder} is not for this model: a layer of {tuple(qkv.shape)} and {tuple(fc.shape)}, where "
-                f"{(expected, 2 * hidden)} and {(hidden, len(layers) * hidden)} fit"
+                f"--draft-head {folder} is not for this model: a layer of {tuple(qkv.shape)} and {tuple(fc.shape)}, "
+                f"where {(expected, 2 * hidden)} and {(hidden, len(layers) * hidden)} fit"
             )
         if int(vocabulary.max()) >= target.vocab_size or max(layers) >= target.num_layers:
             raise EngineError(f"--draft-head {folder} is not for this model: it has other tokens or more layers")

@@ -228,7 +228,7 @@ class Engine:
         head.forward(states, replace(batch, token_ids=token_ids), self.cache)
 
     def hidden_states(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
-        """The final, normalised hidden states [T, H] of all chunks' tokens; the model's `features` are those of the same.
+        """The final, normalised hidden states [T, H] of all chunks' tokens, of which the model's `features` are, too.
 
         Their K and V are written to the chunks' pages.
         """

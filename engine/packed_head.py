@@ -26,9 +26,7 @@ LAST_NORM = kernels.PHASES_OF_LAYER + kernels.LAST_NORM
 class PackedHead:
     """See `DraftHead`; beside a `PackedDecoder`, of whose batches its plans are."""
 
-    def __init__(
-        self, config: ModelConfig, weights: HeadWeights, embedding: torch.Tensor, max_model_len: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: HeadWeights, embedding: torch.Tensor, max_model_len: int) -> None:
         """Raises `EngineError` where the head's sizes do not fit the kernels."""
         self.feature_layers = weights.feature_layers
         self._config = config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +22,17 @@ from headrace.models.locate import BUILT_IN_HEAD
 pytestmark = pytest.mark.timeout(300)  # the first one compiles
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0)
-TEXT = "A headrace is the channel that carries water from the mill pond to the wheel, which turns the stones that grind."
+TEXT = (
+    "A headrace is the channel that carries water from the mill pond to the wheel, which turns the stones that grind."
+)
 KINDS = ["float32", *(["packed"] if can_pack() else [])]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def engine(request: pytest.FixtureRequest, built_in_folder: Path) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, built_in_folder: Path) -> Engine:
     """With the built-in head."""
     kind = "float32" if request.param == "float32" else "auto"
-    yield Engine.load(
+    return Engine.load(
         EngineConfig(
             built_in_folder,
             device="cpu",
@@ -91,7 +92,7 @@ def test_prompts_keys_and_values_are_there_after_prefill(engine: Engine, tokens:
         (output,) = engine.prefill([chunk], lambda index, _: announced.append(index))
     assert output.token is not None
     assert announced == list(range(layer + 1)) * -(-len(tokens) // 10)
-    _, whole = states(engine, [*tokens, output.token.token_id], [10, 11, 12, 13])
+    states(engine, [*tokens, output.token.token_id], [10, 11, 12, 13])
     full = len(tokens) // engine.layout.page_size
     for chunked, at_once in zip(pages[:full], (10, 11, 12, 13), strict=False):
         ours, theirs = engine.cache.layer(layer)[chunked].float(), engine.cache.layer(layer)[at_once].float()
