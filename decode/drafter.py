@@ -19,7 +19,7 @@ class Draft:
     token_ids: list[int]
     """At most `MAX_DRAFT_TOKENS`, the next one first."""
     depths: Sequence[int]
-    """What each token rests on, as its drafter counts it (`ngram`: tokens that matched): those of equal depth are equally
+    """What each token rests on, as its drafter counts it (`ngram`: tokens that matched). Those of one depth are equally
     likely to be right where all before them are."""
 
 

@@ -116,10 +116,8 @@ class HeadDrafter:
             if len(goes_on) < len(going):
                 if not goes_on:
                     break
-                states = states[goes_on]
-                going, at, tokens, chances = (
-                    [column[row] for row in goes_on] for column in (going, at, tokens, chances)
-                )
+                states, going, at = states[goes_on], [going[row] for row in goes_on], [at[row] for row in goes_on]
+                tokens, chances = [tokens[row] for row in goes_on], [chances[row] for row in goes_on]
             at = [position + 1 for position in at]
             packed = batch.pack(going, at, [[token] for token in tokens])
             states = self._head.forward(states, packed, self._engine.cache)

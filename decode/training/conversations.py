@@ -72,7 +72,8 @@ class ChatFrame:
         message = [{"role": "user", "content": MARK}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         before, _, after = text.partition(MARK)
-        return cls(*(tokenizer.encode(part, add_special_tokens=False) for part in (before, after)), stops)
+        framed = [tokenizer.encode(part, add_special_tokens=False) for part in (before, after)]
+        return cls(framed[0], framed[1], stops)
 
 
 class ConversationMaker:
@@ -121,6 +122,8 @@ class ConversationMaker:
                     conversations += 1
                     tokens += len(request.token_ids)
                     yield Conversation(request.token_ids, request.turn_start, request.temperature == 0)
+                    if conversations == limit:
+                        break
                 elif len(request.token_ids) + len(self._frame.after) < self.longest:
                     self._waiting.append(self._answer(request))
             progress(conversations, tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,6 +87,7 @@ class HeadModule(nn.Module):
             }
         )
         self.norm = Norm(hidden, config.norm_eps)
+        self.frequencies: torch.Tensor
         self.register_buffer("frequencies", config.rope.inverse_frequencies(), persistent=False)
 
     @torch.no_grad()
@@ -139,7 +142,7 @@ class HeadModule(nn.Module):
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> torch.Tensor:
-        layer = self.midlayer
+        layer: Any = self.midlayer
         attention, mlp = layer["self_attn"], layer["mlp"]
         inputs = torch.cat((layer["input_layernorm"](embedded), layer["hidden_norm"](state)), -1)
         query = self._rotated(attention["q_proj"](inputs), step)
@@ -148,11 +151,12 @@ class HeadModule(nn.Module):
         state = state + attention["o_proj"](_attend(query, keys, values))
         inputs = layer["post_attention_layernorm"](state)
         inner = F.silu(mlp["gate_proj"](inputs)) * mlp["up_proj"](inputs)
-        return state + mlp["down_proj"](inner)
+        moved: torch.Tensor = state + mlp["down_proj"](inner)
+        return moved
 
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, heads * size] to [B, heads, T, size]."""
-        return x.unflatten(-1, (-1, self._config.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self._config.head_dim).transpose(1, 2)
 
     def _rotated(self, x: torch.Tensor, step: int) -> torch.Tensor:
         by_head = self._by_head(x)
@@ -175,7 +179,7 @@ def _attend(query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Te
         key, value = (one[0].repeat_interleave(group, 1) for one in (keys, values))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return attended.transpose(1, 2).flatten(2)
-    by_group = query.unflatten(1, (-1, group)) * query.shape[-1] ** -0.5
+    by_group = query.reshape(len(query), -1, group, *query.shape[2:]) * query.shape[-1] ** -0.5
     scores = by_group @ keys[0].unsqueeze(2).transpose(-1, -2)
     length = scores.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)

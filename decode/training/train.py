@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -117,7 +117,8 @@ def loss_of(head: HeadModule, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
     length = batch.features.shape[1]
     kind = torch.bfloat16 if batch.features.is_cuda else torch.float32
     states = head(batch.features.to(kind), batch.embedded.to(kind), PASSES)
-    total, weights = states[0].new_zeros((), dtype=torch.float32), 0.0
+    total: torch.Tensor = states[0].new_zeros((), dtype=torch.float32)
+    weights = 0.0
     for step, state in enumerate(states):
         of_answer = batch.drafted[:, step : step + length]
         with torch.no_grad():
@@ -157,7 +158,7 @@ class Trained:
     steps: int = 0
     tokens: int = 0
     """Of answers' batches, padding included, each epoch counted."""
-    losses: list[float] | None = None
+    losses: list[float] = field(default_factory=list)
     """Of every tenth step."""
 
 
@@ -177,8 +178,7 @@ def train(
 
     The learning rate follows the share of the time, so a training that is cut to fit still ends low.
     """
-    order, went = random.Random(seed), Trained(losses=[])
-    assert went.losses is not None
+    order, went = random.Random(seed), Trained()
     optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     started, rounded, loss = time.monotonic(), False, math.nan
     while True:
