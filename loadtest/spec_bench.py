@@ -155,7 +155,8 @@ class Side:
         found = run_step(self._batch, plan) or []
         if self.speculator is not None and found:
             self.speculator.look(self._batch)
-        self._scheduler.collected()
+        if found:
+            self._scheduler.collected()
         for key, of_request in itertools.groupby(found, lambda keyed: keyed[0]):
             tokens += self._take(key, [token.token_id for _, token in of_request])
         seconds = time.perf_counter() - started
