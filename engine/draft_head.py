@@ -163,5 +163,5 @@ class TorchHead:
 
 def likeliest(logits: torch.Tensor, vocabulary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `DraftHead.draft`; logits float32 [T, draft vocabulary]."""
-    highest, at = logits.max(-1)
-    return vocabulary[at], (highest - logits.logsumexp(-1)).exp()
+    probabilities, at = logits.softmax(-1).max(-1)
+    return vocabulary[at], probabilities
