@@ -70,6 +70,8 @@ class Counters:
     steps: int = 0
     steps_without_drafts: int = 0
     drafting_seconds: float = 0.0
+    """Of what guesses before a step."""
+    head_seconds: float = 0.0
     controlling_seconds: float = 0.0
     """Estimates and the choice of lengths."""
     verification_seconds: float = 0.0
@@ -152,7 +154,7 @@ class Speculator:
         counters, drafted = self.counters, sum(map(len, drafts.values()))
         if self._head is not None:
             seconds -= self._head.seconds
-            counters.drafting_seconds += self._head.seconds
+            counters.head_seconds += self._head.seconds
         if self._num_requests > 0:
             started = time.perf_counter()
             self._cost.observe(self._num_requests + drafted, seconds, bool(drafts))
@@ -180,7 +182,9 @@ class Speculator:
         return stats | {
             "speculation_steps_total": counters.steps,
             "speculation_steps_without_drafts_total": counters.steps_without_drafts,
-            "speculation_drafting_seconds_total": counters.drafting_seconds + counters.controlling_seconds,
+            "speculation_drafting_seconds_total": counters.drafting_seconds
+            + counters.head_seconds
+            + counters.controlling_seconds,
             "speculation_verification_seconds_total": counters.verification_seconds,
         }
 

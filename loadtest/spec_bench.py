@@ -240,7 +240,8 @@ def compare_speeds(
             for drafter, each in sorted(counters.of.items())
         ),
         Figure(f"{name}: steps without drafts", counters.steps_without_drafts / counters.steps, ""),
-        Figure(f"{name}: drafting", drafting / step_seconds * 100, "% of a step", "<= 1"),
+        Figure(f"{name}: drafting by lookup", drafting / step_seconds * 100, "% of a step", "<= 1"),
+        Figure(f"{name}: the head", counters.head_seconds / drafted.seconds * 100, "% of all steps"),
         Figure(f"{name}: controller", controlling / batch * 1e6, "us/request", "<= 20"),
         Figure(f"{name}: steps left out", left_out * 100, "%"),
     ]
