@@ -7,7 +7,9 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from headrace.decode.drafter import Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
@@ -24,6 +26,9 @@ OTHERS_WEIGHT = 4.0
 """What other requests have shown counts as so many observations of a new one."""
 MEMORY, REQUEST_MEMORY = 0.998, 0.94
 """What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
+
+MAX_HEAD_DEPTH = 6
+"""Tokens that a head guesses in a row at most."""
 
 
 class RequestAcceptance:
@@ -44,8 +49,8 @@ class Acceptance:
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
-        for index, (guessed, came) in enumerate(zip(draft.token_ids, token_ids, strict=False)):
-            depth = min(draft.depth + index, DEPTHS - 1)
+        for guessed, came, depth in zip(draft.token_ids, token_ids, draft.depths, strict=False):
+            depth = min(depth, DEPTHS - 1)
             stood = 1.0 if guessed == came else 0.0
             request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
             request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
@@ -57,14 +62,13 @@ class Acceptance:
 
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
-        found, chance, depth = [], 1.0, draft.depth
-        for _ in draft.token_ids:
+        found, chance = [], 1.0
+        for depth in draft.depths:
             at = depth if depth < DEPTHS else DEPTHS - 1
             chance *= (OTHERS_WEIGHT * self._rates[at] + request.stood[at]) / (OTHERS_WEIGHT + request.seen[at])
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
-            depth += 1
         return found
 
 
@@ -86,3 +90,35 @@ def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: 
     for _, draft in ranked[:best]:
         lengths[draft] += 1
     return lengths
+
+
+class HeadCost:
+    """Seconds that a head takes for one more token of each of so many requests."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """`measured`: by requests. Beyond them, a request costs what the last ones did."""
+        rows = sorted(measured)
+        at = np.arange(MAX_ROWS + 1)
+        seconds = [measured[row] for row in rows]
+        self.seconds: list[float] = np.interp(at, rows, seconds).tolist()
+        each = seconds[-1] / rows[-1]
+        self.seconds[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+
+
+def choose_depth(chances: Sequence[Sequence[float]], cost: StepCost, head: HeadCost) -> int:
+    """How many tokens a head is to guess for all requests, for the most expected tokens a second; 0 where none pays.
+
+    `chances[r]`: as in `choose_lengths`, of each request. What it guesses is cut to what pays once it is known, so this
+    asks whether all of it would.
+    """
+    requests = len(chances)
+    expected, best, best_rate = float(requests), 0, GAIN * requests / cost.plain[requests]
+    for depth in range(1, MAX_HEAD_DEPTH + 1):
+        rows = requests * (1 + depth)
+        if rows > MAX_ROWS:
+            break
+        expected += sum(along[depth - 1] for along in chances if len(along) >= depth)
+        rate = expected / (cost.verifying[rows] + depth * head.seconds[requests])
+        if rate > best_rate:
+            best, best_rate = depth, rate
+    return best

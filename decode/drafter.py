@@ -18,9 +18,9 @@ class Draft:
 
     token_ids: list[int]
     """At most `MAX_DRAFT_TOKENS`, the next one first."""
-    depth: int
-    """What the guess rests on, as a drafter counts it (`ngram`: tokens that matched). Token i is as likely to be right
-    as others of depth `depth + i` were, so that each drafter's estimates are one list."""
+    depths: Sequence[int]
+    """What each token rests on, as its drafter counts it (`ngram`: tokens that matched). Those of one depth are equally
+    likely to be right where all before them are."""
 
 
 class Drafter(Protocol):

@@ -6,6 +6,8 @@ import asyncio
 import logging
 
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.controller import HeadCost
+from headrace.decode.head import HeadDrafter, time_head
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost
@@ -53,4 +55,9 @@ async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator |
         return None
     seconds = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_steps, engine)
     log.info("a decode step takes %s", ", ".join(f"{s * 1e3:.1f} ms ({rows})" for rows, s in seconds.items()))
-    return Speculator(NgramDrafter(), StepCost(seconds, settings.max_num_seqs), engine.max_model_len)
+    cost = StepCost(seconds, settings.max_num_seqs)
+    if engine.head is None:
+        return Speculator(NgramDrafter(), cost, engine.max_model_len)
+    of_head = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_head, engine)
+    log.info("a head's token takes %s", ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in of_head.items()))
+    return Speculator(NgramDrafter(), cost, engine.max_model_len, HeadDrafter(engine), HeadCost(of_head))

@@ -76,7 +76,7 @@ class NgramIndex:
         copied = tokens[best : best + limit]
         while len(copied) < limit:
             copied += copied[: limit - len(copied)]
-        return Draft(copied, length)
+        return Draft(copied, range(length, length + limit))
 
     def _match(self, place: int, end: int) -> int:
         tokens = self._tokens

@@ -207,7 +207,10 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        return run_step(self._batch, plan, self._alongside)
+        tokens = run_step(self._batch, plan, self._alongside)
+        if self._speculator is not None and tokens is not None:
+            self._speculator.look(self._batch)
+        return tokens
 
     def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:

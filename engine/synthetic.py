@@ -34,6 +34,8 @@ class SyntheticModel:
 
     follows_tables = True
     cache_dtype: torch.dtype | None = None
+    feature_layers: tuple[int, ...] = ()
+    features = torch.empty(0, 0)
 
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         raise EngineError("a synthetic engine has no model to run")

@@ -62,8 +62,9 @@ def test_accepted_tokens_are_counted_also_of_a_request_that_ended() -> None:
     assert speculating.propose([]) == {}
     speculating.ran({}, 0.125)
     counters = speculating.counters
-    assert (counters.accepted, counters.drafts, counters.steps, counters.steps_without_drafts) == (3, 2, 3, 1)
-    assert counters.drafted == len(drafts["a", 0]) + len(again["a", 0])
+    ngram = counters.of["ngram"]
+    assert (ngram.accepted, ngram.drafts, counters.steps, counters.steps_without_drafts) == (3, 2, 3, 1)
+    assert ngram.drafted == len(drafts["a", 0]) + len(again["a", 0])
     assert counters.verification_seconds == 0.75
     stats = speculating.stats()
     assert stats["speculation_ngram_accepted_total"] == 3
