@@ -6,6 +6,7 @@ import torch
 
 from headrace.kernels.decode_attention import (
     AttentionWorkspace,
+    DraftRows,
     HeadShape,
     fused_decode_attention,
     fused_decode_attention_reference,
@@ -80,32 +81,48 @@ def compare_decode_attention(
     page_size: int,
     normed: bool = False,
     cache_dtype: torch.dtype | None = None,
+    drafts: list[int] | None = None,
 ) -> None:
-    """One new token at each of `positions` (-1: none) against the reference, outputs and cache."""
-    batch, width = len(positions), (max(positions) + 64) // page_size + 5
-    pages = torch.randn(batch * width + 1, 2, shape.kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
+    """A new token of each request at each of `positions` (-1: none) against the reference, outputs and cache.
+
+    `drafts`: how many drafted tokens each has, and with them rows behind its own; one empty row comes last.
+    """
+    requests, width = len(positions), (max(positions) + 64) // page_size + 5
+    pages = torch.randn(requests * width + 1, 2, shape.kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
     pages = pages.to(cache_dtype or dtype)
-    table = (torch.randperm(batch * width, device=device) + 1).view(batch, width).int()
-    size = (shape.group + 2) * shape.kv_heads * shape.head_dim
-    qkv = torch.randn(batch, size, device=device, dtype=dtype)
-    angles = torch.arange(max(positions) + 1, device=device).unsqueeze(1) * 0.9 ** torch.arange(
+    table = (torch.randperm(requests * width, device=device) + 1).view(requests, width).int()
+    longest = max(positions) + 1 + max(drafts or [0])
+    angles = torch.arange(longest, device=device).unsqueeze(1) * 0.9 ** torch.arange(
         shape.rotary_dim // 2, device=device
     )
     rope = RopeTables(angles.cos(), angles.sin())
     norms = (torch.rand(2, shape.head_dim, device=device, dtype=dtype) + 0.5).unbind() if normed else None
+    drafted = None
+    if drafts is not None:
+        rows = [(row, position + at) for row, position in enumerate(positions) for at in range(drafts[row] + 1)]
+        firsts = [index - at for row in range(requests) for at, index in enumerate(_indices(rows, row))]
+        columns = ([row for row, _ in rows] + [-1], [*firsts, -1])
+        drafted = DraftRows(*(torch.tensor(column, dtype=torch.int32, device=device) for column in columns))
+        positions = [position for _, position in rows] + [-1]
+    batch = len(positions)
+    qkv = torch.randn(batch, (shape.group + 2) * shape.kv_heads * shape.head_dim, device=device, dtype=dtype)
     got = torch.zeros(batch, shape.kv_heads * shape.group * shape.head_dim, device=device, dtype=dtype)
     expected, expected_pages = got.clone(), pages.clone()
     at = torch.tensor(positions, dtype=torch.int32, device=device)
-    workspace = AttentionWorkspace(shape, batch, torch.device(device))
+    workspace = AttentionWorkspace(shape, batch, torch.device(device), drafted=drafted is not None)
     for _ in range(2):  # the second run finds what the first left in the workspace
-        plan_decode_attention(at, workspace)
-        fused_decode_attention(qkv, pages, table, at, rope, norms, 1e-6, got, shape, workspace)
-    fused_decode_attention_reference(qkv, expected_pages, table, at, rope, norms, 1e-6, expected, shape)
+        plan_decode_attention(at, workspace, drafted)
+        fused_decode_attention(qkv, pages, table, at, rope, norms, 1e-6, got, shape, workspace, drafted)
+    fused_decode_attention_reference(qkv, expected_pages, table, at, rope, norms, 1e-6, expected, shape, drafted)
     tolerance = 0.13 if cache_dtype is not None else 1e-5 if dtype == torch.float32 else 2e-2  # 0.13: 3 bits' last one
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     if cache_dtype is None or device != "cpu":  # Triton's interpreter rounds to float8 carelessly
         torch.testing.assert_close(pages.float(), expected_pages.float(), rtol=tolerance, atol=tolerance)
     assert not workspace.arrivals.any()
+
+
+def _indices(rows: list[tuple[int, int]], request: int) -> list[int]:
+    return [index for index, (row, _) in enumerate(rows) if row == request]
 
 
 def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
