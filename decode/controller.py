@@ -68,19 +68,28 @@ class Acceptance:
         return found
 
 
-def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost) -> list[int]:
+def choose_lengths(
+    chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost, drafting: Sequence[float] = ()
+) -> list[int]:
     """How many tokens of each draft to verify, for the most expected tokens a second.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway.
+    has anyway. `drafting[n]`: seconds that it takes to draft n tokens of each request first.
     """
     lengths = [0] * len(chances)
     ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
+    so_far = [0] * len(chances)
+    deepest = 0
     best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
     expected = float(num_requests)
-    for count, (chance, _) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
+    for count, (chance, draft) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
         expected += chance
-        rate = expected / cost.verifying[num_requests + count]
+        seconds = cost.verifying[num_requests + count]
+        if drafting:
+            so_far[draft] += 1
+            deepest = max(deepest, so_far[draft])
+            seconds += drafting[deepest]
+        rate = expected / seconds
         if rate > best_rate:
             best, best_rate = count, rate
     for _, draft in ranked[:best]:

@@ -63,10 +63,11 @@ class DecodeScheduler:
     @property
     def has_work(self) -> bool:
         """Whether there is something to schedule or to collect."""
-        return bool(self._ready or self._running or self._leaving or self._retired or self._in_flight)
+        return bool(self._ready or self._running or self._leaving or self._retired or self.in_flight)
 
     @property
-    def _in_flight(self) -> int:
+    def in_flight(self) -> int:
+        """Steps that run, or have run and are to be collected."""
         return self._started - self._collected
 
     def add(self, sequence: Sequence) -> None:
@@ -88,7 +89,7 @@ class DecodeScheduler:
             self._pool.release(sequence.pages)
         elif (sequence := self._running.pop(key, None)) is not None:
             self._leaving.append(key)
-            if self._in_flight:
+            if self.in_flight:
                 self._retired.append((self._started, sequence.pages))
             else:
                 self._pool.release(sequence.pages)
@@ -115,7 +116,7 @@ class DecodeScheduler:
 
     def abandon_steps(self) -> None:
         """No step runs any more, and none will be collected."""
-        while self._in_flight:
+        while self.in_flight:
             self.collected()
 
     def schedule(self) -> Plan | None:
@@ -132,7 +133,7 @@ class DecodeScheduler:
             if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
         ]
         missing = sum(sequence.pages_missing(page_size) for sequence in short)
-        if missing > self._pool.num_free and self._in_flight:
+        if missing > self._pool.num_free and self.in_flight:
             return None
         plan = Plan()
         for sequence in joining:

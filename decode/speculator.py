@@ -12,6 +12,9 @@ from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import StepCost
 
+MAX_STEPS_AHEAD = 15
+"""At most so many steps start without a look whether drafts would pay."""
+
 
 @dataclass
 class _Drafted:
@@ -21,6 +24,8 @@ class _Drafted:
     length: int
     """Tokens that the drafter knows."""
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
+    verified: bool = False
+    """Whether a draft of it was part of the step before."""
     guess: Draft | None = None
     """For the step before, of whatever length was verified."""
 
@@ -55,36 +60,84 @@ class Speculator:
         self._max_model_len = max_model_len
         self._acceptance = Acceptance()
         self._drafted: dict[Key, _Drafted] = {}
+        self._drafting = 0.0
+        """Seconds that the drafts proposed last are expected to have taken."""
+        self._steps_ahead = 0
+        self._steps_left = 0
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
+        costs = self._drafter.costs(len(requests))
+        guesses, lengths = self._choose(requests, costs, 0)
+        self._found(bool(lengths))
+        self._drafting = 0.0
+        if costs is None or not lengths:
+            return {key: guesses[key].token_ids[:length] for key, length in lengths.items()}
+        started = time.perf_counter()
+        drafts = self._drafter.draft(lengths)
+        for key, draft in drafts.items():
+            self._drafted[key].guess = draft
+        self._drafting = costs[max(lengths.values())]
+        self.counters.drafting_seconds += time.perf_counter() - started
+        return {key: draft.token_ids for key, draft in drafts.items()}
+
+    def waits(self, requests: Sequence[Request]) -> bool:
+        """While a step of these requests is in flight: whether the next one should wait for its tokens, for drafts that
+        follow them are expected to pay.
+
+        Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
+        was found, the next steps run ahead unasked: twice as many each time, `MAX_STEPS_AHEAD` at most.
+        """
+        self._num_requests = len(requests)
+        if self._steps_left > 0:
+            self._steps_left -= 1
+            return False
+        _, lengths = self._choose(requests, self._drafter.costs(len(requests)), 1)
+        if not lengths:
+            self._found(False)
+        return bool(lengths)
+
+    def _found(self, drafts: bool) -> None:
+        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, MAX_STEPS_AHEAD)
+        self._steps_left = self._steps_ahead
+
+    def _choose(
+        self, requests: Sequence[Request], costs: Sequence[float] | None, unknown: int
+    ) -> tuple[dict[Key, Draft], dict[Key, int]]:
+        """Guesses, of unknown tokens where a draft has its price, and how long those drafts are to be that pay.
+
+        `unknown`: tokens of each request that are on their way.
+        """
         started = time.perf_counter()
         self._forget_all_but({request.key for request in requests})
         for request in requests:
             self._follow(request)
         self._num_requests = len(requests)
-        guesses = self._drafter.draft({request.key: self._limit(request) for request in requests})
+        limits = {request.key: self._limit(request) for request in requests}
+        if costs is None:
+            guesses = self._drafter.draft(limits)
+        else:
+            longest, unknown = len(costs) - 1, 0
+            guesses = {key: Draft([0] * min(limit, longest), 0) for key, limit in limits.items() if limit > 0}
         guessed = time.perf_counter()
         chances = []
         for key, guess in guesses.items():
             drafted = self._drafted[key]
-            drafted.guess = guess
-            chances.append(self._acceptance.chances(drafted.acceptance, guess))
-        lengths = choose_lengths(chances, len(requests), self._cost) if guesses else []
+            drafted.guess = guess if costs is None else None
+            chances.append(self._acceptance.chances(drafted.acceptance, guess)[unknown:])
+        chosen = choose_lengths(chances, len(requests), self._cost, costs or ()) if guesses else []
         self.counters.drafting_seconds += guessed - started
         self.counters.controlling_seconds += time.perf_counter() - guessed
-        return {
-            key: guess.token_ids[:length]
-            for (key, guess), length in zip(guesses.items(), lengths, strict=True)
-            if length > 0
-        }
+        return guesses, {key: length for key, length in zip(guesses, chosen, strict=True) if length > 0}
 
     def ran(self, drafts: Mapping[Key, Sequence[int]], seconds: float) -> None:
         """The step that drafts were proposed for took so long; `drafts` are what it verified."""
         counters, drafted = self.counters, sum(map(len, drafts.values()))
+        for key in drafts:
+            self._drafted[key].verified = True
         if self._num_requests > 0:
             started = time.perf_counter()
-            self._cost.observe(self._num_requests + drafted, seconds, bool(drafts))
+            self._cost.observe(self._num_requests + drafted, max(seconds - self._drafting, 0.0), bool(drafts))
             counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         counters.drafts += len(drafts)
@@ -129,7 +182,9 @@ class Speculator:
         if new and drafted.guess is not None:
             self._acceptance.observe(drafted.acceptance, drafted.guess, new)
         drafted.guess = None
-        self.counters.accepted += max(len(new) - 1, 0)
+        if drafted.verified:
+            self.counters.accepted += max(len(new) - 1, 0)
+        drafted.verified = False
         return new
 
     def _limit(self, request: Request) -> int:

@@ -9,7 +9,10 @@ from headrace.engine.sampler import SampledToken
 
 
 def run_step(batch: RunningBatch[Key], plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
-    """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case."""
+    """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case.
+
+    A step with drafts is due at once.
+    """
     if plan is None:
         return batch.collect()
     for key in plan.leaves:
@@ -22,5 +25,5 @@ def run_step(batch: RunningBatch[Key], plan: Plan | None) -> list[tuple[Key, Sam
         batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
     if len(batch):
         batch.start(plan.drafts)
-    due = batch.in_flight > (batch.lookahead if len(batch) else 0)
+    due = batch.in_flight > (batch.lookahead if len(batch) and not plan.drafts else 0)
     return batch.collect() if due else None

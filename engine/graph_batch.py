@@ -1,7 +1,12 @@
-"""The running batch of a decode worker on a GPU: the next step is on its way before the tokens of this one are read."""
+"""The running batch of a decode worker on a GPU.
+
+The next step is on its way before the tokens of this one are read, but for steps that verify drafts: what they drew is
+compared with the drafts on the device, and the host has to know it, too, before it can draft again.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +19,14 @@ from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.kernels.draft_rows import accept_rows
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
 K = TypeVar("K", bound=Hashable)
+MAX_SAMPLERS = 64
+"""Kept for numbers of rows that requests had in steps with drafts."""
 
 
 @dataclass
@@ -30,6 +38,9 @@ class _Running(Generic[K]):
     logprobs: dict[int, TokenLogprobs]
     done: torch.cuda.Event | None
     """None on a CPU, where tests run this: there a step has ended when it was started."""
+    drafts: Mapping[K, Sequence[int]]
+    penalized: list[SamplingRow]
+    """Where requests have penalties and there are drafts: the sampling state after each row."""
 
 
 class GraphBatch(Generic[K]):
@@ -41,7 +52,7 @@ class GraphBatch(Generic[K]):
     lookahead = 1
 
     def __init__(self, engine: Engine, decoder: GraphDecoder) -> None:
-        capacity = len(decoder.tokens)
+        capacity = len(decoder.block_table)
         self._engine = engine
         self._decoder = decoder
         self._keys: list[K] = []
@@ -52,7 +63,12 @@ class GraphBatch(Generic[K]):
         self._positions = np.full(capacity, -1, dtype=np.int32)
         self._generated = np.zeros(capacity, dtype=np.int32)
         self._pages = np.zeros(tuple(decoder.block_table.shape), dtype=np.int32)
-        self._device_generated = torch.zeros(capacity, dtype=torch.int32, device=engine.device)
+        self._layout = torch.zeros(
+            decoder.rows.layout.shape, dtype=torch.int32, pin_memory=engine.device.type == "cuda"
+        )
+        """The rows of a step with drafts, before they are sent."""
+        self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
+        """By the rows of each request, while the batch has the same members."""
         self._new_tokens: dict[int, int] = {}
         """By row: tokens that the device does not know, those of rows that joined."""
         self._moved: dict[int, int] = {}
@@ -130,6 +146,8 @@ class GraphBatch(Generic[K]):
         if step.done is not None:
             step.done.synchronize()
         tokens = step.tokens.tolist()
+        if step.drafts:
+            return self._standing(step, tokens)
         if not step.logprobs:
             return list(zip(step.keys, map(SampledToken, tokens), strict=True))
         return [
@@ -137,35 +155,108 @@ class GraphBatch(Generic[K]):
             for row, (key, token) in enumerate(zip(step.keys, tokens, strict=True))
         ]
 
+    def _standing(self, step: _Running[K], drawn: list[int]) -> list[tuple[K, SampledToken]]:
+        """What was drawn after each request's newest token and after the drafted tokens that stand."""
+        found, first = [], 0
+        for request, key in enumerate(step.keys):
+            draft, last = step.drafts.get(key, ()), first
+            for token in draft:
+                if token != drawn[last]:
+                    break
+                last += 1
+            found += [(key, SampledToken(drawn[row], step.logprobs.get(row))) for row in range(first, last + 1)]
+            self._positions[request] += last - first + 1
+            self._generated[request] += last - first + 1
+            if step.penalized:
+                self._sampling[request] = step.penalized[last]
+            first += len(draft) + 1
+        return found
+
     @torch.inference_mode()
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
-        """See `RunningBatch`; returns while the device is at work.
-
-        No drafts: a captured step has one row a request, and the next one starts before the host knows the tokens of
-        this one, which the next drafts would follow.
-        """
-        assert not drafts, "steps on a GPU take no drafts"
+        """See `RunningBatch`; returns while the device is at work. A step with drafts is alone in flight."""
         assert self.in_flight <= self.lookahead, "collect a step first"
-        rows, decoder = len(self._keys), self._decoder
         self._send_changes()
+        if drafts:
+            assert not self._running, "drafts follow tokens that are known"
+            self._start_drafted(drafts)
+            return
+        rows, state = len(self._keys), self._decoder.state
         if self._sampler is None:
-            self._sampler = BatchSampler(self._sampling, self._engine.model_config.vocab_size, self._engine.device)
-        logits = decoder.step(rows)
-        generated = self._device_generated[:rows]
+            self._sampler = self._new_sampler(self._sampling)
+        logits = self._decoder.step(rows)
+        generated = state.generated[:rows]
         sampled = self._sampler.sample(logits, generated)
         logprobs = self._sampler.logprobs(sampled, logits)
-        decoder.tokens[:rows] = sampled
-        decoder.positions[:rows] += 1
+        state.tokens[:rows] = sampled
+        state.positions[:rows] += 1
         generated += 1
-        tokens = torch.empty(rows, dtype=torch.int64, pin_memory=sampled.is_cuda)
-        tokens.copy_(sampled, non_blocking=True)
         self._positions[:rows] += 1
         self._generated[:rows] += 1
+        self._started(sampled, logprobs)
+
+    def _start_drafted(self, drafts: Mapping[K, Sequence[int]]) -> None:
+        lengths = tuple(len(drafts.get(key, ())) + 1 for key in self._keys)
+        ends = list(itertools.accumulate(lengths))
+        layout, rows, decoder = self._layout.numpy(), ends[-1], self._decoder
+        layout[:2] = -1
+        for request, (key, length, end) in enumerate(zip(self._keys, lengths, ends, strict=True)):
+            own = slice(end - length, end)
+            layout[0, own], layout[1, own] = request, end - length
+            layout[2, own] = (0, *drafts.get(key, ()))
+        decoder.rows.layout.copy_(self._layout, non_blocking=True)
+        penalized = self._penalized_rows(drafts) if any(row.counts is not None for row in self._sampling) else []
+        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
+        logits = decoder.step_drafted(rows)
+        sampled = sampler.sample(logits, decoder.rows.generated[:rows])
+        logprobs = sampler.logprobs(sampled, logits)
+        accept_rows(sampled, decoder.rows, decoder.state)
+        if penalized:  # its counts are not those of the rows that will stand
+            self._sampler = None
+        self._started(sampled, logprobs, drafts, penalized)
+
+    def _started(
+        self,
+        sampled: torch.Tensor,
+        logprobs: dict[int, TokenLogprobs],
+        drafts: Mapping[K, Sequence[int]] = NO_DRAFTS,
+        penalized: Sequence[SamplingRow] = (),
+    ) -> None:
+        tokens = torch.empty(len(sampled), dtype=torch.int64, pin_memory=sampled.is_cuda)
+        tokens.copy_(sampled, non_blocking=True)
         done = None
         if sampled.is_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._running.append(_Running(list(self._keys), tokens, logprobs, done))
+        self._running.append(_Running(list(self._keys), tokens, logprobs, done, drafts, list(penalized)))
+
+    def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
+        return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
+
+    def _drafted_sampler(self, lengths: tuple[int, ...]) -> BatchSampler:
+        """Of requests without penalties, whose samplers hold nothing that a step changes."""
+        sampler = self._drafted_samplers.get(lengths)
+        if sampler is None:
+            if len(self._drafted_samplers) == MAX_SAMPLERS:
+                self._drafted_samplers.clear()
+            rows = zip(self._sampling, lengths, strict=True)
+            sampler = self._new_sampler([row for row, length in rows for _ in range(length)])
+            self._drafted_samplers[lengths] = sampler
+        return sampler
+
+    def _penalized_rows(self, drafts: Mapping[K, Sequence[int]]) -> list[SamplingRow]:
+        """Each row's sampling state: its request's, and the drafted tokens up to there have been said."""
+        rows = []
+        for key, row in zip(self._keys, self._sampling, strict=True):
+            rows.append(row)
+            for token in drafts.get(key, ()):
+                counts = None
+                if row.counts is not None:
+                    counts = row.counts.clone()
+                    counts[token] += 1
+                row = SamplingRow(row.params, counts, row.in_prompt)
+                rows.append(row)
+        return rows
 
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device
@@ -175,11 +266,13 @@ class GraphBatch(Generic[K]):
             targets, origins, joined, tokens, positions, generated = upload(
                 [*columns, self._positions, self._generated], device
             )
-            decoder.tokens[targets] = decoder.tokens[origins]
-            decoder.tokens[joined] = tokens
-            decoder.positions.copy_(positions)
-            self._device_generated.copy_(generated)
+            state = decoder.state
+            state.tokens[targets] = state.tokens[origins]
+            state.tokens[joined] = tokens
+            state.positions.copy_(positions)
+            state.generated.copy_(generated)
             self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
+            self._drafted_samplers.clear()
         if self._table_changes:
             width = self._pages.shape[1]
             changed = np.concatenate(

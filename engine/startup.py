@@ -67,7 +67,7 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
     log.info("warming up")
     engine.warm_up()
     if decodes:
-        engine.prepare_decode(_LoggedProgress())
+        engine.prepare_decode(_LoggedProgress(), drafts=settings.speculation != "off")
     return engine
 
 

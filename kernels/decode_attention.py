@@ -7,8 +7,8 @@ their parts (flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.
 taken from the projections, and go to the cache on the way.
 
 A step that verifies drafts has several rows a request, one after the other. As many of them as fit share a tile, which
-costs tensor cores nothing: their 16 rows are there anyway. What a tile needs of its own step's K and V it takes from the
-projections, of all rows up to its own, for others write them to the cache in the same launch.
+costs tensor cores nothing: their 16 rows are there anyway. K and V of its own step, of all rows up to its own, a tile
+takes from the projections, for others write them to the cache in the same launch.
 
 `plan_decode_attention` runs once a step, before all layers.
 """

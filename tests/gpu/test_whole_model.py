@@ -81,12 +81,12 @@ def test_decode_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, rows
     """The last token of prefixes of the prompt, one a row, in every kind of batch."""
     decoder = engine.graph_decoder
     assert decoder is not None
-    decoder.positions.fill_(-1)
+    decoder.state.positions.fill_(-1)
     held, ends = [], [len(PROMPT) - 1 - row % 90 for row in range(rows)]
     for row, end in enumerate(ends):
         pages = engine.pool.allocate(7)
         engine.prefill([PrefillChunk(PROMPT[: end + 1], 0, end, pages, SamplingParams(max_tokens=1))])
-        decoder.tokens[row], decoder.positions[row] = PROMPT[end], end
+        decoder.state.tokens[row], decoder.state.positions[row] = PROMPT[end], end
         decoder.block_table[row, :7] = torch.tensor(pages)
         held += pages
     got = decoder.step(rows).clone()

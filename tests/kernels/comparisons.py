@@ -14,6 +14,14 @@ from headrace.kernels.decode_attention import (
 )
 from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
 from headrace.kernels.decode_linear import decode_linear, decode_linear_reference
+from headrace.kernels.draft_rows import (
+    RequestState,
+    StepRows,
+    accept_rows,
+    accept_rows_reference,
+    expand_rows,
+    expand_rows_reference,
+)
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.rope import RopeTables
@@ -135,3 +143,36 @@ def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: in
     begin_decode_reference(tokens, embedding, 2.0, expected, squares[1])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(squares[0].double(), squares[1].double(), rtol=1e-5, atol=0)
+
+
+def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int) -> None:
+    """Rows of drafts of these lengths, in the order of a shuffled block table; drafts stand to random depths."""
+    requests, generator = len(lengths), torch.Generator().manual_seed(sum(lengths))
+
+    def random_state(high: int) -> torch.Tensor:
+        return torch.randint(high, (requests + 2,), generator=generator)
+
+    tokens, positions, generated = random_state(3), random_state(900).int(), random_state(80).int()
+    states, stepped = [], []
+    owners = torch.randperm(requests + 2, generator=generator)[:requests].tolist()
+    layout = torch.full((3, max_rows), -1, dtype=torch.int32)
+    at = 0
+    for owner, length in zip(owners, lengths, strict=True):
+        layout[0, at : at + length + 1], layout[1, at : at + length + 1] = owner, at
+        layout[2, at : at + length + 1] = torch.randint(2, (length + 1,), generator=generator)
+        at += length + 1
+    sampled = torch.randint(2, (size,), generator=generator)
+    for on, expand, accept in (
+        (device, expand_rows, accept_rows),
+        ("cpu", expand_rows_reference, accept_rows_reference),
+    ):
+        state = RequestState(*(column.clone().to(on) for column in (tokens, positions, generated)))
+        rows = StepRows(max_rows, torch.device(on))
+        rows.layout.copy_(layout)
+        expand(state, rows)
+        stepped.append([column.tolist() for column in (rows.tokens, rows.positions, rows.generated)])
+        accept(sampled.to(on), rows, state)
+        states.append([column.tolist() for column in (state.tokens, state.positions, state.generated)])
+    assert stepped[0] == stepped[1]
+    assert states[0] == states[1]
+    assert states[0][1] != positions.tolist()
