@@ -126,6 +126,10 @@ class Speculator:
             drafted.guess = guess if costs is None else None
             chances.append(self._acceptance.chances(drafted.acceptance, guess)[unknown:])
         chosen = choose_lengths(chances, len(requests), self._cost, costs or ()) if guesses else []
+        if costs is not None and not any(chosen):
+            self._acceptance.fade()
+            for key in guesses:
+                self._drafted[key].acceptance.fade()
         self.counters.drafting_seconds += guessed - started
         self.counters.controlling_seconds += time.perf_counter() - guessed
         return guesses, {key: length for key, length in zip(guesses, chosen, strict=True) if length > 0}

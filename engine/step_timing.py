@@ -18,6 +18,8 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 32)
 """On a CPU. On a GPU, captured sizes say where a further row makes a difference."""
 DRAFTED = 15
 """At most so many rows of a request are drafted tokens."""
+MORE_TOKENS = 2 * DRAFTED + 1
+"""At most so many come to a context in what is timed at a time."""
 CONTEXT = 128
 BUDGET_SECONDS = 0.4
 """All are timed in turns for so long, and once at least."""
@@ -38,8 +40,8 @@ class StepSeconds:
 def time_steps(engine: Engine) -> StepSeconds:
     """Time steps of each number of rows that the engine's settings allow."""
     decoder, pool = engine.graph_decoder, engine.pool
-    context = min(CONTEXT, engine.max_model_len - DRAFTED)
-    each = pool.pages_for(context + DRAFTED)
+    context = min(CONTEXT, engine.max_model_len - MORE_TOKENS)
+    each = pool.pages_for(context + MORE_TOKENS)
     requests = min(engine.config.max_num_seqs, pool.num_free // each)
     if decoder is None:
         # Few requests with long drafts: what a drafted token adds is measured, not what a request does.
@@ -72,6 +74,8 @@ def _time_plain(engine: Engine, pages: Sequence[Sequence[int]], context: int, ro
     """The mean of some steps of as many requests, each started while the one before it runs."""
     batch = _joined(engine, pages[:rows], context)
     batch.start()
+    batch.start()
+    batch.collect()  # the first one brought all requests to the device
     started = time.perf_counter()
     for _ in range(STEPS_AHEAD):
         batch.start()
@@ -85,15 +89,19 @@ def _time_drafted(engine: Engine, pages: Sequence[Sequence[int]], context: int, 
     """A step of so many rows in as few requests as can have them."""
     counts = [DRAFTED + 1] * (rows // (DRAFTED + 1)) + [rows % (DRAFTED + 1)] * (rows % (DRAFTED + 1) > 0)
     batch = _joined(engine, pages[: len(counts)], context)
+    drafts = {key: [0] * (count - 1) for key, count in enumerate(counts) if count > 1}
+    if batch.lookahead:  # what is new to the device comes with a first step
+        batch.start(drafts)
+        batch.collect()
     started = time.perf_counter()
-    batch.start({key: [0] * (count - 1) for key, count in enumerate(counts) if count > 1})
+    batch.start(drafts)
     batch.collect()
     return time.perf_counter() - started
 
 
 def _joined(engine: Engine, pages: Sequence[Sequence[int]], context: int) -> RunningBatch[int]:
     batch = new_batch(engine)
-    greedy = SamplingParams(max_tokens=DRAFTED + 2, temperature=0)
+    greedy = SamplingParams(max_tokens=MORE_TOKENS, temperature=0)
     for key, held in enumerate(pages):
         batch.join(key, [0] * context, 1, held, greedy)
     return batch

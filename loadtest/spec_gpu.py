@@ -13,7 +13,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,13 @@ def random_requests(engine: Engine, count: int, input_tokens: int, output_tokens
     return found
 
 
-def time_a_token(engine: Engine, requests: Iterator[Request], batch: int, speculator: Speculator | None) -> Side:
-    """Run until the first request ends: from then on there are fewer."""
-    side = Side(engine, requests, batch, speculator)
+def run_full(engine: Engine, requests: list[Request], batch: int, speculator: Speculator | None) -> Side:
+    """Run as long as the batch is full."""
+    side = Side(engine, iter(requests), batch, speculator)
     for _ in range(WARM_STEPS):
         side.step()
     side.steps.clear()
-    while not side.ended:
+    while len(side.ended) <= len(requests) - batch:
         side.step()
     side.close()
     return side
@@ -124,13 +124,19 @@ def seconds_a_token(side: Side, batch: int) -> float:
 
 
 def compare(
-    name: str, engine: Engine, batch: int, requests: Any, speculator: Speculator, target: str, turns: int
+    name: str,
+    engine: Engine,
+    batch: int,
+    requests: Callable[[], list[Request]],
+    speculator: Speculator,
+    target: str,
+    turns: int,
 ) -> list[Figure]:
     """One cell; `requests()` gives new ones. The better of some turns of each side."""
     plain, drafted = [], []
     for _ in range(turns):
-        plain.append(seconds_a_token(time_a_token(engine, requests(), batch, None), batch))
-        side = time_a_token(engine, requests(), batch, speculator)
+        plain.append(seconds_a_token(run_full(engine, requests(), batch, None), batch))
+        side = run_full(engine, requests(), batch, speculator)
         drafted.append(seconds_a_token(side, batch))
     speculator.propose([])  # counts what the last step brought
     counters, steps = speculator.counters, max(speculator.counters.steps, 1)
@@ -139,6 +145,7 @@ def compare(
         Figure(f"{name}: speed with drafts over speed without", without / with_drafts, "", target),
         Figure(f"{name}: without drafts", without * 1e3, "ms/token"),
         Figure(f"{name}: with drafts", with_drafts * 1e3, "ms/token"),
+        Figure(f"{name}: a step with drafts", side.seconds / len(side.steps) * 1e3, "ms"),
         Figure(f"{name}: tokens of a draft", counters.drafted / max(counters.drafts, 1), "tokens"),
         Figure(f"{name}: accepted of a draft", counters.accepted / max(counters.drafts, 1), "tokens"),
         Figure(f"{name}: steps without drafts", counters.steps_without_drafts / steps, ""),
@@ -178,8 +185,8 @@ def emulated(shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, 
             target = ">= 2.5" if batch == 1 and head == "EAGLE-3" else ">= 0.97"
             name = f"emulated {head}, 8B, batch {batch}"
 
-            def requests(batch: int = batch) -> Iterator[Request]:
-                return iter(random_requests(engine, batch, *lengths))
+            def requests(batch: int = batch) -> list[Request]:
+                return random_requests(engine, batch, *lengths)
 
             figures += compare(name, engine, batch, requests, speculator, target, turns)
     return figures
@@ -209,10 +216,11 @@ def ngram(kinds: Sequence[str], batches: Sequence[int], turns: int) -> list[Figu
     prompts = Prompts(engine, max(batches))
     figures = step_figures("135M", prompts.step_seconds)
     for kind, batch in itertools.product(kinds, batches):
-        messages = list(itertools.islice(itertools.cycle(chat_messages(kind, NGRAM_PROMPTS)), batch))
+        several = itertools.cycle(chat_messages(kind, NGRAM_PROMPTS))
+        messages = list(itertools.islice(several, max(batch, NGRAM_PROMPTS // 2)))
 
-        def requests(messages: Sequence[str] = messages) -> Iterator[Request]:
-            return iter([prompts.request(message, NGRAM_OUTPUT) for message in messages])
+        def requests(messages: Sequence[str] = messages) -> list[Request]:
+            return [prompts.request(message, NGRAM_OUTPUT) for message in messages]
 
         target = ">= 2" if (kind, batch) == ("editing", 1) else ">= 0.97"
         name = f"ngram, {kind}, 135M, batch {batch}"
