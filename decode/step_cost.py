@@ -11,9 +11,10 @@ import numpy as np
 
 MAX_ROWS = 256
 """Drafts fill a step up to so many rows: their logits take memory, and further rows never paid."""
-FIRST_STRIDE, STRIDE = 0.1, 0.01
-"""A step that took more or less time than expected moves the estimates for the points beside its rows by so much, the
-first of its kind more than later ones: they follow the median, which other work on the machine does not disturb."""
+FIRST_STRIDE, STRIDE = 1.0, 0.01
+"""A step that took more or less time than expected moves the estimates for the points beside its rows towards what it
+took, by so much at most, the first of its kind more than later ones: so they end near the median, which other work on
+the machine does not disturb. In logarithms of seconds."""
 FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
@@ -85,9 +86,8 @@ class _Curve:
         low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
         nearest = left if share < 0.5 else right
         self._seen[nearest] += 1
-        stride = max(FIRST_STRIDE / self._seen[nearest], STRIDE)
-        if seconds < low + (high - low) * share:
-            stride = -stride
+        most = max(FIRST_STRIDE / self._seen[nearest], STRIDE)
+        stride = min(max(math.log(max(seconds, 1e-9) / (low + (high - low) * share)), -most), most)
         share = min(share, 1.0)
         drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
         drifts[right] += stride * min(2.0 * share, 1.0)

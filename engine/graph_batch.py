@@ -6,7 +6,6 @@ compared with the drafts on the device, and the host has to know it, too, before
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
 K = TypeVar("K", bound=Hashable)
-MAX_SAMPLERS = 64
-"""Kept for numbers of rows that requests had in steps with drafts."""
 
 
 @dataclass
@@ -67,8 +64,6 @@ class GraphBatch(Generic[K]):
             decoder.rows.layout.shape, dtype=torch.int32, pin_memory=engine.device.type == "cuda"
         )
         """The rows of a step with drafts, before they are sent."""
-        self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
-        """By the rows of each request, while the batch has the same members."""
         self._new_tokens: dict[int, int] = {}
         """By row: tokens that the device does not know, those of rows that joined."""
         self._moved: dict[int, int] = {}
@@ -196,16 +191,15 @@ class GraphBatch(Generic[K]):
         self._started(sampled, logprobs)
 
     def _start_drafted(self, drafts: Mapping[K, Sequence[int]]) -> None:
-        lengths = tuple(len(drafts.get(key, ())) + 1 for key in self._keys)
-        ends = list(itertools.accumulate(lengths))
-        layout, rows, decoder = self._layout.numpy(), ends[-1], self._decoder
+        own = [drafts.get(key, ()) for key in self._keys]
+        lengths = np.array([len(draft) + 1 for draft in own])
+        layout, rows, decoder = self._layout.numpy(), int(lengths.sum()), self._decoder
         layout[:2] = -1
-        for request, (key, length, end) in enumerate(zip(self._keys, lengths, ends, strict=True)):
-            own = slice(end - length, end)
-            layout[0, own], layout[1, own] = request, end - length
-            layout[2, own] = (0, *drafts.get(key, ()))
+        layout[0, :rows] = np.repeat(np.arange(len(own)), lengths)
+        layout[1, :rows] = np.repeat(lengths.cumsum() - lengths, lengths)
+        layout[2, :rows] = [token for draft in own for token in (0, *draft)]
         decoder.rows.layout.copy_(self._layout, non_blocking=True)
-        penalized = self._penalized_rows(drafts) if any(row.counts is not None for row in self._sampling) else []
+        penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
         sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
         logits = decoder.step_drafted(rows)
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
@@ -233,23 +227,22 @@ class GraphBatch(Generic[K]):
     def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
         return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
 
-    def _drafted_sampler(self, lengths: tuple[int, ...]) -> BatchSampler:
+    def _drafted_sampler(self, lengths: np.ndarray) -> BatchSampler:
         """Of requests without penalties, whose samplers hold nothing that a step changes."""
-        sampler = self._drafted_samplers.get(lengths)
-        if sampler is None:
-            if len(self._drafted_samplers) == MAX_SAMPLERS:
-                self._drafted_samplers.clear()
-            rows = zip(self._sampling, lengths, strict=True)
-            sampler = self._new_sampler([row for row, length in rows for _ in range(length)])
-            self._drafted_samplers[lengths] = sampler
-        return sampler
+        if self._sampler is None:
+            self._sampler = self._new_sampler(self._sampling)
+        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : lengths.sum()])
+        if repeated is None:
+            pairs = zip(self._sampling, lengths.tolist(), strict=True)
+            repeated = self._new_sampler([row for row, length in pairs for _ in range(length)])
+        return repeated
 
-    def _penalized_rows(self, drafts: Mapping[K, Sequence[int]]) -> list[SamplingRow]:
+    def _penalized_rows(self, drafts: Sequence[Sequence[int]]) -> list[SamplingRow]:
         """Each row's sampling state: its request's, and the drafted tokens up to there have been said."""
         rows = []
-        for key, row in zip(self._keys, self._sampling, strict=True):
+        for draft, row in zip(drafts, self._sampling, strict=True):
             rows.append(row)
-            for token in drafts.get(key, ()):
+            for token in draft:
                 counts = None
                 if row.counts is not None:
                     counts = row.counts.clone()
@@ -272,7 +265,6 @@ class GraphBatch(Generic[K]):
             state.positions.copy_(positions)
             state.generated.copy_(generated)
             self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
-            self._drafted_samplers.clear()
         if self._table_changes:
             width = self._pages.shape[1]
             changed = np.concatenate(

@@ -54,6 +54,9 @@ WARM_STEPS = 6
 """That are not timed."""
 
 
+_names = itertools.count()
+
+
 def load_random(shape: dict[str, Any], largest: int, longest: int) -> Engine:
     """An engine with random weights whose next token follows from the last one, by a wide margin.
 
@@ -90,10 +93,10 @@ def random_requests(engine: Engine, count: int, input_tokens: int, output_tokens
     rng = random.Random(0)
     layout = layout_of("random", engine.layout, engine.model_config.vocab_size)
     found = []
-    for name in range(count):
+    for _ in range(count):
         tokens = [rng.randrange(engine.model_config.vocab_size) for _ in range(input_tokens)]
         offer = Offer(
-            request_id=f"{name}",
+            request_id=f"{next(_names)}",
             attempt=0,
             gateway="bench",
             layout=layout,

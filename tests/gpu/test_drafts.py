@@ -60,8 +60,7 @@ def generate(engine: Engine, sampling: SamplingParams, known: list[Output] | Non
         batch.start(drafts)
         steps += 1
         for key, token in batch.collect():
-            assert token.logprobs is not None
-            top = [logprob for _, logprob in token.logprobs.top]
+            top = [logprob for _, logprob in token.logprobs.top] if token.logprobs is not None else [0.0, 0.0]
             outputs[key].append((token.token_id, top[0] - top[1]))
             if len(outputs[key]) == TOKENS:
                 batch.leave(key)
@@ -74,20 +73,29 @@ def generate(engine: Engine, sampling: SamplingParams, known: list[Output] | Non
     "sampling",
     [
         SamplingParams(max_tokens=99, temperature=0, logprobs=2),
-        SamplingParams(max_tokens=99, temperature=0.7, top_p=0.9, seed=7, logprobs=2),
+        SamplingParams(max_tokens=99, temperature=0.7, top_k=5, top_p=0.9, seed=7, logprobs=2),
+        SamplingParams(max_tokens=99, temperature=0.7, top_k=4, seed=8),
         SamplingParams(
-            max_tokens=99, temperature=0.7, seed=3, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=2
+            max_tokens=99, temperature=0.7, top_k=3, seed=3, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=2
         ),
         SamplingParams(
-            max_tokens=99, temperature=0.7, seed=5, logit_bias={9: 1.0}, min_tokens=20, stop_token_ids=(4,), logprobs=2
+            max_tokens=99,
+            temperature=0.7,
+            top_k=3,
+            seed=5,
+            logit_bias={9: 1.0},
+            min_tokens=20,
+            stop_token_ids=(4,),
+            logprobs=2,
         ),
     ],
-    ids=["greedy", "sampled", "penalized", "biased"],
+    ids=["greedy", "sampled", "sampled, no log probabilities", "penalized", "biased"],
 )
 def test_tokens_with_drafts_are_those_without(engine: Engine, sampling: SamplingParams) -> None:
     """Requests of different lengths, drafts right and wrong, in captured steps.
 
-    Sums of few and of many rows are rounded differently, so where two tokens are as likely, either may come.
+    Sums of few and of many rows are rounded differently, so where two tokens are as likely, either may come, and where
+    a draw falls between two.
     """
     plain, _ = generate(engine, sampling, None)
     drafted, steps = generate(engine, sampling, plain)
