@@ -14,7 +14,7 @@ MAX_ROWS = 256
 FIRST_STRIDE, STRIDE = 1.0, 0.01
 """A step that took more or less time than expected moves the estimates for the points beside its rows towards what it
 took, by so much at most, the first of its kind more than later ones: so they end near the median, which other work on
-the machine does not disturb. In logarithms of seconds."""
+the machine does not disturb. Points beside which no step has been yet go along. In logarithms of seconds."""
 FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
@@ -84,6 +84,7 @@ class _Curve:
         share = (rows - self._points[left]) / (self._points[right] - self._points[left])
         share = max(share, 0.0)
         low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
+        high = max(low, high)
         nearest = left if share < 0.5 else right
         self._seen[nearest] += 1
         most = max(FIRST_STRIDE / self._seen[nearest], STRIDE)
@@ -91,6 +92,9 @@ class _Curve:
         share = min(share, 1.0)
         drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
         drifts[right] += stride * min(2.0 * share, 1.0)
+        for point in range(len(drifts)):
+            if self._seen[point] == 0 and point not in (left, right):
+                drifts[point] += stride
         return drifts[left] * (1.0 - share) + drifts[right] * share
 
     def seconds(self) -> list[float]:
