@@ -24,6 +24,8 @@ from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 
 K = TypeVar("K", bound=Hashable)
+MAX_SAMPLERS = 16
+"""Kept for numbers of rows that requests had in steps with drafts; few requests often have the same ones."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class GraphBatch(Generic[K]):
             decoder.rows.layout.shape, dtype=torch.int32, pin_memory=engine.device.type == "cuda"
         )
         """The rows of a step with drafts, before they are sent."""
+        self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
+        """By the rows of each request, while the batch has the same members."""
         self._new_tokens: dict[int, int] = {}
         """By row: tokens that the device does not know, those of rows that joined."""
         self._moved: dict[int, int] = {}
@@ -229,12 +233,18 @@ class GraphBatch(Generic[K]):
 
     def _drafted_sampler(self, lengths: np.ndarray) -> BatchSampler:
         """Of requests without penalties, whose samplers hold nothing that a step changes."""
+        repeated = self._drafted_samplers.get(key := tuple(lengths.tolist()))
+        if repeated is not None:
+            return repeated
         if self._sampler is None:
             self._sampler = self._new_sampler(self._sampling)
         repeated = self._sampler.repeated(self._decoder.rows.layout[0, : lengths.sum()])
         if repeated is None:
             pairs = zip(self._sampling, lengths.tolist(), strict=True)
             repeated = self._new_sampler([row for row, length in pairs for _ in range(length)])
+        if len(self._drafted_samplers) == MAX_SAMPLERS:
+            self._drafted_samplers.clear()
+        self._drafted_samplers[key] = repeated
         return repeated
 
     def _penalized_rows(self, drafts: Sequence[Sequence[int]]) -> list[SamplingRow]:
@@ -265,6 +275,7 @@ class GraphBatch(Generic[K]):
             state.positions.copy_(positions)
             state.generated.copy_(generated)
             self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
+            self._drafted_samplers.clear()
         if self._table_changes:
             width = self._pages.shape[1]
             changed = np.concatenate(

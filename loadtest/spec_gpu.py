@@ -30,9 +30,9 @@ from headrace.kvtransfer.messages import Offer
 from headrace.loadtest.emulated_drafter import DraftWork, EmulatedDrafter
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import LLAMA_8B, TINY, model_folder
-from headrace.loadtest.spec_bench import Prompts
+from headrace.loadtest.spec_bench import Prompts, tokens_a_second
 from headrace.loadtest.spec_prompts import KINDS, chat_messages
-from headrace.loadtest.spec_side import Side
+from headrace.loadtest.spec_side import Side, Step
 from headrace.messages.request import SamplingParams
 from headrace.models.errors import ModelError
 from headrace.models.locate import locate_model
@@ -48,6 +48,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 INPUT, OUTPUT = 512, 256
 QUICK_INPUT, QUICK_OUTPUT = 40, 12
 QUICK_SHAPE = TINY | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+FEWEST_REQUESTS = 8
+"""Of a cell: with fewer, chance has too large a part in what is accepted."""
 NGRAM_OUTPUT = 128
 NGRAM_PROMPTS = 16
 WARM_STEPS = 6
@@ -109,49 +111,40 @@ def random_requests(engine: Engine, count: int, input_tokens: int, output_tokens
     return found
 
 
-def run_full(engine: Engine, requests: list[Request], batch: int, speculator: Speculator | None) -> Side:
-    """Run as long as the batch is full."""
-    side = Side(engine, iter(requests), batch, speculator)
-    for _ in range(WARM_STEPS):
-        side.step()
-    side.steps.clear()
-    while len(side.ended) <= len(requests) - batch:
-        side.step()
-    side.close()
-    return side
-
-
-def seconds_a_token(side: Side, batch: int) -> float:
-    """Of one request, among all."""
-    return side.seconds / sum(step.tokens for step in side.steps) * batch
+def run_full(
+    engine: Engine, new_requests: Callable[[], list[Request]], batch: int, speculator: Speculator | None, turns: int
+) -> list[Step]:
+    """The steps of some turns, each of which runs as long as the batch is full."""
+    steps = []
+    for _ in range(turns):
+        requests = new_requests()
+        side = Side(engine, iter(requests), batch, speculator)
+        for _ in range(WARM_STEPS):
+            side.step()
+        side.steps.clear()
+        while len(side.ended) <= len(requests) - batch:
+            side.step()
+        side.close()
+        steps += side.steps
+    return steps
 
 
 def compare(
-    name: str,
-    engine: Engine,
-    batch: int,
-    requests: Callable[[], list[Request]],
-    speculator: Speculator,
-    target: str,
-    turns: int,
+    name: str, batch: int, plain: list[Step], drafted: list[Step], speculator: Speculator, target: str
 ) -> list[Figure]:
-    """One cell; `requests()` gives new ones. The better of some turns of each side."""
-    plain, drafted = [], []
-    for _ in range(turns):
-        plain.append(seconds_a_token(run_full(engine, requests(), batch, None), batch))
-        side = run_full(engine, requests(), batch, speculator)
-        drafted.append(seconds_a_token(side, batch))
+    """One cell. All of each side's steps count: what is accepted is a matter of chance."""
     speculator.propose([])  # counts what the last step brought
-    counters, steps = speculator.counters, max(speculator.counters.steps, 1)
-    without, with_drafts = min(plain), min(drafted)
+    counters = speculator.counters
+    without, with_drafts = (batch / tokens_a_second(steps) for steps in (plain, drafted))
+    step_seconds = sum(step.seconds for step in drafted) / len(drafted)
     figures = [
         Figure(f"{name}: speed with drafts over speed without", without / with_drafts, "", target),
         Figure(f"{name}: without drafts", without * 1e3, "ms/token"),
         Figure(f"{name}: with drafts", with_drafts * 1e3, "ms/token"),
-        Figure(f"{name}: a step with drafts", side.seconds / len(side.steps) * 1e3, "ms"),
+        Figure(f"{name}: a step with drafts", step_seconds * 1e3, "ms"),
         Figure(f"{name}: tokens of a draft", counters.drafted / max(counters.drafts, 1), "tokens"),
         Figure(f"{name}: accepted of a draft", counters.accepted / max(counters.drafts, 1), "tokens"),
-        Figure(f"{name}: steps without drafts", counters.steps_without_drafts / steps, ""),
+        Figure(f"{name}: steps without drafts", counters.steps_without_drafts / max(counters.steps, 1), ""),
     ]
     print(*[f"{figure.name} {figure.value:.3f} {figure.unit}" for figure in figures], sep="; ", flush=True)
     return figures
@@ -159,7 +152,7 @@ def compare(
 
 def record(engine: Engine, requests: list[Request]) -> dict[tuple[int, ...], list[int]]:
     """By prompt and first token: what comes without drafts."""
-    side = Side(engine, iter(requests), len(requests), None)
+    side = Side(engine, iter(requests), min(len(requests), engine.config.max_num_seqs), None)
     while side.step():
         pass
     prompts = [len(each.offer.token_ids) + 1 for each in side.ended]
@@ -179,19 +172,21 @@ def emulated(shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, 
     print(f"ready after {time.perf_counter() - started:.1f} s", flush=True)
     figures = step_figures("8B", seconds)
     figures += [Figure(f"a drafted token of {n} requests", s * 1e3, "ms") for n, s in prices.items()]
-    coming = record(engine, random_requests(engine, max(batches), *lengths))
-    for head, rates in RATES.items():
-        for batch in batches:
+    fewest = FEWEST_REQUESTS if max(batches) > 1 else 1
+    coming = record(engine, random_requests(engine, max(*batches, fewest), *lengths))
+    for batch in batches:
+
+        def requests(batch: int = batch) -> list[Request]:
+            return random_requests(engine, max(batch, fewest), *lengths)
+
+        plain = run_full(engine, requests, batch, None, turns)
+        for head, rates in RATES.items():
             drafter = EmulatedDrafter(coming, rates, work, prices)
             cost = StepCost(seconds.plain, max(batches), seconds.drafted)
             speculator = Speculator(drafter, cost, engine.max_model_len)
+            drafted = run_full(engine, requests, batch, speculator, turns)
             target = ">= 2.5" if batch == 1 and head == "EAGLE-3" else ">= 0.97"
-            name = f"emulated {head}, 8B, batch {batch}"
-
-            def requests(batch: int = batch) -> list[Request]:
-                return random_requests(engine, batch, *lengths)
-
-            figures += compare(name, engine, batch, requests, speculator, target, turns)
+            figures += compare(f"emulated {head}, 8B, batch {batch}", batch, plain, drafted, speculator, target)
     return figures
 
 
@@ -220,30 +215,41 @@ def ngram(kinds: Sequence[str], batches: Sequence[int], turns: int) -> list[Figu
     figures = step_figures("135M", prompts.step_seconds)
     for kind, batch in itertools.product(kinds, batches):
         several = itertools.cycle(chat_messages(kind, NGRAM_PROMPTS))
-        messages = list(itertools.islice(several, max(batch, NGRAM_PROMPTS // 2)))
+        messages = list(itertools.islice(several, max(batch, FEWEST_REQUESTS)))
 
         def requests(messages: Sequence[str] = messages) -> list[Request]:
             return [prompts.request(message, NGRAM_OUTPUT) for message in messages]
 
+        speculator = prompts.speculator()
+        plain = run_full(engine, requests, batch, None, turns)
+        drafted = run_full(engine, requests, batch, speculator, turns)
         target = ">= 2" if (kind, batch) == ("editing", 1) else ">= 0.97"
-        name = f"ngram, {kind}, 135M, batch {batch}"
-        figures += compare(name, engine, batch, requests, prompts.speculator(), target, turns)
-    figures.append(same_outputs(engine, prompts, kinds))
+        figures += compare(f"ngram, {kind}, 135M, batch {batch}", batch, plain, drafted, speculator, target)
+    figures += same_outputs(engine, prompts, kinds)
     return figures
 
 
-def same_outputs(engine: Engine, prompts: Prompts, kinds: Sequence[str]) -> Figure:
-    """In 16 bits, sums of one row and of several are rounded differently, and now and then two tokens are as likely."""
+def same_outputs(engine: Engine, prompts: Prompts, kinds: Sequence[str]) -> list[Figure]:
+    """In 16 bits, sums of few and of many rows are rounded differently, and now and then two tokens are as likely."""
     messages = [message for kind in kinds for message in chat_messages(kind, NGRAM_PROMPTS)]
-    outputs = []
-    for speculator in (None, prompts.speculator()):
+
+    def outputs(batch: int, speculator: Speculator | None) -> dict[tuple[int, ...], list[int]]:
         requests = iter([prompts.request(message, NGRAM_OUTPUT) for message in messages])
-        side = Side(engine, requests, 8, speculator)
+        side = Side(engine, requests, batch, speculator)
         while side.step():
             pass
-        outputs.append({tuple(each.offer.token_ids): each.token_ids for each in side.ended})
-    same = sum(outputs[1][prompt] == tokens for prompt, tokens in outputs[0].items())
-    return Figure(f"ngram: greedy outputs of {len(outputs[0])} that are the same in bfloat16", same, "outputs")
+        return {tuple(each.offer.token_ids): each.token_ids for each in side.ended}
+
+    plain = outputs(8, None)
+    others = {"with drafts": outputs(8, prompts.speculator()), "without drafts, batch 1": outputs(1, None)}
+    return [
+        Figure(
+            f"ngram: greedy outputs of {len(plain)} that are those without drafts at batch 8: {name}",
+            sum(other[prompt] == tokens for prompt, tokens in plain.items()),
+            "outputs",
+        )
+        for name, other in others.items()
+    ]
 
 
 def main() -> None:

@@ -90,10 +90,10 @@ def test_a_step_gives_the_logits_of_the_plain_decoder(batch: int) -> None:
     torch.testing.assert_close(after, cache.pages, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("lengths", [[0, 3, 1], [1] * 33])
-def test_a_step_with_drafts_gives_the_logits_of_single_steps(lengths: list[int]) -> None:
-    """Few rows, and as many as take the wide path; the cache holds what single steps would have left there."""
+def test_a_step_with_drafts_gives_the_logits_of_single_steps() -> None:
+    """And the cache holds what single steps would have left there."""
     torch.manual_seed(0)
+    lengths = [0, 3, 1]
     requests = len(lengths)
     layout = CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE)
     cache = KVCache(layout, requests * 5 + 1, torch.device("cpu"))
