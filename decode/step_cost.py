@@ -11,7 +11,7 @@ import numpy as np
 
 MAX_ROWS = 256
 """Drafts fill a step up to so many rows: their logits take memory, and further rows never paid."""
-FIRST_STRIDE, STRIDE = 1.0, 0.01
+FIRST_STRIDE, STRIDE = 0.3, 0.01
 """A step that took more or less time than expected moves the estimates for the points beside its rows towards what it
 took, by so much at most, the first of its kind more than later ones: so they end near the median, which other work on
 the machine does not disturb. Points beside which no step has been yet go along. In logarithms of seconds."""
