@@ -33,7 +33,7 @@ class StepCost:
     def __init__(
         self, measured: Mapping[int, float], max_num_seqs: int, verifying: Mapping[int, float] | None = None
     ) -> None:
-        """`measured`: seconds by rows, of 1 row and of at least one other number; `verifying`: those of steps with
+        """`measured`: seconds by rows, of 1 row among them; `verifying`: those of steps with
         drafts, where they are others.
         """
         assert min(measured) == 1, "a step of one row was not measured"
@@ -66,7 +66,8 @@ class _Curve:
     """Straight lines between numbers of rows that were measured at the start, and the last one's slope beyond."""
 
     def __init__(self, measured: Mapping[int, float], max_rows: int) -> None:
-        assert len(measured) > 1, "one point makes no line"
+        if len(measured) == 1:  # a GPU's worker of one request: no further rows without drafts
+            measured = {rows + more: seconds for rows, seconds in measured.items() for more in (0, 1)}
         self._points = sorted(measured)
         seconds = [measured[rows] for rows in self._points]
         # More rows never take less time: where they seem to, something else took the time of the fewer.

@@ -26,7 +26,7 @@ DRAFT_VOCABULARY = 32000
 CONTEXT = 640
 """Tokens that each drafted one attends to."""
 PAGE_SIZE = 16
-TIMES = 5
+TIMES = 3
 
 
 class DraftWork:

@@ -46,13 +46,15 @@ RATES = {
 }
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 INPUT, OUTPUT = 512, 256
-QUICK_INPUT, QUICK_OUTPUT = 40, 12
+QUICK_INPUT, QUICK_OUTPUT = 20, 7
 QUICK_SHAPE = TINY | {"num_hidden_layers": 1, "tie_word_embeddings": False}
 FEWEST_REQUESTS = 8
 """Of a cell: with fewer, chance has too large a part in what is accepted."""
 NGRAM_OUTPUT = 128
 NGRAM_PROMPTS = 16
-WARM_STEPS = 6
+DRAFT_LENGTH = 4
+"""At which drafting is timed."""
+WARM_STEPS = 2
 """That are not timed."""
 
 
@@ -161,14 +163,16 @@ def record(engine: Engine, requests: list[Request]) -> dict[tuple[int, ...], lis
     }
 
 
-def emulated(shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, int], turns: int) -> list[Figure]:
+def emulated(
+    shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, int], heads: Sequence[str], turns: int
+) -> list[Figure]:
     """The `EmulatedDrafter` at all batch sizes."""
     started = time.perf_counter()
     engine = load_random(shape, max(batches), sum(lengths) + 64)
     seconds = time_steps(engine)
     weights = engine.model.weights  # type: ignore[attr-defined]
     work = DraftWork(engine.model_config, max(batches), engine.device, weights.embedding.dtype)
-    prices = {requests: work.seconds_a_token(requests, 4) for requests in batches}
+    prices = {requests: work.seconds_a_token(requests, DRAFT_LENGTH) for requests in batches}
     print(f"ready after {time.perf_counter() - started:.1f} s", flush=True)
     figures = step_figures("8B", seconds)
     figures += [Figure(f"a drafted token of {n} requests", s * 1e3, "ms") for n, s in prices.items()]
@@ -180,8 +184,8 @@ def emulated(shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, 
             return random_requests(engine, max(batch, fewest), *lengths)
 
         plain = run_full(engine, requests, batch, None, turns)
-        for head, rates in RATES.items():
-            drafter = EmulatedDrafter(coming, rates, work, prices)
+        for head in heads:
+            drafter = EmulatedDrafter(coming, RATES[head], work, prices)
             cost = StepCost(seconds.plain, max(batches), seconds.drafted)
             speculator = Speculator(drafter, cost, engine.max_model_len)
             drafted = run_full(engine, requests, batch, speculator, turns)
@@ -269,7 +273,8 @@ def main() -> None:
         if options.only != "ngram":
             lengths = (QUICK_INPUT, QUICK_OUTPUT) if options.quick else (INPUT, OUTPUT)
             shape, batches = (QUICK_SHAPE, [1]) if options.quick else (LLAMA_8B, options.batches)
-            figures += emulated(shape, batches, lengths, 1 if options.quick else options.turns)
+            heads = list(RATES)[: 1 if options.quick else None]
+            figures += emulated(shape, batches, lengths, heads, 1 if options.quick else options.turns)
         if options.only != "emulated" and not options.quick:
             figures += ngram(list(KINDS), options.batches, options.turns)
     finally:
