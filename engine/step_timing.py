@@ -19,7 +19,7 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 32)
 DRAFTED = 15
 """At most so many rows of a request are drafted tokens."""
 MORE_TOKENS = 2 * DRAFTED + 1
-"""At most so many come to a context in what is timed at a time."""
+"""At most so many come to a context in what is timed at a time on a GPU."""
 CONTEXT = 128
 BUDGET_SECONDS = 0.4
 """All are timed in turns for so long, and once at least."""
@@ -40,8 +40,9 @@ class StepSeconds:
 def time_steps(engine: Engine) -> StepSeconds:
     """Time steps of each number of rows that the engine's settings allow."""
     decoder, pool = engine.graph_decoder, engine.pool
-    context = min(CONTEXT, engine.max_model_len - MORE_TOKENS)
-    each = pool.pages_for(context + MORE_TOKENS)
+    more = DRAFTED if decoder is None else MORE_TOKENS
+    context = max(min(CONTEXT, engine.max_model_len - more), 1)
+    each = pool.pages_for(context + more)
     requests = min(engine.config.max_num_seqs, pool.num_free // each)
     if decoder is None:
         # Few requests with long drafts: what a drafted token adds is measured, not what a request does.
