@@ -38,6 +38,11 @@ class RequestAcceptance:
         self.stood = [0.0] * DEPTHS
         self.seen = [0.0] * DEPTHS
 
+    def fade(self) -> None:
+        """Forget as much as an observation would."""
+        self.stood = [stood * REQUEST_MEMORY for stood in self.stood]
+        self.seen = [seen * REQUEST_MEMORY for seen in self.seen]
+
 
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
@@ -60,6 +65,13 @@ class Acceptance:
             if not stood:
                 return
 
+    def fade(self) -> None:
+        """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
+        for depth in range(DEPTHS):
+            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
+            self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
+            self._rates[depth] = self._stood[depth] / self._seen[depth]
+
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
         found, chance = [], 1.0
@@ -72,19 +84,28 @@ class Acceptance:
         return found
 
 
-def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost) -> list[int]:
+def choose_lengths(
+    chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost, drafting: Sequence[float] = ()
+) -> list[int]:
     """How many tokens of each draft to verify, for the most expected tokens a second.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway.
+    has anyway. `drafting[n]`: seconds that it takes to draft n tokens of each request first.
     """
     lengths = [0] * len(chances)
     ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
+    so_far = [0] * len(chances)
+    deepest = 0
     best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
     expected = float(num_requests)
-    for count, (chance, _) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
+    for count, (chance, draft) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
         expected += chance
-        rate = expected / cost.verifying[num_requests + count]
+        seconds = cost.verifying[num_requests + count]
+        if drafting:
+            so_far[draft] += 1
+            deepest = max(deepest, so_far[draft])
+            seconds += drafting[deepest]
+        rate = expected / seconds
         if rate > best_rate:
             best, best_rate = count, rate
     for _, draft in ranked[:best]:
@@ -93,32 +114,18 @@ def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: 
 
 
 class HeadCost:
-    """Seconds that a head takes for one more token of each of so many requests."""
+    """What a head takes for one more token of each of so many requests."""
 
     def __init__(self, measured: Mapping[int, float]) -> None:
-        """`measured`: by requests. Beyond them, a request costs what the last ones did."""
+        """`measured`: seconds by requests. Beyond them, a request costs what the last ones did."""
         rows = sorted(measured)
         at = np.arange(MAX_ROWS + 1)
         seconds = [measured[row] for row in rows]
-        self.seconds: list[float] = np.interp(at, rows, seconds).tolist()
         each = seconds[-1] / rows[-1]
-        self.seconds[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+        self._seconds: list[float] = np.interp(at, rows, seconds).tolist()
+        self._seconds[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
 
-
-def choose_depth(chances: Sequence[Sequence[float]], cost: StepCost, head: HeadCost) -> int:
-    """How many tokens a head is to guess for all requests, for the most expected tokens a second; 0 where none pays.
-
-    `chances[r]`: as in `choose_lengths`, of each request. What it guesses is cut to what pays once it is known, so this
-    asks whether all of it would.
-    """
-    requests = len(chances)
-    expected, best, best_rate = float(requests), 0, GAIN * requests / cost.plain[requests]
-    for depth in range(1, MAX_HEAD_DEPTH + 1):
-        rows = requests * (1 + depth)
-        if rows > MAX_ROWS:
-            break
-        expected += sum(along[depth - 1] for along in chances if len(along) >= depth)
-        rate = expected / (cost.verifying[rows] + depth * head.seconds[requests])
-        if rate > best_rate:
-            best, best_rate = depth, rate
-    return best
+    def of(self, num_requests: int) -> list[float]:
+        """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
+        each = self._seconds[min(num_requests, MAX_ROWS)]
+        return [each * depth for depth in range(MAX_HEAD_DEPTH + 1)]

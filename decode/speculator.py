@@ -1,14 +1,15 @@
 """Speculative decoding of one worker: asks the drafters, lets the controller cut the drafts, learns from what came.
 
 A `Drafter` guesses here, before a step. A head guesses on the engine's thread, at the end of the step before, to the
-depth that is chosen here. Of a request's guesses the one that promises more tokens counts.
+depth that is chosen here. Of a request's guesses the one that promises more tokens counts. Where steps run ahead, as on
+a GPU, each is first asked whether the next one should wait for its tokens (`waits`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace.decode.controller import (
@@ -16,7 +17,6 @@ from headrace.decode.controller import (
     Acceptance,
     HeadCost,
     RequestAcceptance,
-    choose_depth,
     choose_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
@@ -33,6 +33,8 @@ BY_PLACE = "by place"
 to, as it was in doubt, counts as wrong."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
+MAX_STEPS_AHEAD = 15
+"""At most so many steps start without a look whether drafts would pay."""
 
 
 @dataclass
@@ -45,8 +47,19 @@ class _Drafted:
     acceptance: dict[str, RequestAcceptance]
     guesses: dict[str, Draft] = field(default_factory=dict)
     """For the step before, of whatever length was verified."""
+    proposed: str = ""
+    """Whose draft was proposed last."""
     verified: str = ""
-    """Whose draft that step verified, if any."""
+    """Whose draft the step before verified, if any."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The best guess for a request, and how much of it is worth verifying."""
+
+    drafter: str
+    guess: Draft
+    length: int
 
 
 @dataclass
@@ -76,6 +89,14 @@ class Counters:
     """Estimates and the choice of lengths."""
     verification_seconds: float = 0.0
     """All of the steps that verified drafts."""
+
+    @property
+    def total(self) -> DrafterCounters:
+        """Of all drafters."""
+        each = self.of.values()
+        return DrafterCounters(
+            sum(one.drafted for one in each), sum(one.accepted for one in each), sum(one.drafts for one in each)
+        )
 
 
 class Speculator:
@@ -107,38 +128,97 @@ class Speculator:
         self._steps_without_head = 0
         self._of_head: dict[Key, Draft] = {}
         """What it guessed at the end of the last one."""
+        self._drafting = 0.0
+        """Seconds that drafts with a price, proposed last, are expected to have taken."""
+        self._steps_ahead = 0
+        self._steps_left = 0
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
+        costs = self._drafter.costs(len(requests))
+        chosen = self._choose(requests, costs, 0)
+        self._found(bool(chosen))
+        self._depth = self._next_depth()
+        self._drafting = 0.0
+        for key, choice in chosen.items():
+            self._drafted[key].proposed = choice.drafter
+        if costs is None or not chosen:
+            return {key: choice.guess.token_ids[: choice.length] for key, choice in chosen.items()}
+        started = time.perf_counter()
+        lengths = {key: choice.length for key, choice in chosen.items()}
+        drafts = self._drafter.draft(lengths)
+        for key, draft in drafts.items():
+            self._drafted[key].guesses[self._drafter.name] = draft
+        self._drafting = costs[max(lengths.values())]
+        self.counters.drafting_seconds += time.perf_counter() - started
+        return {key: draft.token_ids for key, draft in drafts.items()}
+
+    def waits(self, requests: Sequence[Request]) -> bool:
+        """While a step of these requests is in flight: whether the next one should wait for its tokens, for drafts that
+        follow them are expected to pay.
+
+        Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
+        was found, the next steps run ahead unasked: twice as many each time, `MAX_STEPS_AHEAD` at most.
+        """
+        self._num_requests = len(requests)
+        if self._steps_left > 0:
+            self._steps_left -= 1
+            return False
+        chosen = self._choose(requests, self._drafter.costs(len(requests)), 1)
+        if not chosen:
+            self._found(False)
+        return bool(chosen)
+
+    def _found(self, drafts: bool) -> None:
+        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, MAX_STEPS_AHEAD)
+        self._steps_left = self._steps_ahead
+
+    def _choose(self, requests: Sequence[Request], costs: Sequence[float] | None, unknown: int) -> dict[Key, _Choice]:
+        """Those drafts that pay. Where they have a price their tokens are not known yet.
+
+        `unknown`: tokens of each request that are on their way.
+        """
         started = time.perf_counter()
         self._forget_all_but({request.key for request in requests})
         for request in requests:
             self._follow(request)
         self._num_requests = len(requests)
         limits = {request.key: self._limit(request) for request in requests}
-        guesses = {self._drafter.name: self._drafter.draft(limits)}
-        if self._head is not None:
-            guesses[self._head.name] = self._guesses_of_head(limits)
+        if costs is None:
+            guesses = {self._drafter.name: self._drafter.draft(limits)}
+            if self._head is not None:
+                guesses[self._head.name] = self._guesses_of_head(limits)
+        else:
+            longest, unknown = len(costs) - 1, 0
+            placeholders = {key: min(limit, longest) for key, limit in limits.items() if limit > 0}
+            guesses = {self._drafter.name: {key: Draft([-1] * n, range(n)) for key, n in placeholders.items()}}
         guessed = time.perf_counter()
         best: dict[Key, tuple[str, Draft, list[float]]] = {}
         for name, of_drafter in guesses.items():
             for key, guess in of_drafter.items():
                 drafted = self._drafted[key]
-                drafted.guesses[name] = guess
-                chances = self._acceptance[name].chances(drafted.acceptance[name], guess)
+                if costs is None:
+                    drafted.guesses[name] = guess
+                chances = self._acceptance[name].chances(drafted.acceptance[name], guess)[unknown:]
                 if key not in best or sum(chances) > sum(best[key][2]):
                     best[key] = (name, guess, chances)
         along = [chances for _, _, chances in best.values()]
-        lengths = choose_lengths(along, len(requests), self._cost) if along else []
-        drafts = {}
-        for (key, (name, guess, _)), length in zip(best.items(), lengths, strict=True):
-            if length > 0:
-                drafts[key] = guess.token_ids[:length]
-                self._drafted[key].verified = name
-        self._depth = self._next_depth()
+        lengths = choose_lengths(along, len(requests), self._cost, costs or ()) if along else []
+        if costs is not None and not any(lengths):
+            self._fade(best)
         self.counters.drafting_seconds += guessed - started
         self.counters.controlling_seconds += time.perf_counter() - guessed
-        return drafts
+        return {
+            key: _Choice(name, guess, length)
+            for (key, (name, guess, _)), length in zip(best.items(), lengths, strict=True)
+            if length > 0
+        }
+
+    def _fade(self, keys: Iterable[Key]) -> None:
+        """Nothing is drafted, so nothing shows how good drafts would be."""
+        self._acceptance[self._drafter.name].fade()
+        for key in keys:
+            self._drafted[key].acceptance[self._drafter.name].fade()
 
     def look(self, batch: RunningBatch[Key]) -> None:
         """Let the head guess, on the engine's thread, right after a step."""
@@ -157,11 +237,13 @@ class Speculator:
             counters.head_seconds += self._head.seconds
         if self._num_requests > 0:
             started = time.perf_counter()
-            self._cost.observe(self._num_requests + drafted, seconds, bool(drafts))
+            self._cost.observe(self._num_requests + drafted, max(seconds - self._drafting, 0.0), bool(drafts))
             counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         for key, draft in drafts.items():
-            of_drafter = counters.of[self._drafted[key].verified]
+            request = self._drafted[key]
+            request.verified = request.proposed
+            of_drafter = counters.of[request.verified]
             of_drafter.drafts += 1
             of_drafter.drafted += len(draft)
         if drafts:
@@ -199,16 +281,20 @@ class Speculator:
         return guesses
 
     def _next_depth(self) -> int:
-        """How far the head is to guess at the end of the next step."""
+        """How far the head is to guess at the end of the next step. What it guesses is cut to what pays once it is
+        known, so this asks as if its estimates by place were all that will be known.
+        """
         if self._head is None or self._head_cost is None or not self._num_requests:
             return 0
+        started = time.perf_counter()
         by_place = self._acceptance[BY_PLACE]
         along = [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
-        depth = choose_depth(along, self._cost, self._head_cost)
+        costs = self._head_cost.of(self._num_requests)
+        depth = max(choose_lengths(along, self._num_requests, self._cost, costs))
         self._steps_without_head = 0 if depth > 0 else self._steps_without_head + 1
         if self._steps_without_head == TRY_AGAIN_STEPS:
-            self._steps_without_head = 0
-            return 1
+            self._steps_without_head, depth = 0, 1
+        self.counters.controlling_seconds += time.perf_counter() - started
         return depth
 
     def _forget_all_but(self, keys: set[Key]) -> None:

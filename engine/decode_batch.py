@@ -56,7 +56,7 @@ class RunningBatch(Protocol[K]):
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
         """Start a step of all requests, each of which must have pages for its newest token and its draft, if any.
 
-        Drafts are verified on a CPU only: a `GraphBatch` takes none.
+        Drafts follow tokens that are known: no step may be in flight, and this one must be collected next.
         """
 
     def collect(self) -> list[tuple[K, SampledToken]]:

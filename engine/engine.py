@@ -181,13 +181,20 @@ class Engine:
         self.cpu_share.rest()
 
     @torch.inference_mode()
-    def prepare_decode(self, progress: Progress) -> None:
-        """Compile and capture what decode steps need, so that no request waits for it."""
+    def prepare_decode(self, progress: Progress, *, drafts: bool = False) -> None:
+        """Compile and capture what decode steps need, so that no request waits for it; `drafts`: those with drafts,
+        too.
+        """
         if isinstance(self.model, FusedDecoder) and self.model.norms_are_folded:
             from headrace.engine.graph_decoder import GraphDecoder
 
             self.graph_decoder = GraphDecoder(
-                self.model_config, self.model.weights, self.cache, self.config.max_num_seqs, self.max_model_len
+                self.model_config,
+                self.model.weights,
+                self.cache,
+                self.config.max_num_seqs,
+                self.max_model_len,
+                drafts=drafts,
             )
             self.graph_decoder.capture_all(progress)
 

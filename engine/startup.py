@@ -77,12 +77,12 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
     log.info("warming up")
     engine.warm_up()
     if decodes:
-        engine.prepare_decode(_LoggedProgress())
+        engine.prepare_decode(_LoggedProgress(), drafts=settings.speculation != "off")
     return engine
 
 
 def _draft_head(settings: Settings, folder: ModelFolder) -> Path | None:
-    """The head to load. On a GPU steps take no drafts yet, so there is none unless one is named."""
+    """The head to load. On a GPU none drafts yet, so there is none unless one is named."""
     if settings.speculation == "off" or settings.draft_head is not None:
         return settings.draft_head if settings.speculation == "auto" else None
     runs_built_in = folder.name == BUILT_IN and settings.model_impl != "transformers"

@@ -63,7 +63,7 @@ class SyntheticEngine(Engine):
     def warm_up(self) -> None:
         """Nothing is compiled at first use."""
 
-    def prepare_decode(self, progress: object) -> None:
+    def prepare_decode(self, progress: object, *, drafts: bool = False) -> None:
         """There is nothing to compile."""
 
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> list[PrefillOutput]:

@@ -12,9 +12,6 @@ import itertools
 import signal
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -22,27 +19,22 @@ from transformers import AutoTokenizer
 from headrace.decode.controller import HeadCost
 from headrace.decode.head import HeadDrafter, time_head
 from headrace.decode.ngram import NgramDrafter
-from headrace.decode.scheduler import DecodeScheduler
-from headrace.decode.sequence import Key, Sequence
+from headrace.decode.sequence import Sequence
 from headrace.decode.speculator import Counters, Speculator
-from headrace.decode.step import run_step
 from headrace.decode.step_cost import StepCost
-from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import Offer
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.spec_prompts import KINDS, chat_messages
+from headrace.loadtest.spec_side import Side, Step
 from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
 OUTPUT = 128
 STEPS_A_TURN = 6
 BATCHES = (1, 2, 4, 8, 16)
-DISTURBED = 4.0
-"""Steps that take so many times their side's median are left out, on both sides: a step with the longest drafts takes
-two to three times one without."""
 PROMPTS = 16
 """Of each kind; they come round again."""
 LOSSLESS_PROMPTS = 200
@@ -96,7 +88,8 @@ class Prompts:
 
     def speculator(self) -> Speculator:
         """A decode worker's, at its start."""
-        cost = StepCost(self.step_seconds, self._max_num_seqs)
+        seconds = self.step_seconds
+        cost = StepCost(seconds.plain, self._max_num_seqs, seconds.drafted)
         if self._engine.head is None:
             return Speculator(NgramDrafter(), cost, self._engine.max_model_len)
         head_cost = HeadCost(self.head_seconds)
@@ -107,91 +100,6 @@ class Prompts:
         for _, pages, _ in self._known.values():
             self._engine.pool.release(pages)
         self._known.clear()
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step took and gave."""
-
-    seconds: float
-    tokens: int
-    drafting_seconds: float
-    controlling_seconds: float
-
-
-@dataclass
-class Side:
-    """A batch that is kept full, with drafts or without."""
-
-    engine: Engine
-    requests: Iterator[Sequence]
-    size: int
-    speculator: Speculator | None
-    steps: list[Step] = field(default_factory=list)
-    ended: list[Sequence] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._scheduler = DecodeScheduler(self.engine.pool, self.size)
-        self._batch = new_batch(self.engine)
-
-    def step(self) -> bool:
-        """One step of all requests; False where none is left."""
-        missing = self.size - len(self._scheduler.sequences())
-        for request in itertools.islice(self.requests, missing):
-            self._scheduler.add(request)
-        if not self._scheduler.has_work:
-            return False
-        counters = self.speculator.counters if self.speculator is not None else Counters()
-        drafting, controlling = counters.drafting_seconds, counters.controlling_seconds
-        tokens = 0
-        started = time.perf_counter()
-        plan = self._scheduler.schedule()
-        assert plan is not None, "no step runs ahead"
-        assert not plan.preempted, "the cache is too small for this"
-        if self.speculator is not None:
-            self._scheduler.reserve(plan, self.speculator.propose(self._scheduler.batch()))
-        if self._scheduler.num_running:
-            self._scheduler.started()
-        found = run_step(self._batch, plan) or []
-        if self.speculator is not None and found:
-            self.speculator.look(self._batch)
-        if found:
-            self._scheduler.collected()
-        for key, of_request in itertools.groupby(found, lambda keyed: keyed[0]):
-            tokens += self._take(key, [token.token_id for _, token in of_request])
-        seconds = time.perf_counter() - started
-        if self.speculator is not None:
-            self.speculator.ran(plan.drafts, seconds)
-        drafting, controlling = counters.drafting_seconds - drafting, counters.controlling_seconds - controlling
-        self.steps.append(Step(seconds, tokens, drafting, controlling))
-        return True
-
-    @property
-    def seconds(self) -> float:
-        """Of all steps."""
-        return sum(step.seconds for step in self.steps)
-
-    def undisturbed(self) -> list[Step]:
-        """Without the steps during which something else had the cores."""
-        limit = DISTURBED * statistics.median(step.seconds for step in self.steps)
-        return [step for step in self.steps if step.seconds <= limit]
-
-    def _take(self, key: Key, token_ids: list[int]) -> int:
-        sequence = self._scheduler.running(key)
-        assert sequence is not None
-        sequence.in_flight -= 1
-        before = sequence.generated
-        if sequence.take(token_ids, self.engine.max_model_len) is None:
-            self._scheduler.roll_back(sequence)
-        else:
-            self._scheduler.remove(key)
-            self.ended.append(sequence)
-        return sequence.generated - before
-
-    def close(self) -> None:
-        """Free what the requests that run hold."""
-        for sequence in self._scheduler.sequences():
-            self._scheduler.remove(sequence.key)
 
 
 def compare_speeds(
@@ -219,10 +127,7 @@ def compare_speeds(
     plain.close()
     drafted.close()
     speculator.propose([])  # counts what the last step brought
-    counters, name = speculator.counters, f"{kind}, batch {batch}"
-    drafts, drafted_tokens, accepted = (
-        sum(getattr(each, part) for each in counters.of.values()) for part in ("drafts", "drafted", "accepted")
-    )
+    counters, total, name = speculator.counters, speculator.counters.total, f"{kind}, batch {batch}"
     steps = drafted.undisturbed()
     without, speed = tokens_a_second(plain.undisturbed()), tokens_a_second(steps)
     left_out = 1 - (len(steps) + len(plain.undisturbed())) / (len(drafted.steps) + len(plain.steps))
@@ -233,8 +138,8 @@ def compare_speeds(
     return [
         Figure(f"{name}: speed with drafts over speed without", speed / without, "", fast_enough),
         Figure(f"{name}: without drafts", without, "tokens/s"),
-        Figure(f"{name}: accepted of a draft", accepted / max(drafts, 1), "tokens"),
-        Figure(f"{name}: accepted of drafted", accepted / max(drafted_tokens, 1), ""),
+        Figure(f"{name}: accepted of a draft", total.accepted / max(total.drafts, 1), "tokens"),
+        Figure(f"{name}: accepted of drafted", total.accepted / max(total.drafted, 1), ""),
         *(
             Figure(f"{name}: drafts of {drafter}", each.drafts / counters.steps, "a step")
             for drafter, each in sorted(counters.of.items())
@@ -276,7 +181,7 @@ def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output
             Figure(f"greedy outputs of {len(plain)} prompts that are the same, batch {batch}", same, "",
                    f"= {len(plain)}"),
             Figure(f"tokens of them that were accepted drafts, batch {batch}",
-                   sum(each.accepted for each in speculator.counters.of.values()), "tokens"),
+                   speculator.counters.total.accepted, "tokens"),
         ]  # fmt: skip
     return figures
 
@@ -311,7 +216,7 @@ def main() -> None:
         return
     kinds = [options.kind] if options.kind else list(KINDS)
     figures = [
-        Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.items())
+        Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.plain.items())
     ]
     speculator = prompts.speculator()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: the cells so far are published"))

@@ -198,3 +198,12 @@ def test_chances_fall_along_a_draft_and_end_where_nothing_is_left() -> None:
     newcomer = acceptance.chances(RequestAcceptance(), draft)
     assert 0.8 < newcomer[1] < along[1]
     assert along[2] < newcomer[2] < 0.2
+
+
+def test_a_worker_of_one_request_has_one_cost_without_drafts() -> None:
+    """And others with them."""
+    cost = StepCost({1: 1.0}, 1, {2: 1.1, 16: 1.2})
+    cost.observe(1, 1.0, False)
+    assert cost.plain[1] == 1.0
+    assert cost.verifying[16] == 1.2
+    assert choose_lengths([[0.9] * 15], 1, cost) == [15]

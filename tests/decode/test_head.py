@@ -9,8 +9,10 @@ import pytest
 from headrace.decode.head import MAX_WAITING, HeadDrafter, confidence_depth
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
-from headrace.loadtest.spec_bench import Prompts, Side
+from headrace.engine.step_timing import StepSeconds
+from headrace.loadtest.spec_bench import Prompts
 from headrace.loadtest.spec_prompts import chat_messages
+from headrace.loadtest.spec_side import Side
 from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
@@ -40,7 +42,8 @@ def engine() -> Engine:
 def prompts(engine: Engine) -> Iterator[Prompts]:
     """With costs that make drafts pay."""
     prompts = Prompts(engine, 4)
-    prompts.step_seconds, prompts.head_seconds = {1: 1.0, 16: 1.01}, {1: 0.001}
+    costs = {1: 1.0, 16: 1.01}
+    prompts.step_seconds, prompts.head_seconds = StepSeconds(costs, costs), {1: 0.001}
     yield prompts
     prompts.forget()
 
