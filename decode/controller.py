@@ -7,7 +7,9 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from headrace.decode.drafter import Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
@@ -25,6 +27,9 @@ OTHERS_WEIGHT = 4.0
 MEMORY, REQUEST_MEMORY = 0.998, 0.94
 """What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
 
+MAX_HEAD_DEPTH = 6
+"""Tokens that a head guesses in a row at most."""
+
 
 class RequestAcceptance:
     """How often drafted tokens of one request stood, by depth, where all before them did."""
@@ -32,6 +37,11 @@ class RequestAcceptance:
     def __init__(self) -> None:
         self.stood = [0.0] * DEPTHS
         self.seen = [0.0] * DEPTHS
+
+    def fade(self) -> None:
+        """Forget as much as an observation would."""
+        self.stood = [stood * REQUEST_MEMORY for stood in self.stood]
+        self.seen = [seen * REQUEST_MEMORY for seen in self.seen]
 
 
 class Acceptance:
@@ -44,8 +54,8 @@ class Acceptance:
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
-        for index, (guessed, came) in enumerate(zip(draft.token_ids, token_ids, strict=False)):
-            depth = min(draft.depth + index, DEPTHS - 1)
+        for guessed, came, depth in zip(draft.token_ids, token_ids, draft.depths, strict=False):
+            depth = min(depth, DEPTHS - 1)
             stood = 1.0 if guessed == came else 0.0
             request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
             request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
@@ -55,34 +65,67 @@ class Acceptance:
             if not stood:
                 return
 
+    def fade(self) -> None:
+        """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
+        for depth in range(DEPTHS):
+            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
+            self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
+            self._rates[depth] = self._stood[depth] / self._seen[depth]
+
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
-        found, chance, depth = [], 1.0, draft.depth
-        for _ in draft.token_ids:
+        found, chance = [], 1.0
+        for depth in draft.depths:
             at = depth if depth < DEPTHS else DEPTHS - 1
             chance *= (OTHERS_WEIGHT * self._rates[at] + request.stood[at]) / (OTHERS_WEIGHT + request.seen[at])
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
-            depth += 1
         return found
 
 
-def choose_lengths(chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost) -> list[int]:
+def choose_lengths(
+    chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost, drafting: Sequence[float] = ()
+) -> list[int]:
     """How many tokens of each draft to verify, for the most expected tokens a second.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway.
+    has anyway. `drafting[n]`: seconds that it takes to draft n tokens of each request first.
     """
     lengths = [0] * len(chances)
     ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
+    so_far = [0] * len(chances)
+    deepest = 0
     best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
     expected = float(num_requests)
-    for count, (chance, _) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
+    for count, (chance, draft) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
         expected += chance
-        rate = expected / cost.verifying[num_requests + count]
+        seconds = cost.verifying[num_requests + count]
+        if drafting:
+            so_far[draft] += 1
+            deepest = max(deepest, so_far[draft])
+            seconds += drafting[deepest]
+        rate = expected / seconds
         if rate > best_rate:
             best, best_rate = count, rate
     for _, draft in ranked[:best]:
         lengths[draft] += 1
     return lengths
+
+
+class HeadCost:
+    """What a head takes for one more token of each of so many requests."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """`measured`: seconds by requests. Beyond them, a request costs what the last ones did."""
+        rows = sorted(measured)
+        at = np.arange(MAX_ROWS + 1)
+        seconds = [measured[row] for row in rows]
+        each = seconds[-1] / rows[-1]
+        self._seconds: list[float] = np.interp(at, rows, seconds).tolist()
+        self._seconds[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+
+    def of(self, num_requests: int) -> list[float]:
+        """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
+        each = self._seconds[min(num_requests, MAX_ROWS)]
+        return [each * depth for depth in range(MAX_HEAD_DEPTH + 1)]

@@ -18,9 +18,9 @@ class Draft:
 
     token_ids: list[int]
     """At most `MAX_DRAFT_TOKENS`, the next one first."""
-    depth: int
-    """What the guess rests on, as a drafter counts it (`ngram`: tokens that matched). Token i is as likely to be right
-    as others of depth `depth + i` were, so that each drafter's estimates are one list."""
+    depths: Sequence[int]
+    """What each token rests on, as its drafter counts it (`ngram`: tokens that matched). Those of one depth are equally
+    likely to be right where all before them are."""
 
 
 class Drafter(Protocol):
@@ -37,6 +37,13 @@ class Drafter(Protocol):
 
     def leave(self, key: Key) -> None:
         """Forget a request."""
+
+    def costs(self, num_requests: int) -> Sequence[float] | None:
+        """Seconds that drafts of 0, 1, 2, ... tokens for so many requests take, up to the longest that it makes.
+
+        None where guesses cost next to nothing: they are made before it is known whether they pay, and each step
+        shows how good they are. Others start anew each step, at depth 0.
+        """
 
     def draft(self, limits: Mapping[Key, int]) -> dict[Key, Draft]:
         """Drafts for those of these requests that there is a guess for, no longer than their limits."""

@@ -6,6 +6,8 @@ import asyncio
 import logging
 
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.controller import HeadCost
+from headrace.decode.head import HeadDrafter, time_head
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost
@@ -44,13 +46,19 @@ async def run(settings: Settings) -> None:
 
 
 async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator | None:
-    """What drafts for a decode worker, after steps have been timed; None where drafts are off or there are none yet."""
+    """What drafts for a decode worker, after steps have been timed; None where drafts are off."""
     if settings.speculation == "off" or settings.load_format == "synthetic":
         return None
     engine = model.engine
-    if engine.device.type != "cpu":
-        log.info("no speculative decoding on a GPU yet: its captured steps have one row a request")
-        return None
     seconds = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_steps, engine)
-    log.info("a decode step takes %s", ", ".join(f"{s * 1e3:.1f} ms ({rows})" for rows, s in seconds.items()))
-    return Speculator(NgramDrafter(), StepCost(seconds, settings.max_num_seqs), engine.max_model_len)
+    for kind, by_rows in (("", seconds.plain), ("with drafts ", seconds.drafted)):
+        log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
+    cost = StepCost(seconds.plain, settings.max_num_seqs, seconds.drafted)
+    if engine.head is None:
+        return Speculator(NgramDrafter(), cost, engine.max_model_len)
+    if engine.device.type != "cpu":
+        log.info("the draft head drafts on a CPU only so far")
+        return Speculator(NgramDrafter(), cost, engine.max_model_len)
+    of_head = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_head, engine)
+    log.info("a head's token takes %s", ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in of_head.items()))
+    return Speculator(NgramDrafter(), cost, engine.max_model_len, HeadDrafter(engine), HeadCost(of_head))

@@ -76,7 +76,7 @@ class NgramIndex:
         copied = tokens[best : best + limit]
         while len(copied) < limit:
             copied += copied[: limit - len(copied)]
-        return Draft(copied, length)
+        return Draft(copied, range(length, length + limit))
 
     def _match(self, place: int, end: int) -> int:
         tokens = self._tokens
@@ -106,6 +106,9 @@ class NgramDrafter:
     def leave(self, key: Key) -> None:
         """See `Drafter`."""
         del self._indices[key]
+
+    def costs(self, num_requests: int) -> None:
+        """See `Drafter`."""
 
     def draft(self, limits: Mapping[Key, int]) -> dict[Key, Draft]:
         """See `Drafter`."""

@@ -22,6 +22,8 @@ class Plan:
     new_pages: dict[Key, list[int]] = field(default_factory=dict)
     drafts: dict[Key, list[int]] = field(default_factory=dict)
     """What the step verifies."""
+    is_shared: bool = False
+    """Whether the step was started together with something else, see `Alongside`."""
     preempted: list[Sequence] = field(default_factory=list)
     """Given up for want of pages; each is computed again elsewhere or later. Those that ran are among `leaves`."""
 
@@ -64,10 +66,11 @@ class DecodeScheduler:
     @property
     def has_work(self) -> bool:
         """Whether there is something to schedule or to collect."""
-        return bool(self._ready or self._running or self._leaving or self._retired or self._in_flight)
+        return bool(self._ready or self._running or self._leaving or self._retired or self.in_flight)
 
     @property
-    def _in_flight(self) -> int:
+    def in_flight(self) -> int:
+        """Steps that run, or have run and are to be collected."""
         return self.num_started - self.num_collected
 
     def add(self, sequence: Sequence) -> None:
@@ -102,7 +105,7 @@ class DecodeScheduler:
             return
         was_running = key in self._running
         self.take_out(key)
-        if was_running and self._in_flight:
+        if was_running and self.in_flight:
             self._retired.append((self.num_started, sequence.pages))
         else:
             self._pool.release(sequence.pages)
@@ -129,7 +132,7 @@ class DecodeScheduler:
 
     def abandon_steps(self) -> None:
         """No step runs any more, and none will be collected."""
-        while self._in_flight:
+        while self.in_flight:
             self.collected()
 
     def schedule(self) -> Plan | None:
@@ -146,7 +149,7 @@ class DecodeScheduler:
             if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
         ]
         missing = sum(sequence.pages_missing(page_size) for sequence in short)
-        if missing > self._pool.num_free and self._in_flight:
+        if missing > self._pool.num_free and self.in_flight:
             return None
         plan = Plan(leaves=self._leaving)
         self._leaving = []

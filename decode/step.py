@@ -26,7 +26,11 @@ class Alongside(Protocol):
 def run_step(
     batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None = None
 ) -> list[tuple[Key, SampledToken]] | None:
-    """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case."""
+    """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case.
+
+    A step with drafts is due at once. One that is started together with something else takes no drafts: the plan's are
+    dropped.
+    """
     tokens = _start_and_collect(batch, plan, alongside)
     if alongside is not None:
         alongside.stepped(len(batch), tokens is not None)
@@ -46,7 +50,11 @@ def _start_and_collect(
         batch.add_pages(key, pages)
     for sequence in plan.joins:
         batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
-    if len(batch) and (alongside is None or not alongside.start_step(batch)):
-        batch.start(plan.drafts)
-    due = batch.in_flight > (batch.lookahead if len(batch) else 0)
+    if len(batch):
+        plan.is_shared = alongside is not None and alongside.start_step(batch)
+        if plan.is_shared:
+            plan.drafts = {}
+        else:
+            batch.start(plan.drafts)
+    due = batch.in_flight > (batch.lookahead if len(batch) and not plan.drafts else 0)
     return batch.collect() if due else None

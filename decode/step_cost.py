@@ -11,9 +11,10 @@ import numpy as np
 
 MAX_ROWS = 256
 """Drafts fill a step up to so many rows: their logits take memory, and further rows never paid."""
-FIRST_STRIDE, STRIDE = 0.1, 0.01
-"""A step that took more or less time than expected moves the estimates for the points beside its rows by so much, the
-first of its kind more than later ones: they follow the median, which other work on the machine does not disturb."""
+FIRST_STRIDE, STRIDE = 0.3, 0.01
+"""A step that took more or less time than expected moves the estimates for the points beside its rows towards what it
+took, by so much at most, the first of its kind more than later ones: so they end near the median, which other work on
+the machine does not disturb. Points beside which no step has been yet go along. In logarithms of seconds."""
 FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
@@ -23,59 +24,83 @@ REFRESH_STEPS = 16
 
 
 class StepCost:
-    """Straight lines between numbers of rows that were measured at the start, and the last one's slope beyond.
+    """What steps without and with drafts take, which do more than compute further rows, and on a GPU can't run ahead.
 
     Contexts that grow, other sampling parameters and a prefill worker that takes half of the cores change what a step
-    costs, so the points follow what steps take: apart for steps with drafts, which do more than compute further rows.
+    costs, so the measured points follow what steps take.
     """
 
-    def __init__(self, measured: Mapping[int, float], max_num_seqs: int) -> None:
-        """`measured`: seconds by rows, of 1 row and of at least one other number."""
-        assert len(measured) > 1, "one point makes no line"
+    def __init__(
+        self, measured: Mapping[int, float], max_num_seqs: int, verifying: Mapping[int, float] | None = None
+    ) -> None:
+        """`measured`: seconds by rows, of 1 row among them; `verifying`: those of steps with
+        drafts, where they are others.
+        """
         assert min(measured) == 1, "a step of one row was not measured"
-        self._points = sorted(measured)
-        seconds = [measured[rows] for rows in self._points]
-        # More rows never take less time: where they seem to, something else took the time of the fewer.
-        self._measured = list(itertools.accumulate(reversed(seconds), min))[::-1]
-        self._drifts = {verified: [0.0] * len(self._points) for verified in (False, True)}
-        """By whether drafts were verified, and by point: logarithm of what a step takes now over what it took at the
-        start."""
-        self._seen = {verified: [0] * len(self._points) for verified in (False, True)}
+        most = max(MAX_ROWS, max_num_seqs)
+        self._curves = {False: _Curve(measured, most), True: _Curve(verifying or measured, most)}
+        """By whether drafts were verified."""
         self._mean_drift = 0.0
-        self._rows = np.arange(1, max(MAX_ROWS, max_num_seqs) + 1)
         self._observed = 0
         self._refresh()
 
     def observe(self, rows: int, seconds: float, verified: bool) -> None:
         """A step of so many rows took so long; whether drafted tokens are among them."""
-        drifts = self._drifts[verified]
-        right = max(min(bisect_left(self._points, rows), len(self._points) - 1), 1)
-        left = right - 1
-        share = (rows - self._points[left]) / (self._points[right] - self._points[left])
-        low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
-        nearest = left if share < 0.5 else right
-        self._seen[verified][nearest] += 1
-        stride = max(FIRST_STRIDE / self._seen[verified][nearest], STRIDE)
-        if seconds < low + (high - low) * share:
-            stride = -stride
-        share = min(share, 1.0)
-        drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
-        drifts[right] += stride * min(2.0 * share, 1.0)
-        self._mean_drift += AVERAGING * (drifts[left] * (1.0 - share) + drifts[right] * share - self._mean_drift)
+        self._mean_drift += AVERAGING * (self._curves[verified].observe(rows, seconds) - self._mean_drift)
         self._observed += 1
         if self._observed % REFRESH_STEPS == 0:
-            for each in self._drifts.values():
-                each[:] = [drift + FADING * REFRESH_STEPS * (self._mean_drift - drift) for drift in each]
+            for curve in self._curves.values():
+                curve.drifts[:] = [
+                    drift + FADING * REFRESH_STEPS * (self._mean_drift - drift) for drift in curve.drifts
+                ]
             self._refresh()
 
     def _refresh(self) -> None:
-        self.plain = self._seconds(self._drifts[False])
+        self.plain = self._curves[False].seconds()
         """Of steps without drafts, by rows: 0 to the most that a step may have."""
-        self.verifying = self._seconds(self._drifts[True])
+        self.verifying = self._curves[True].seconds()
         """Of steps with drafts."""
 
-    def _seconds(self, drifts: list[float]) -> list[float]:
-        now = (seconds * math.exp(drift) for seconds, drift in zip(self._measured, drifts, strict=True))
+
+class _Curve:
+    """Straight lines between numbers of rows that were measured at the start, and the last one's slope beyond."""
+
+    def __init__(self, measured: Mapping[int, float], max_rows: int) -> None:
+        if len(measured) == 1:  # a GPU's worker of one request: no further rows without drafts
+            measured = {rows + more: seconds for rows, seconds in measured.items() for more in (0, 1)}
+        self._points = sorted(measured)
+        seconds = [measured[rows] for rows in self._points]
+        # More rows never take less time: where they seem to, something else took the time of the fewer.
+        self._measured = list(itertools.accumulate(reversed(seconds), min))[::-1]
+        self.drifts = [0.0] * len(self._points)
+        """By point: logarithm of what a step takes now over what it took at the start."""
+        self._seen = [0] * len(self._points)
+        self._rows = np.arange(1, max_rows + 1)
+
+    def observe(self, rows: int, seconds: float) -> float:
+        """A step of so many rows took so long; returns the drift there after this."""
+        drifts = self.drifts
+        right = max(min(bisect_left(self._points, rows), len(self._points) - 1), 1)
+        left = right - 1
+        share = (rows - self._points[left]) / (self._points[right] - self._points[left])
+        share = max(share, 0.0)
+        low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
+        high = max(low, high)
+        nearest = left if share < 0.5 else right
+        self._seen[nearest] += 1
+        most = max(FIRST_STRIDE / self._seen[nearest], STRIDE)
+        stride = min(max(math.log(max(seconds, 1e-9) / (low + (high - low) * share)), -most), most)
+        share = min(share, 1.0)
+        drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
+        drifts[right] += stride * min(2.0 * share, 1.0)
+        for point in range(len(drifts)):
+            if self._seen[point] == 0 and point not in (left, right):
+                drifts[point] += stride
+        return drifts[left] * (1.0 - share) + drifts[right] * share
+
+    def seconds(self) -> list[float]:
+        """By rows, from 0 on."""
+        now = (seconds * math.exp(drift) for seconds, drift in zip(self._measured, self.drifts, strict=True))
         points, costs = self._points, list(itertools.accumulate(now, max))
         slope = (costs[-1] - costs[-2]) / (points[-1] - points[-2])
         lines = np.interp(self._rows, points, costs) + slope * np.maximum(self._rows - points[-1], 0)

@@ -160,8 +160,9 @@ class DecodeWorker:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
+            started = loop.time()
             plan = self._schedule()
-            started, running = loop.time(), self._scheduler.num_running
+            running = self._scheduler.num_running
             try:
                 tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
             except Exception:
@@ -169,22 +170,25 @@ class DecodeWorker:
                 self._give_up_running()
             else:
                 self._gauge.ended(loop.time(), self._scheduler.num_running)
-                self._apply(tokens)
+                self._apply(tokens, plan is not None and bool(plan.drafts))
                 if tokens:
                     self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
-                if self._speculator is not None and plan is not None and tokens is not None:
+                if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
                     self._speculator.ran(plan.drafts, loop.time() - started)
             self._mover.after_step()
             self._publish()
 
     def _schedule(self) -> Plan | None:
+        speculator, runs_ahead = self._speculator, self._scheduler.in_flight > 0
+        if speculator is not None and runs_ahead and speculator.waits(self._scheduler.batch()):
+            return None
         plan = self._scheduler.schedule()
         if plan is None:
             return None
         for sequence in plan.preempted:
             self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-        if self._speculator is not None:
-            self._scheduler.reserve(plan, self._speculator.propose(self._scheduler.batch()))
+        if speculator is not None and not runs_ahead:
+            self._scheduler.reserve(plan, speculator.propose(self._scheduler.batch()))
         if self._scheduler.num_running:
             self._scheduler.started()
         return plan
@@ -207,13 +211,16 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        return run_step(self._batch, plan, self._alongside)
+        tokens = run_step(self._batch, plan, self._alongside)
+        if self._speculator is not None and tokens is not None:
+            self._speculator.look(self._batch)
+        return tokens
 
-    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
+    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None, drafted: bool) -> None:
         if tokens is None:
             return
         self._scheduler.collected()
-        if self._speculator is not None:
+        if drafted:
             self._apply_drafted(tokens)
             return
         running = self._scheduler.running

@@ -32,6 +32,11 @@ class Model(Protocol):
     cache_dtype: torch.dtype | None
     """What it stores K and V in, where that is not the type of its activations."""
 
+    feature_layers: tuple[int, ...]
+    """Layers whose inputs, the residual stream, are kept as `features`, in ascending order."""
+    features: torch.Tensor
+    """[T, len(feature_layers) * H] of the last forward; the next one may overwrite it."""
+
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         """Compute the batch and return the final, normalised hidden states [T, H].
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -54,11 +56,24 @@ class RunningBatch(Protocol[K]):
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
         """Start a step of all requests, each of which must have pages for its newest token and its draft, if any.
 
-        Drafts are verified on a CPU only: a `GraphBatch` takes none.
+        Drafts follow tokens that are known: no step may be in flight, and this one must be collected next.
         """
 
     def collect(self) -> list[tuple[K, SampledToken]]:
         """The tokens of the oldest step that was started, those of one request in order."""
+
+
+@dataclass(frozen=True)
+class Seen(Generic[K]):
+    """What a step has read of a request, and what it said."""
+
+    key: K
+    first_row: int
+    """Of the features; as many rows count as there are tokens."""
+    position: int
+    """Of the first of them."""
+    token_ids: list[int]
+    """Those after each position."""
 
 
 def new_batch(engine: Engine) -> RunningBatch[Any]:
@@ -93,6 +108,8 @@ class DecodeBatch(Generic[K]):
         self._sampler: BatchSampler | None = None
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
+        self.seen: list[Seen[K]] = []
+        """What the last step's features are those of, where the engine has a draft head."""
         self._rows = np.arange(capacity)
         self._tokens = torch.zeros(capacity, dtype=torch.int64, device=engine.device)
         self._positions = torch.zeros_like(self._tokens)
@@ -182,11 +199,44 @@ class DecodeBatch(Generic[K]):
         )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         tokens = self._sampler.sample(logits, self._generated[:rows])
+        if engine.head is not None:
+            self.seen = [
+                Seen(key, row, position, [token])
+                for row, (key, position, token) in enumerate(
+                    zip(self._keys, positions.tolist(), tokens.tolist(), strict=True)
+                )
+            ]
         self._tokens[:rows] = tokens
         self._positions[:rows] += 1
         self._lengths = [length + 1 for length in self._lengths]
         self._generated[:rows] += 1
         self._computed = list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))
+
+    def pack(self, keys: Sequence[K], starts: Sequence[int], token_ids: Sequence[Sequence[int]]) -> ForwardBatch:
+        """Tokens of some requests, each request's from a position on, within the pages that it has."""
+        engine, page_size = self._engine, self._engine.layout.page_size
+        rows = [self._row_of[key] for key in keys]
+        counts = [len(tokens) for tokens in token_ids]
+        table = self._block_table[rows, : max(self._num_pages[row] for row in rows)]
+        owners = torch.tensor([owner for owner, count in enumerate(counts) for _ in range(count)], device=engine.device)
+        at = [start + offset for start, count in zip(starts, counts, strict=True) for offset in range(count)]
+        positions = torch.tensor(at, device=engine.device)
+        if engine.model.follows_tables:
+            plan: PagedPlan | VerifyPlan = PagedPlan(table, owners.numpy())
+        else:
+            contexts = [start + count for start, count in zip(starts, counts, strict=True)]
+            plan = plan_verify(engine.cache.layer(0), table, counts, contexts)
+        return ForwardBatch(
+            token_ids=torch.tensor([token for tokens in token_ids for token in tokens], device=engine.device),
+            positions=positions,
+            slot_pages=table[owners, positions // page_size],
+            slot_offsets=positions % page_size,
+            plan=plan,
+        )
+
+    def room(self, key: K) -> int:
+        """How many tokens a request's pages hold."""
+        return self._num_pages[self._row_of[key]] * self._engine.layout.page_size
 
     def _verify(self, drafts: list[Sequence[int]]) -> None:
         """Compute what follows each request's newest token and each token of its draft, and keep what stands.
@@ -195,28 +245,16 @@ class DecodeBatch(Generic[K]):
         sees them.
         """
         rows, engine = len(self._keys), self._engine
-        page_size = engine.layout.page_size
-        counts = [len(draft) + 1 for draft in drafts]
-        newest = self._tokens[:rows].tolist()
-        tokens = [token for first, draft in zip(newest, drafts, strict=True) for token in (first, *draft)]
-        owners = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)], device=engine.device)
-        offsets = torch.tensor([at for count in counts for at in range(count)], device=engine.device)
-        positions, table = self._positions[owners] + offsets, self._block_table[:rows, : max(self._num_pages)]
-        if engine.model.follows_tables:
-            plan: PagedPlan | VerifyPlan = PagedPlan(table, owners.numpy())
-        else:
-            contexts = [length + len(draft) for length, draft in zip(self._lengths, drafts, strict=True)]
-            plan = plan_verify(engine.cache.layer(0), table, counts, contexts)
-        batch = ForwardBatch(
-            token_ids=torch.tensor(tokens, device=engine.device),
-            positions=positions,
-            slot_pages=table[owners, positions // page_size],
-            slot_offsets=positions % page_size,
-            plan=plan,
-        )
+        newest, positions = self._tokens[:rows].tolist(), self._positions[:rows].tolist()
+        tokens = [[first, *draft] for first, draft in zip(newest, drafts, strict=True)]
+        batch = self.pack(self._keys, positions, tokens)
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         found = verify(self._sampling, self._generated[:rows].tolist(), drafts, logits)
         self._sampler = None
+        if engine.head is not None:
+            firsts = itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0)
+            ids = [[token.token_id for token in own] for own in found]
+            self.seen = list(map(Seen, self._keys, firsts, positions, ids))
         taken = torch.tensor([len(tokens) for tokens in found], device=engine.device)
         self._tokens[:rows] = torch.tensor([tokens[-1].token_id for tokens in found], device=engine.device)
         self._positions[:rows] += taken

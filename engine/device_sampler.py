@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,12 +16,22 @@ if TYPE_CHECKING:
     from headrace.engine.sampler import SamplingRow
 
 FOREVER = 2**62
+COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 class DeviceSampler:
     """Made anew whenever the rows change; one copy, which nothing waits for, brings the parameters to the device."""
 
-    def __init__(self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device, *, part: int = PART) -> None:
+    def __init__(self, rows: SampleRows, vocab_size: int, part: int = PART) -> None:
+        self._rows, self._vocab_size = rows, vocab_size
+        space = (len(rows.seed), vocab_size, rows.seed.device)
+        self._workspace = SampleWorkspace(*space, filtered=rows.any_filtered, part=part)
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device, *, part: int = PART
+    ) -> DeviceSampler:
+        """Send the parameters of requests."""
         temperature, top_k, top_p, min_p, seed = np.stack([row.record for row in rows], axis=1)
         penalized = [row for row in rows if row.counts is not None]
         places = np.full(len(rows), -1)
@@ -45,14 +56,29 @@ class DeviceSampler:
         columns = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
         drawn = arrays["temperature"] > 0
         filtered = drawn & ((arrays["top_k"] > 0) | (arrays["top_p"] < 1) | (arrays["min_p"] > 0))
-        self._rows = SampleRows(
-            **{name: columns[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
+        sent = SampleRows(
+            **{name: columns[name] for name in COLUMNS},
             penalties=_penalties(penalized, columns),
             changes=LogitChanges(columns["starts"], columns["tokens"], columns["values"], columns["until"]),
             any_drawn=bool(drawn.any()),
             any_filtered=bool(filtered.any()),
         )
-        self._workspace = SampleWorkspace(len(rows), vocab_size, device, filtered=self._rows.any_filtered, part=part)
+        return cls(sent, vocab_size, part)
+
+    def repeated(self, owners: torch.Tensor) -> DeviceSampler:
+        """Of rows of which each has the parameters of row `owners[i]` of this one: [R], on the device.
+
+        For rows without penalties and changed logits, whose state is in no row.
+        """
+        rows = self._rows
+        nowhere = torch.full((len(owners) + 1,), -1, dtype=torch.int64, device=owners.device)
+        repeated = replace(
+            rows,
+            **{name: getattr(rows, name).index_select(0, owners) for name in COLUMNS},
+            penalties=rows.penalties._replace(row=nowhere[:-1]),
+            changes=rows.changes._replace(starts=nowhere + 1),
+        )
+        return DeviceSampler(repeated, self._vocab_size, self._workspace.part)
 
     def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `BatchSampler.sample`."""

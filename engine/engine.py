@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from headrace.engine.base import LayerAnnounced, Model, Ready
 from headrace.engine.batch import ForwardBatch, RunningRows
 from headrace.engine.cpu_share import CpuShare
 from headrace.engine.device import available_memory, can_pack, choose_device, choose_dtype
+from headrace.engine.draft_head import DraftHead, TorchHead, load_head
 from headrace.engine.errors import EngineError
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
@@ -56,6 +57,8 @@ class EngineConfig:
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     random_weights: bool = False
+    draft_head: Path | None = None
+    """Folder of a draft head; the cache has a layer more for its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,26 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KVCache, max_model_len: int
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: Model,
+        cache: KVCache,
+        max_model_len: int,
+        head: DraftHead | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
         self.model = model
+        self.head = head
         self.cache = cache
         self.layout = cache.layout
+        if head is not None:
+            head.attach(cache)
         self.pool = PagePool(cache.num_pages, cache.layout.page_size)
         self.max_model_len = max_model_len
         self.device = cache.pages.device
-        self.cpu_share = CpuShare(config.cpu_threads, model.use_threads)
+        self.cpu_share = CpuShare(config.cpu_threads, self._use_threads)
         self.graph_decoder: GraphDecoder | None = None
         """Set by `prepare_decode` where the model and the device have one."""
 
@@ -130,17 +142,26 @@ class Engine:
         max_model_len = min(config.max_model_len or limit, limit)
         with torch.inference_mode():
             model = _load_model(config, model_config, device, dtype, max_model_len, progress)
+            head = None
+            if config.draft_head is not None:
+                head = _load_head(config, config.draft_head, model_config, model, max_model_len)
+                model.feature_layers = head.feature_layers
         cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else model.cache_dtype or dtype
         layout = CacheLayout(
             str(cache_dtype).removeprefix("torch."),
-            model_config.num_layers,
+            model_config.num_layers + (head is not None),
             model_config.num_kv_heads,
             model_config.head_dim,
             config.page_size,
         )
         # outside of inference mode, in which tensors are made that the handoff could not write to
         cache = KVCache(layout, _num_pages(config, layout, device, max_model_len), device)
-        return cls(config, model_config, model, cache, max_model_len)
+        return cls(config, model_config, model, cache, max_model_len, head)
+
+    def _use_threads(self, threads: int) -> None:
+        self.model.use_threads(threads)
+        if self.head is not None:
+            self.head.use_threads(threads)
 
     def warm_up(self) -> None:
         """Run some tokens through the model, so that the first requests find everything in place.
@@ -160,13 +181,20 @@ class Engine:
         self.cpu_share.rest()
 
     @torch.inference_mode()
-    def prepare_decode(self, progress: Progress) -> None:
-        """Compile and capture what decode steps need, so that no request waits for it."""
+    def prepare_decode(self, progress: Progress, *, drafts: bool = False) -> None:
+        """Compile and capture what decode steps need, so that no request waits for it; `drafts`: those with drafts,
+        too.
+        """
         if isinstance(self.model, FusedDecoder) and self.model.norms_are_folded:
             from headrace.engine.graph_decoder import GraphDecoder
 
             self.graph_decoder = GraphDecoder(
-                self.model_config, self.model.weights, self.cache, self.config.max_num_seqs, self.max_model_len
+                self.model_config,
+                self.model.weights,
+                self.cache,
+                self.config.max_num_seqs,
+                self.max_model_len,
+                drafts=drafts,
             )
             self.graph_decoder.capture_all(progress)
 
@@ -203,6 +231,10 @@ class Engine:
         if last:
             assert logits is not None
             first = self._sample_first([chunks[row] for row in last], logits[: len(last)])
+        if self.head is not None:
+            sampled = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
+            self._prefill_head(self.head, chunks, sampled, batch)
+            layer_done(self.model_config.num_layers)
 
         def outputs() -> list[PrefillOutput]:
             tokens = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
@@ -214,6 +246,28 @@ class Engine:
             ]
 
         return StartedPrefill(outputs, None if running is None or logits is None else logits[len(last) :])
+
+    def _prefill_head(
+        self, head: DraftHead, chunks: Sequence[PrefillChunk], tokens: Mapping[int, SampledToken], batch: ForwardBatch
+    ) -> None:
+        """Compute the head's K and V of what the model has just read. Each position needs the token after it: of a
+        complete prompt the one that was sampled.
+        """
+        following: list[int] = []
+        for row, chunk in enumerate(chunks):
+            following += chunk.token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+            if chunk.is_last:
+                following.append(tokens[row].token_id if row in tokens else 0)
+        (token_ids,) = upload([np.array(following, np.int64)], self.device)
+        states = head.fuse(self.model.features)
+        head.forward(states, replace(batch, token_ids=token_ids), self.cache)
+
+    def hidden_states(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
+        """The final, normalised hidden states [T, H] of all chunks' tokens, of which the model's `features` are, too.
+
+        Their K and V are written to the chunks' pages.
+        """
+        return self.model.forward(self._pack(chunks), self.cache, None)
 
     def _recorded_event(self) -> Ready | None:
         if self.device.type != "cuda":
@@ -306,6 +360,23 @@ def _load_model(
         random=config.random_weights,
     )
     return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fused_on_gpu)
+
+
+def _load_head(
+    config: EngineConfig, folder: Path, model_config: ModelConfig, model: Model, max_model_len: int
+) -> DraftHead:
+    if isinstance(model, FusedDecoder):
+        embedding = model.weights.embedding
+        weights = load_head(folder, config.model_folder, model_config, embedding.device, embedding.dtype)
+        return TorchHead(model_config, weights, embedding)
+    if model.follows_tables:
+        from headrace.engine.packed_decoder import PackedDecoder
+        from headrace.engine.packed_head import PackedHead
+
+        assert isinstance(model, PackedDecoder)
+        weights = load_head(folder, config.model_folder, model_config, torch.device("cpu"), torch.float32)
+        return PackedHead(model_config, weights, model.embedding, max_model_len)
+    raise EngineError("a draft head needs a model of the fused path: leave --draft-head away")
 
 
 def _load_packed(folder: Path, model_config: ModelConfig, max_model_len: int, progress: Progress) -> Model | None:

@@ -36,6 +36,8 @@ class FusedDecoder:
     ) -> None:
         self.weights = weights
         self.norms_are_folded = norms_are_folded
+        self.feature_layers: tuple[int, ...] = ()
+        self.features = weights.embedding.new_empty(0, 0)
         self._config = config
         self._group = group
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
@@ -51,8 +53,12 @@ class FusedDecoder:
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
         write = self._writer(batch, residual.dtype)
+        features = []
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
-        for index, (layer, pages) in enumerate(zip(weights.layers, cache.pages, strict=True)):
+        for index, layer in enumerate(weights.layers):
+            if index in self.feature_layers:
+                features.append(residual[:prompts].clone())
+            pages = cache.layer(index)
             qkv = layer.qkv(hidden)
             queries = write(layer, qkv[:prompts], pages)
             if on_layer is not None:
@@ -66,6 +72,8 @@ class FusedDecoder:
             last = index + 1 == len(weights.layers)
             next_norm = weights.norm if last else weights.layers[index + 1].input_norm
             hidden = add_rms_norm(self._group.all_reduce(hidden), residual, next_norm, config.norm_eps)
+        if features:
+            self.features = torch.cat(features, -1)
         return hidden
 
     def _writer(self, batch: ForwardBatch, dtype: torch.dtype) -> Writer:

@@ -31,6 +31,8 @@ class GeneralModel:
             folder, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True, use_safetensors=True
         )
         self._model = model.to(device).eval()
+        self.feature_layers: tuple[int, ...] = ()
+        self.features = torch.empty(0, 0)
         self._step: tuple[ForwardBatch, KVCache, OnLayer | None] | None = None
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         self._refuse_what_differs(max_model_len)

@@ -1,10 +1,14 @@
-"""The running batch of a decode worker on a GPU: the next step is on its way before the tokens of this one are read."""
+"""The running batch of a decode worker on a GPU.
+
+The next step is on its way before the tokens of this one are read, but for steps that verify drafts: what they drew is
+compared with the drafts on the device, and the host has to know it, too, before it can draft again.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -16,10 +20,13 @@ from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.kernels.draft_rows import accept_rows
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
+MAX_SAMPLERS = 16
+"""Kept for numbers of rows that requests had in steps with drafts; few requests often have the same ones."""
 
 
 @dataclass
@@ -28,6 +35,9 @@ class _Running(Generic[K]):
 
     keys: list[K]
     tokens: ArrivingTokens
+    drafts: Mapping[K, Sequence[int]] = field(default_factory=dict)
+    penalized: Sequence[SamplingRow] = ()
+    """Where requests have penalties and there are drafts: the sampling state after each row."""
 
 
 class GraphBatch(Generic[K]):
@@ -39,7 +49,7 @@ class GraphBatch(Generic[K]):
     lookahead = 1
 
     def __init__(self, engine: Engine, decoder: GraphDecoder) -> None:
-        capacity = len(decoder.tokens)
+        capacity = len(decoder.block_table)
         self._engine = engine
         self._decoder = decoder
         self._keys: list[K] = []
@@ -50,7 +60,12 @@ class GraphBatch(Generic[K]):
         self._positions = np.full(capacity, -1, dtype=np.int32)
         self._generated = np.zeros(capacity, dtype=np.int32)
         self._pages = np.zeros(tuple(decoder.block_table.shape), dtype=np.int32)
-        self._device_generated = torch.zeros(capacity, dtype=torch.int32, device=engine.device)
+        self._layout = torch.zeros(
+            decoder.rows.layout.shape, dtype=torch.int32, pin_memory=engine.device.type == "cuda"
+        )
+        """The rows of a step with drafts, before they are sent."""
+        self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
+        """By the rows of each request, while the batch has the same members."""
         self._new_tokens: dict[int, int] = {}
         """By row: tokens that the device does not know, those of rows that joined."""
         self._moved: dict[int, int] = {}
@@ -125,18 +140,35 @@ class GraphBatch(Generic[K]):
     def collect(self) -> list[tuple[K, SampledToken]]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
-        return list(zip(step.keys, step.tokens.wait(), strict=True))
+        tokens = step.tokens.wait()
+        return self._standing(step, tokens) if step.drafts else list(zip(step.keys, tokens, strict=True))
+
+    def _standing(self, step: _Running[K], drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
+        """What was drawn after each request's newest token and after the drafted tokens that stand."""
+        found, first = [], 0
+        for request, key in enumerate(step.keys):
+            draft, last = step.drafts.get(key, ()), first
+            for token in draft:
+                if token != drawn[last].token_id:
+                    break
+                last += 1
+            found += [(key, token) for token in drawn[first : last + 1]]
+            self._positions[request] += last - first + 1
+            self._generated[request] += last - first + 1
+            if step.penalized:
+                self._sampling[request] = step.penalized[last]
+            first += len(draft) + 1
+        return found
 
     @torch.inference_mode()
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
-        """See `RunningBatch`; returns while the device is at work.
-
-        No drafts: a captured step has one row a request, and the next one starts before the host knows the tokens of
-        this one, which the next drafts would follow.
-        """
-        assert not drafts, "steps on a GPU take no drafts"
+        """See `RunningBatch`; returns while the device is at work. A step with drafts is alone in flight."""
         self._send_changes()
-        self._sample(self._decoder.step(len(self._keys)))
+        if drafts:
+            assert not self._running, "drafts follow tokens that are known"
+            self._start_drafted(drafts)
+        else:
+            self._sample(self._decoder.step(len(self._keys)))
 
     @torch.inference_mode()
     def start_with_prompts(
@@ -152,18 +184,70 @@ class GraphBatch(Generic[K]):
     def _sample(self, logits: torch.Tensor) -> None:
         """The end of a step: the rows' next tokens, on the device and on their way to the host."""
         assert self.in_flight <= self.lookahead, "collect a step first"
-        rows, decoder = len(self._keys), self._decoder
+        rows, state = len(self._keys), self._decoder.state
         if self._sampler is None:
-            self._sampler = BatchSampler(self._sampling, self._engine.model_config.vocab_size, self._engine.device)
-        generated = self._device_generated[:rows]
+            self._sampler = self._new_sampler(self._sampling)
+        generated = state.generated[:rows]
         sampled = self._sampler.sample(logits, generated)
         logprobs = self._sampler.logprobs(sampled, logits)
-        decoder.tokens[:rows] = sampled
-        decoder.positions[:rows] += 1
+        state.tokens[:rows] = sampled
+        state.positions[:rows] += 1
         generated += 1
         self._positions[:rows] += 1
         self._generated[:rows] += 1
         self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs)))
+
+    def _start_drafted(self, drafts: Mapping[K, Sequence[int]]) -> None:
+        own = [drafts.get(key, ()) for key in self._keys]
+        lengths = np.array([len(draft) + 1 for draft in own])
+        layout, rows, decoder = self._layout.numpy(), int(lengths.sum()), self._decoder
+        layout[:2] = -1
+        layout[0, :rows] = np.repeat(np.arange(len(own)), lengths)
+        layout[1, :rows] = np.repeat(lengths.cumsum() - lengths, lengths)
+        layout[2, :rows] = [token for draft in own for token in (0, *draft)]
+        decoder.rows.layout.copy_(self._layout, non_blocking=True)
+        penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
+        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
+        logits = decoder.step_drafted(rows)
+        sampled = sampler.sample(logits, decoder.rows.generated[:rows])
+        logprobs = sampler.logprobs(sampled, logits)
+        accept_rows(sampled, decoder.rows, decoder.state)
+        if penalized:  # its counts are not those of the rows that will stand
+            self._sampler = None
+        self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs), drafts, penalized))
+
+    def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
+        return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
+
+    def _drafted_sampler(self, lengths: np.ndarray) -> BatchSampler:
+        """Of requests without penalties, whose samplers hold nothing that a step changes."""
+        repeated = self._drafted_samplers.get(key := tuple(lengths.tolist()))
+        if repeated is not None:
+            return repeated
+        if self._sampler is None:
+            self._sampler = self._new_sampler(self._sampling)
+        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : lengths.sum()])
+        if repeated is None:
+            pairs = zip(self._sampling, lengths.tolist(), strict=True)
+            repeated = self._new_sampler([row for row, length in pairs for _ in range(length)])
+        if len(self._drafted_samplers) == MAX_SAMPLERS:
+            self._drafted_samplers.clear()
+        self._drafted_samplers[key] = repeated
+        return repeated
+
+    def _penalized_rows(self, drafts: Sequence[Sequence[int]]) -> list[SamplingRow]:
+        """Each row's sampling state: its request's, and the drafted tokens up to there have been said."""
+        rows = []
+        for draft, row in zip(drafts, self._sampling, strict=True):
+            rows.append(row)
+            for token in draft:
+                counts = None
+                if row.counts is not None:
+                    counts = row.counts.clone()
+                    counts[token] += 1
+                row = SamplingRow(row.params, counts, row.in_prompt)
+                rows.append(row)
+        return rows
 
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device
@@ -173,11 +257,13 @@ class GraphBatch(Generic[K]):
             targets, origins, joined, tokens, positions, generated = upload(
                 [*columns, self._positions, self._generated], device
             )
-            decoder.tokens[targets] = decoder.tokens[origins]
-            decoder.tokens[joined] = tokens
-            decoder.positions.copy_(positions)
-            self._device_generated.copy_(generated)
+            state = decoder.state
+            state.tokens[targets] = state.tokens[origins]
+            state.tokens[joined] = tokens
+            state.positions.copy_(positions)
+            state.generated.copy_(generated)
             self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
+            self._drafted_samplers.clear()
         if self._table_changes:
             width = self._pages.shape[1]
             changed = np.concatenate(

@@ -1,4 +1,4 @@
-"""Decode steps of the fused decoder on a GPU: one CUDA graph a batch size."""
+"""Decode steps of the fused decoder on a GPU: one CUDA graph a number of rows, with drafts and without."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from typing import Any
 
 import torch
 
+from headrace.engine.batch import RunningRows
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import DecoderWeights, Progress
 from headrace.kernels.decode_attention import (
+    MAX_STEP_ROWS,
     AttentionWorkspace,
+    DraftRows,
     HeadShape,
     fused_decode_attention,
     plan_decode_attention,
 )
 from headrace.kernels.decode_begin import begin_decode
 from headrace.kernels.decode_linear import decode_linear, max_rows
+from headrace.kernels.draft_rows import RequestState, StepRows, expand_rows
 from headrace.kernels.epilogue import Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.linear import Projection
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
 from headrace.kernels.rope import RopeTables
+
+MAX_DRAFTED_ROWS = 256
+"""Of a step with drafts: their logits take memory, and further rows never paid."""
+DRAFTED_SIZES = (16, 32, 64, 128, 192, 256)
+"""Captured numbers of rows of steps with drafts. Fewer rows than these cost projections as much."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -34,16 +43,36 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-class GraphDecoder:
-    """All rows of a running batch, one token a row and step.
+@dataclass(frozen=True)
+class _Step:
+    """The inputs of a step of `size` rows."""
 
-    `tokens`, `positions` and `block_table` are the inputs, on the device; a row without a request has position -1. The
-    caller advances them. The norms' weights must have been folded into the projections that follow them.
+    size: int
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    drafted: DraftRows | None
+    block_table: torch.Tensor
+    workspace: AttentionWorkspace
+
+
+class GraphDecoder:
+    """All requests of a running batch: one token of each a step, or several where drafts are verified.
+
+    `state` and `block_table` are the inputs, on the device; a row without a request has position -1. The caller
+    advances them. The norms' weights must have been folded into the projections that follow them.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, cache: KVCache, max_batch: int, max_model_len: int
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        cache: KVCache,
+        max_batch: int,
+        max_model_len: int,
+        *,
+        drafts: bool = False,
     ) -> None:
+        """`drafts`: steps may verify drafts."""
         device, dtype = weights.embedding.device, weights.embedding.dtype
         self._config = config
         self._weights = weights
@@ -54,74 +83,117 @@ class GraphDecoder:
         positions = torch.arange(max_model_len, device=device)
         self._rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
         self._linear_workspace = Workspace(device)
+        most = min(max_batch * MAX_STEP_ROWS, max(MAX_DRAFTED_ROWS, max_batch)) if drafts else max_batch
         self._attention_workspace = AttentionWorkspace(self._heads, max_batch, device)
+        self._drafted_workspace = AttentionWorkspace(self._heads, most, device, drafted=True)
         width = -(-max_model_len // cache.layout.page_size)
         # one page more than the longest request has: kernels look up whole blocks of tokens
         width += -(-self._attention_workspace.block // cache.layout.page_size)
-        self.tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        self.positions = torch.full((max_batch,), -1, dtype=torch.int32, device=device)
+        self.state = RequestState(
+            torch.zeros(max_batch, dtype=torch.int64, device=device),
+            torch.full((max_batch,), -1, dtype=torch.int32, device=device),
+            torch.zeros(max_batch, dtype=torch.int32, device=device),
+        )
+        self.rows = StepRows(most, device)
+        """Of a step with drafts, see `step_drafted`."""
         self.block_table = torch.zeros(max_batch, width, dtype=torch.int32, device=device)
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self._squares = torch.zeros(2 * config.num_layers + 1, max_batch, dtype=torch.int64, device=device)
-        self._residual = torch.zeros(max_batch, config.hidden_size, dtype=dtype, device=device)
+        self._squares = torch.zeros(2 * config.num_layers + 1, most, dtype=torch.int64, device=device)
+        self._residual = torch.zeros(most, config.hidden_size, dtype=dtype, device=device)
         self._max_narrow = max_rows(device)
-        self._qkv = torch.zeros(min(max_batch, self._max_narrow), qkv_size, dtype=dtype, device=device)
-        self._attended = torch.zeros(max_batch, config.num_heads * config.head_dim, dtype=dtype, device=device)
+        self._qkv = torch.zeros(min(most, self._max_narrow), qkv_size, dtype=dtype, device=device)
+        self._attended = torch.zeros(most, config.num_heads * config.head_dim, dtype=dtype, device=device)
         self._activated = torch.zeros(len(self._qkv), config.intermediate_size, dtype=dtype, device=device)
-        self._logits = torch.zeros(max_batch, config.vocab_size, dtype=torch.float32, device=device)
-        self._sizes = batch_sizes(max_batch)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits = torch.zeros(most, config.vocab_size, dtype=torch.float32, device=device)
+        self._sizes = {False: batch_sizes(max_batch)}
+        """By whether there are drafts."""
+        if drafts:
+            self._sizes[True] = [size for size in DRAFTED_SIZES if size < most] + [most]
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+
+    def sizes(self, *, drafted: bool = False) -> list[int]:
+        """The numbers of rows that are captured, in order."""
+        return self._sizes[drafted]
 
     def capture_all(self, progress: Progress) -> None:
-        """Compile the kernels and capture every batch size, the largest first, whose memory the others then share."""
-        for done, size in enumerate(reversed(self._sizes)):
-            self._graph(size)
-            progress("capturing decode steps", (done + 1) / len(self._sizes))
+        """Compile the kernels and capture every size, the largest first, whose memory the others then share.
+
+        On a CPU, where tests run this, there is nothing to capture.
+        """
+        if not self.block_table.is_cuda:
+            return
+        wanted = sorted(((size, drafted) for drafted, sizes in self._sizes.items() for size in sizes), reverse=True)
+        for done, (size, drafted) in enumerate(wanted):
+            self._graph(size, drafted)
+            progress("capturing decode steps", (done + 1) / len(wanted))
 
     def step(self, rows: int) -> torch.Tensor:
-        """Start the step of the first `rows` rows; returns their logits, float32 [rows, vocabulary]."""
-        size = next(size for size in self._sizes if size >= rows)
-        if self.tokens.is_cuda:
-            self._graph(size).replay()
+        """Start the step of the first `rows` requests; returns their logits, float32 [rows, vocabulary]."""
+        return self._run(rows, drafted=False)
+
+    def step_drafted(self, rows: int) -> torch.Tensor:
+        """Start a step of `rows` rows as `self.rows.layout` has them, which must be -1 beyond; returns their logits.
+
+        What follows from the layout is filled in `self.rows`; `accept_rows` brings `state` up to date afterwards.
+        """
+        return self._run(rows, drafted=True)
+
+    def _run(self, rows: int, drafted: bool) -> torch.Tensor:
+        size = next(size for size in self._sizes[drafted] if size >= rows)
+        if self.block_table.is_cuda:
+            self._graph(size, drafted).replay()
         else:
-            self._forward(size)
+            self._forward(size, drafted)
         return self._logits[:rows]
 
-    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
-        if size not in self._graphs:
-            self._forward(size)  # compiles what was not
+    def _graph(self, size: int, drafted: bool) -> torch.cuda.CUDAGraph:
+        if (size, drafted) not in self._graphs:
+            self._forward(size, drafted)  # compiles what was not
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
             # a graph's kernels keep the priority of the stream that they were captured on
             with torch.cuda.graph(graph, pool=pool):
-                self._forward(size)
-            self._graphs[size] = graph
-        return self._graphs[size]
+                self._forward(size, drafted)
+            self._graphs[size, drafted] = graph
+        return self._graphs[size, drafted]
 
-    def _forward(self, size: int) -> None:
-        plan_decode_attention(self.positions[:size], self._attention_workspace)
+    def _step(self, size: int, drafted: bool) -> _Step:
+        if drafted:
+            rows, workspace = self.rows, self._drafted_workspace
+            return _Step(
+                size, rows.tokens[:size], rows.positions[:size], rows.drafted.up_to(size), self.block_table, workspace
+            )
+        tokens, positions, table = self.state.tokens, self.state.positions, self.block_table
+        return _Step(size, tokens[:size], positions[:size], None, table[:size], self._attention_workspace)
+
+    def _forward(self, size: int, drafted: bool) -> None:
+        if drafted:
+            expand_rows(self.state, self.rows)
+        step = self._step(size, drafted)
+        plan_decode_attention(step.positions, step.workspace, step.drafted)
         begin_decode(
-            self.tokens[:size],
+            step.tokens,
             self._weights.embedding,
             self._config.embedding_scale,
             self._residual[:size],
             self._squares[:, :size],
         )
         if size <= self._max_narrow:
-            self._forward_narrow(size)
+            self._forward_narrow(step)
         else:
-            self._forward_wide(size)
+            self._forward_wide(step)
 
-    def _forward_narrow(self, size: int) -> None:
+    def _forward_narrow(self, step: _Step) -> None:
         """Few rows: every projection at the memory's speed, with what surrounds it."""
+        size = step.size
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv = self._qkv[:size]
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
             self._project(residual, layer.qkv, qkv, squares=sums, eps=eps, bias=layer.qkv.bias)
-            attended = self.attend(index, qkv)
+            attended = self._attend(step, index, qkv)
             sums = next(squares)
             self._project(attended, layer.output, residual, bias=layer.output.bias, residual=True, squares_out=sums)
             activation = self._config.activation
@@ -139,35 +211,37 @@ class GraphDecoder:
         surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
         decode_linear(x, projection.weight, out, surroundings, self._linear_workspace)
 
-    def running(self, rows: int) -> _Rows:
-        """The first `rows` rows, for a forward pass that computes prompts, too, instead of a step."""
-        plan_decode_attention(self.positions[:rows], self._attention_workspace)
-        return _Rows(self, rows)
+    def running(self, requests: int) -> RunningRows:
+        """The first `requests` ones, for a forward pass that computes prompts, too, instead of a step."""
+        step = self._step(requests, drafted=False)
+        plan_decode_attention(step.positions, step.workspace)
+        return _Running(self, step)
 
-    def attend(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
-        """See `RunningRows.attend`; for the rows that were planned."""
-        size, layer = len(qkv), self._weights.layers[index]
+    def _attend(self, step: _Step, index: int, qkv: torch.Tensor) -> torch.Tensor:
+        layer, attended = self._weights.layers[index], self._attended[: step.size]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         fused_decode_attention(
             qkv,
             self._cache.layer(index),
-            self.block_table[:size],
-            self.positions[:size],
+            step.block_table,
+            step.positions,
             self._rope,
             norms,
             self._config.norm_eps,
-            self._attended[:size],
+            attended,
             self._heads,
-            self._attention_workspace,
+            step.workspace,
+            step.drafted,
         )
-        return self._attended[:size]
+        return attended
 
-    def _forward_wide(self, size: int) -> None:
+    def _forward_wide(self, step: _Step) -> None:
         """Many rows: bound by arithmetic, so the projections are cuBLAS's."""
+        size = step.size
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            attended = self.attend(index, layer.qkv(hidden))
+            attended = self._attend(step, index, layer.qkv(hidden))
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             last = index + 1 == len(weights.layers)
@@ -176,15 +250,15 @@ class GraphDecoder:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Running:
     """See `RunningRows`."""
 
     decoder: GraphDecoder
-    count: int
+    step: _Step
 
     @property
     def token_ids(self) -> torch.Tensor:
-        return self.decoder.tokens[: self.count]
+        return self.step.tokens
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        return self.decoder.attend(layer, qkv)
+        return self.decoder._attend(self.step, layer, qkv)

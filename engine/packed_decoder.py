@@ -65,11 +65,10 @@ def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -
         gate, up = (checkpoint.get(f"{mlp}{part}_proj.weight").numpy() for part in ("gate", "up"))
         if len(gate) % BLOCK:
             return None
-        in_turn = np.stack((gate.reshape(-1, BLOCK, gate.shape[1]), up.reshape(-1, BLOCK, up.shape[1])), axis=1)
         weights = {
             "qkv": checkpoint.stacked(*[f"{attention}{part}_proj.weight" for part in "qkv"]).numpy(),
             "output": checkpoint.get(attention + "o_proj.weight").numpy(),
-            "gate_up": in_turn.reshape(-1, gate.shape[1]),
+            "gate_up": in_turn(gate, up),
             "down": checkpoint.get(mlp + "down_proj.weight").numpy(),
         }
         for name, weight in weights.items():
@@ -92,6 +91,12 @@ def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -
     return PackedWeights(embedding, flat, norm, head.copies)
 
 
+def in_turn(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Rows of both [inner, hidden] as the kernels want them: a block of the gate, then the same of up."""
+    blocks = [part.reshape(-1, BLOCK, part.shape[1]) for part in (gate, up)]
+    return np.stack(blocks, axis=1).reshape(-1, gate.shape[1])
+
+
 class PackedDecoder:
     """See `Model`. Its batches' plans are `PagedPlan`s."""
 
@@ -102,11 +107,18 @@ class PackedDecoder:
         self._config = config
         self._weights = weights
         self._longest = max_model_len
+        self.feature_layers: tuple[int, ...] = ()
+        self.features = torch.empty(0, 0)
         self._frequencies = config.rope.inverse_frequencies().numpy()
         self._cache: KVCache | None = None
         self._rows = 0
         self._threads = 1
-        self._team: _Team | None = None
+        self._team: Team | None = None
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocabulary, hidden] float32."""
+        return self._weights.embedding
 
     def use_threads(self, threads: int) -> None:
         """How many may work from now on, the caller's included."""
@@ -138,6 +150,7 @@ class PackedDecoder:
                 for layer in range(first, last + 1):
                     on_layer(layer)
             team.run(done, end, self._threads)
+        self.features = team.features[:rows]
         return team.hidden[:rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -151,12 +164,12 @@ class PackedDecoder:
         team.run(first, first + 2, self._threads)
         return team.logits[:rows]
 
-    def _team_for(self, rows: int, cache: KVCache) -> _Team:
+    def _team_for(self, rows: int, cache: KVCache) -> Team:
         if self._team is None or rows > self._rows or cache is not self._cache:
             self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
             self._cache = cache
             weights, shape = self._kernel_weights(cache), self._shape(cache)
-            self._team = _Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
+            self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
         return self._team
 
     def _kernel_weights(self, cache: KVCache) -> Weights:
@@ -191,10 +204,19 @@ class PackedDecoder:
             table_width=table_width,
             longest=-(-table_width * page_size // LANES) * LANES,
             eps=config.norm_eps,
+            qkv_inputs=config.hidden_size,
+            num_features=len(self.feature_layers) * config.hidden_size,
+            feature_layers=self._kept_layers(),
         )
 
+    def _kept_layers(self) -> tuple[int, int, int]:
+        if not self.feature_layers:
+            return (-1, -1, -1)
+        low, middle, high = self.feature_layers
+        return (low, middle, high)
 
-class _Team:
+
+class Team:
     """Buffers for up to `rows` rows, and threads that sleep until there is work. They end with this object."""
 
     def __init__(self, weights: Weights, shape: Shape, rows: int, threads: int) -> None:
@@ -205,10 +227,12 @@ class _Team:
         )
         self.tables = self.inputs.tables.reshape(rows, -1)
         buffers = _buffers(shape, rows, threads)
-        self.residual, self.hidden = (
-            torch.from_numpy(buffer.reshape(rows, -1)) for buffer in (buffers.residual, buffers.hidden)
+        self.residual, self.hidden, self.features, self.embedded = (
+            torch.from_numpy(buffer.reshape(rows, len(buffer) // rows))
+            for buffer in (buffers.residual, buffers.hidden, buffers.features, buffers.embedded)
         )
         self.logits = torch.from_numpy(buffers.logits.reshape(rows, -1))
+        self._shape, self._buffers = shape, buffers
         self._semaphore = np.zeros(8, np.int64)  # sem_t: 32 bytes on 64-bit Linux
         ctypes.CDLL(None).sem_init(ctypes.c_void_p(self._semaphore.ctypes.data), 0, 0)
         self._arguments = (self._semaphore.ctypes.data, self.control, weights, shape, self.inputs, buffers)
@@ -219,6 +243,10 @@ class _Team:
         for thread in self._threads:
             thread.start()
         weakref.finalize(self, _stop, self.control, self._semaphore, self._threads)
+
+    def fuse(self, rows: int, records: np.ndarray) -> None:
+        """See `kernels.packed_decoder.fuse`."""
+        kernels.fuse(rows, records, self._shape, self._buffers)
 
     def run(self, first_phase: int, end_phase: int, threads: int) -> None:
         """Run phases `first_phase` to `end_phase` on this thread and up to `threads` - 1 others."""
@@ -238,7 +266,8 @@ def _buffers(shape: Shape, rows: int, threads: int) -> Buffers:
         return aligned(np.zeros(size, np.float32)).reshape(-1)
 
     attended = shape.heads * shape.head_dim
-    wide, inner = shape.hidden * shape.head_copies, max(shape.inner, attended)
+    wide = max(shape.hidden * shape.head_copies, shape.qkv_inputs, shape.num_features)
+    inner = max(shape.inner, attended)
     group = shape.heads // shape.kv_heads
     return Buffers(
         residual=floats(rows, shape.hidden),
@@ -257,4 +286,6 @@ def _buffers(shape: Shape, rows: int, threads: int) -> Buffers:
         inner_sums=floats(rows, inner // BLOCK),
         shares=floats(threads, group),
         scores=floats(threads, group, shape.longest),
+        features=floats(rows, shape.num_features),
+        embedded=floats(rows, shape.hidden if shape.qkv_inputs > shape.hidden else 0),
     )

@@ -8,6 +8,7 @@ and is the reference of `kernels.sample`, which runs on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,7 +69,10 @@ class BatchSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._logprobs = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
-        self._on_device = DeviceSampler(rows, vocab_size, device) if device.type == "cuda" else None
+        self._repeatable = not self._logprobs and not any(
+            row.counts is not None or row.params.logit_bias or row.params.min_tokens for row in rows
+        )
+        self._on_device = DeviceSampler.of(rows, vocab_size, device) if device.type == "cuda" else None
         if self._on_device is not None:
             return
         self._penalized = [i for i, row in enumerate(rows) if row.counts is not None]
@@ -84,6 +88,16 @@ class BatchSampler:
         self._seed = torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)
         self._prepare_penalties([rows[i] for i in self._penalized])
         self._prepare_masks(params)
+
+    def repeated(self, owners: torch.Tensor) -> BatchSampler | None:
+        """For rows of which each has the parameters of row `owners[i]` of this one: [R], on the device, where nothing
+        waits for it. None where that can't be: on a CPU, with penalties, changed logits or log probabilities.
+        """
+        if self._on_device is None or not self._repeatable:
+            return None
+        repeated = copy(self)
+        repeated._on_device = self._on_device.repeated(owners)
+        return repeated
 
     def _column(self, values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)

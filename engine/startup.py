@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from headrace.engine.device import choose_device
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.errors import EngineError
 from headrace.engine.host_memory import Populating, keep_freed_memory
 from headrace.engine.synthetic import SyntheticEngine
-from headrace.models.locate import ModelFolder, locate_model
+from headrace.models.locate import BUILT_IN, BUILT_IN_HEAD, ModelFolder, locate_model
 from headrace.node import ModelIdentity
 from headrace.scaling.step_costs import StepCosts
 from headrace.settings import Settings
@@ -65,6 +67,7 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
         max_num_seqs=settings.max_num_seqs,
         cpu_threads=settings.cpu_threads,
         random_weights=settings.load_format == "dummy",
+        draft_head=_draft_head(settings, folder),
     )
     if settings.load_format == "synthetic":
         if settings.step_costs is None:
@@ -74,8 +77,18 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
     log.info("warming up")
     engine.warm_up()
     if decodes:
-        engine.prepare_decode(_LoggedProgress())
+        engine.prepare_decode(_LoggedProgress(), drafts=settings.speculation != "off")
     return engine
+
+
+def _draft_head(settings: Settings, folder: ModelFolder) -> Path | None:
+    """The head to load. On a GPU none drafts yet, so there is none unless one is named."""
+    if settings.speculation == "off" or settings.draft_head is not None:
+        return settings.draft_head if settings.speculation == "auto" else None
+    runs_built_in = folder.name == BUILT_IN and settings.model_impl != "transformers"
+    if runs_built_in and settings.load_format == "auto" and choose_device(settings.device).type == "cpu":
+        return BUILT_IN_HEAD
+    return None
 
 
 class _LoggedProgress:

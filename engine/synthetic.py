@@ -34,6 +34,8 @@ class SyntheticModel:
 
     follows_tables = True
     cache_dtype: torch.dtype | None = None
+    feature_layers: tuple[int, ...] = ()
+    features = torch.empty(0, 0)
 
     def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
         raise EngineError("a synthetic engine has no model to run")
@@ -61,7 +63,7 @@ class SyntheticEngine(Engine):
     def warm_up(self) -> None:
         """Nothing is compiled at first use."""
 
-    def prepare_decode(self, progress: object) -> None:
+    def prepare_decode(self, progress: object, *, drafts: bool = False) -> None:
         """There is nothing to compile."""
 
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> list[PrefillOutput]:

@@ -60,8 +60,14 @@ class Checkpoint:
         """One tensor in the engine's dtype. Raises `EngineError` where the checkpoint lacks it."""
         if name not in self._reader_of:
             raise EngineError(f"the checkpoint lacks {name}; try --model-impl transformers")
+        return self.get_as(name, self._dtype)
+
+    def get_as(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor in another type. Raises `EngineError`."""
+        if name not in self._reader_of:
+            raise EngineError(f"the checkpoint lacks {name}")
         tensor: torch.Tensor = self._reader_of[name].get_tensor(name)
-        return tensor.to(self._dtype)
+        return tensor.to(dtype)
 
     def stacked(self, *names: str) -> torch.Tensor:
         """Several tensors, one below the other."""

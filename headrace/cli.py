@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "keys":
             return _make_key(options["file"])
+        if command == "train-drafter":
+            return _train_drafter(options)
         if scaling := options.pop("scaling", None):
             scaling(argparse.Namespace(**options))
             return 0
@@ -100,8 +102,32 @@ def build_parser() -> argparse.ArgumentParser:
     for command, (_, help) in WITH_FLAGS_OF_ITS_OWN.items():
         commands.add_parser(command, help=help, add_help=False)
     keys = commands.add_parser("keys", help="make a key for a mesh that spans machines", allow_abbrev=False)
+    drafter = commands.add_parser("train-drafter", help="train a draft head for a model", allow_abbrev=False)
+    _add_training_flags(drafter)
     keys.add_argument("file", type=Path, help="where to write it; give this file to every process with --mesh-key")
     return parser
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", help="the target, as for `headrace up` (default: smollm2)")
+    parser.add_argument("--output", type=Path, required=True, help="folder that the head is written to")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="how long it may take once the model runs (default: 7)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help="a user's message a line (default: the target makes prompts itself)"
+    )
+    parser.add_argument("--conversations", type=int, default=100_000, help="at most so many (default: 100000)")
+    parser.add_argument("--answer-tokens", type=int, default=320, help="of an answer at most (default: 320)")
+    parser.add_argument("--steps", type=float, default=float("inf"), help="training steps at most")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens that the head can draft (default: 8192)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _train_drafter(options: dict[str, Any]) -> int:
+    _import("headrace.decode.training.main").run(argparse.Namespace(**options))
+    return 0
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
@@ -148,8 +174,12 @@ def _set_up_logging(level: str) -> None:
 
 def _run(module: str, settings: Settings) -> int:
     """Run a command; returns its exit code. Imports it only now: a gateway must start where torch is not installed."""
+    run: Callable[[Settings], Coroutine[None, None, int | None]] = _import(module).run
+    return uvloop.run(run(settings)) or 0
+
+
+def _import(module: str) -> types.ModuleType:
     try:
-        run: Callable[[Settings], Coroutine[None, None, int | None]] = importlib.import_module(module).run
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise StartError(f"{error.name} is not installed here: `pip install 'headrace[worker]'`") from error
-    return uvloop.run(run(settings)) or 0

@@ -122,7 +122,10 @@ class Settings(BaseModel):
     )
     max_num_seqs: int = _field(256, "requests that a decode worker runs at once", WORKER, ge=1, le=4096)
     speculation: Literal["auto", "off"] = _field(
-        "auto", "draft tokens and verify several at once, as long as that is faster", ("up", "decode", "colocate")
+        "auto", "draft tokens and verify several at once, as long as that is faster; the same for both tiers", WORKER
+    )
+    draft_head: Path | None = _field(
+        None, "folder of an EAGLE-3 draft head for the model (default: the built-in model's own, on a CPU)", WORKER
     )
     max_num_batched_tokens: int | None = _field(
         None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16

@@ -6,6 +6,10 @@ of one tile, so that each key is read once. Where several programs share a reque
 their parts (flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The newest token's K and V are
 taken from the projections, and go to the cache on the way.
 
+A step that verifies drafts has several rows a request, one after the other. As many of them as fit share a tile, which
+costs tensor cores nothing: their 16 rows are there anyway. K and V of its own step, of all rows up to its own, a tile
+takes from the projections, for others write them to the cache in the same launch.
+
 `plan_decode_attention` runs once a step, before all layers.
 """
 
@@ -25,6 +29,10 @@ PROGRAMS_A_PROCESSOR = 4
 WARPS, STAGES = 2, 2
 MERGED_AT_ONCE = 8
 LINE_BYTES = 128
+TILE_ROWS = 16
+"""That tensor cores take at least."""
+MAX_STEP_ROWS = 16
+"""Rows of one request in a step: its newest token's and its draft's."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +46,49 @@ class HeadShape:
     rotary_dim: int
 
 
-class AttentionWorkspace:
-    """Memory that all layers share; `first_units` [max_batch + 1] int32 is the plan of the current step."""
+@dataclass(frozen=True)
+class DraftRows:
+    """Which rows are whose in a step with drafts; all tensors int32 [R]. Rows of a request are neighbours."""
 
-    def __init__(self, shape: HeadShape, max_batch: int, device: torch.device) -> None:
+    owners: torch.Tensor
+    """Each row's request: its row of the block table. -1: no request's."""
+    firsts: torch.Tensor
+    """The first row of the same request; -1: no request's."""
+
+    def up_to(self, size: int) -> DraftRows:
+        """The first `size` rows."""
+        return DraftRows(self.owners[:size], self.firsts[:size])
+
+
+class AttentionWorkspace:
+    """Memory that all layers share; `first_units` [max_rows + 1] int32 is the plan of the current step.
+
+    `drafted`: of steps with `DraftRows`.
+    """
+
+    def __init__(self, shape: HeadShape, max_rows: int, device: torch.device, *, drafted: bool = False) -> None:
         programs = PROGRAMS_A_PROCESSOR * num_processors(device)
-        cell = power_of_two(shape.group) * (power_of_two(shape.head_dim) + 2)
-        self.first_units = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        group = power_of_two(shape.group)
+        self.queries = max(TILE_ROWS // group, 1) if drafted else 1
+        cell = self.queries * group * (power_of_two(shape.head_dim) + 2)
+        self.first_units = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self.partial = torch.empty(programs * 2 * cell, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(max_batch * shape.kv_heads, dtype=torch.int32, device=device)
-        self.padded_batch = power_of_two(max_batch)
+        self.arrivals = torch.zeros(max_rows * shape.kv_heads, dtype=torch.int32, device=device)
+        self.padded_rows = power_of_two(max_rows)
         self.block = 64 if shape.head_dim <= 128 else 32
         self.programs = programs
 
 
-def plan_decode_attention(positions: torch.Tensor, workspace: AttentionWorkspace) -> None:
-    """Count the units of each row; positions [B] int32 of the newest tokens, -1 in rows without a request."""
-    batch = positions.shape[0]
+def plan_decode_attention(
+    positions: torch.Tensor, workspace: AttentionWorkspace, drafted: DraftRows | None = None
+) -> None:
+    """Count the units of each row; positions [B] int32 of the rows' tokens, -1 in rows without a request.
+
+    The first row of a tile has the units of all of the tile.
+    """
     _plan_kernel[(1,)](
-        positions, workspace.first_units, batch, BLOCK=workspace.block, BATCH=workspace.padded_batch, num_warps=4,
+        positions, None if drafted is None else drafted.firsts, workspace.first_units, positions.shape[0],
+        QUERIES=workspace.queries, BLOCK=workspace.block, BATCH=workspace.padded_rows, num_warps=4,
         **dependent_launch(),
     )  # fmt: skip
 
@@ -72,24 +104,27 @@ def fused_decode_attention(
     out: torch.Tensor,
     shape: HeadShape,
     workspace: AttentionWorkspace,
+    drafted: DraftRows | None = None,
 ) -> None:
     """Rotate, write to the cache and attend, for one new token a row.
 
     qkv [B, (heads + 2 kv_heads) * head_dim] as projected; layer_pages [pages, 2, kv_heads, page_size, head_dim], of
     qkv's type or float8_e4m3fn; block_table int32 [B, width], positions int32 [B] (-1: the row is left alone); norms:
-    weights [head_dim] of the RMS norms of Q and K (Qwen 3); out [B, heads * head_dim].
+    weights [head_dim] of the RMS norms of Q and K (Qwen 3); out [B, heads * head_dim]. `drafted`: rows of one request
+    see those before them; the workspace must have been made for that.
     """
     line = LINE_BYTES // layer_pages.element_size()
-    batch, group_rows = positions.shape[0], max(16, power_of_two(shape.group))  # tensor cores take 16 rows
+    batch, group = positions.shape[0], power_of_two(shape.group)
     _attention_kernel[(workspace.programs,)](
-        qkv, layer_pages, block_table, positions, workspace.first_units, rope.cos, rope.sin,
+        qkv, layer_pages, block_table, positions, workspace.first_units,
+        None if drafted is None else drafted.owners, None if drafted is None else drafted.firsts, rope.cos, rope.sin,
         norms[0] if norms else None, norms[1] if norms else None, out, workspace.partial, workspace.arrivals,
         batch, block_table.stride(0), shape.head_dim**-0.5, eps,
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
-        PAGE=layer_pages.shape[3], GROUP_ROWS=group_rows, GROUP_STORED=power_of_two(shape.group),
-        DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_batch, BLOCK=workspace.block,
-        STAGES=STAGES, MERGED=MERGED_AT_ONCE, LINE=line, LINES=power_of_two(max(shape.head_dim // line, 1)),
-        num_warps=WARPS, **dependent_launch(),
+        PAGE=layer_pages.shape[3], GROUP_PADDED=group, QUERIES=workspace.queries, TILE=max(TILE_ROWS, group),
+        DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_rows, BLOCK=workspace.block,
+        STEP_ROWS=MAX_STEP_ROWS, STAGES=STAGES, MERGED=max(MERGED_AT_ONCE // workspace.queries, 1),
+        LINE=line, LINES=power_of_two(max(shape.head_dim // line, 1)), num_warps=WARPS, **dependent_launch(),
     )  # fmt: skip
 
 
@@ -103,10 +138,12 @@ def fused_decode_attention_reference(
     eps: float,
     out: torch.Tensor,
     shape: HeadShape,
+    drafted: DraftRows | None = None,
 ) -> None:
-    """The same in plain torch, request by request, in float64."""
+    """The same in plain torch, row by row, in float64."""
     heads, kv_heads, page_size = shape.kv_heads * shape.group, shape.kv_heads, layer_pages.shape[3]
-    for row, position in enumerate(positions.tolist()):
+    owners = range(len(positions)) if drafted is None else drafted.owners.tolist()
+    for row, (owner_row, position) in enumerate(zip(owners, positions.tolist(), strict=True)):
         if position < 0:
             continue
         queries, key, value = qkv[row].double().view(-1, shape.head_dim).split((heads, kv_heads, kv_heads))
@@ -116,10 +153,10 @@ def fused_decode_attention_reference(
                 for x, norm in zip((queries, key), norms, strict=True)
             )
         queries, key = (_rotate(x, rope, position, shape.rotary_dim) for x in (queries, key))
-        page, offset = int(block_table[row, position // page_size]), position % page_size
+        page, offset = int(block_table[owner_row, position // page_size]), position % page_size
         layer_pages[page, 0, :, offset] = key.to(layer_pages.dtype)
         layer_pages[page, 1, :, offset] = value.to(layer_pages.dtype)
-        pages = layer_pages[block_table[row, : position // page_size + 1].long()].double()
+        pages = layer_pages[block_table[owner_row, : position // page_size + 1].long()].double()
         keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : position + 1]
         scores = queries.view(kv_heads, shape.group, -1) @ keys.transpose(1, 2) * shape.head_dim**-0.5
         out[row] = (scores.softmax(-1) @ values).flatten()
@@ -132,13 +169,21 @@ def _rotate(x: torch.Tensor, rope: RopeTables, position: int, rotary_dim: int) -
 
 
 @triton.jit(do_not_specialize=["batch"])
-def _plan_kernel(positions_ptr, first_units_ptr, batch, BLOCK: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr):
+def _plan_kernel(
+    positions_ptr, firsts_ptr, first_units_ptr, batch,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.arange(0, BATCH)
     position = tl.load(positions_ptr + row, mask=row < batch, other=-1)
-    blocks = tl.where(position >= 0, tl.maximum(tl.cdiv(position, BLOCK), 1), 0)
+    has_units = position >= 0
+    if firsts_ptr is not None:
+        offset = row - tl.load(firsts_ptr + row, mask=row < batch, other=0)
+        position -= offset
+        has_units = has_units & (offset % QUERIES == 0)
+    blocks = tl.where(has_units, tl.maximum(tl.cdiv(position, BLOCK), 1), 0)
     tl.store(first_units_ptr + 1 + row, tl.cumsum(blocks, 0), mask=row < batch)
     tl.store(first_units_ptr, 0)
 
@@ -162,7 +207,14 @@ def _place(unit, first_units, first_units_ptr, KV_HEADS: tl.constexpr):
 
 
 @triton.jit
-def _rotated(start, d, cos, sin, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl.constexpr):
+def _angles(cos_ptr, sin_ptr, position, d, ROTARY: tl.constexpr):
+    half: tl.constexpr = ROTARY // 2
+    at = position * half + tl.where(d < half, d, d - half)
+    return tl.load(cos_ptr + at, mask=d < ROTARY, other=1.0), tl.load(sin_ptr + at, mask=d < ROTARY, other=0.0)
+
+
+@triton.jit
+def _rotated(start, d, angles, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl.constexpr):
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
     x = tl.load(start + d, mask=mask, other=0.0).to(tl.float32)
@@ -171,28 +223,40 @@ def _rotated(start, d, cos, sin, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY:
         scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
         x *= scale * tl.load(norm_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)
         y *= scale * tl.load(norm_ptr + partner, mask=d < DIM, other=0.0).to(tl.float32)
-    return x * cos + y * tl.where(d < half, -sin, sin)
+    return x * angles[0] + y * tl.where(d < half, -angles[1], angles[1])
+
+
+@triton.jit
+def _attend(q, k, v, visible, highest, weight, acc):
+    """One more tile of keys of an online softmax: its highest scores, sums of weights and weighted sums of values."""
+    scores = tl.where(visible, tl.dot(q, k.T), float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    p = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    return higher, weight * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
 
 
 @triton.jit(do_not_specialize=["batch"])
 def _attention_kernel(
-    qkv_ptr, pages_ptr, table_ptr, positions_ptr, first_units_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    out_ptr, partial_ptr, arrivals_ptr, batch, table_stride, scale, eps,
+    qkv_ptr, pages_ptr, table_ptr, positions_ptr, first_units_ptr, owners_ptr, firsts_ptr, cos_ptr, sin_ptr,
+    q_norm_ptr, k_norm_ptr, out_ptr, partial_ptr, arrivals_ptr, batch, table_stride, scale, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
-    GROUP_ROWS: tl.constexpr, GROUP_STORED: tl.constexpr, DIM_PADDED: tl.constexpr, BATCH: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, STEP_ROWS: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr,
+    LINE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row_stride: tl.constexpr = (GROUP + 2) * KV_HEADS * DIM
     page_stride: tl.constexpr = 2 * KV_HEADS * PAGE * DIM
     values_at: tl.constexpr = KV_HEADS * PAGE * DIM
-    part_size: tl.constexpr = GROUP_STORED * (DIM_PADDED + 2)
+    stored: tl.constexpr = QUERIES * GROUP_PADDED
+    part_size: tl.constexpr = stored * (DIM_PADDED + 2)
     pid = tl.program_id(0)
     rows = tl.arange(0, BATCH)
     first_units = tl.load(first_units_ptr + rows, mask=rows < batch, other=2**30 // KV_HEADS)
     total = tl.load(first_units_ptr + batch) * KV_HEADS
     unit, end, programs = share_of(pid, total)
-    g = tl.arange(0, GROUP_ROWS)
+    # a tile's rows: the heads of its first query, those of its second one
+    g = tl.arange(0, TILE)
     d = tl.arange(0, DIM_PADDED)[None, :]
     token = tl.arange(0, BLOCK)
     if PDL:
@@ -200,6 +264,8 @@ def _attention_kernel(
             # cached tokens don't depend on the projections: the first ones come into the L2 cache before the wait
             row, _, _, head, block = _place(unit, first_units, first_units_ptr, KV_HEADS)
             at = block * BLOCK + token
+            if owners_ptr is not None:
+                row = tl.load(owners_ptr + row)
             page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
             lines = (tl.arange(0, LINES) * LINE)[None, :]
             cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + lines
@@ -212,74 +278,111 @@ def _attention_kernel(
         last = tl.minimum(blocks, first + end - unit)
         unit += last - first
         position = tl.load(positions_ptr + row)
-        angle = tl.where(d < ROTARY // 2, d, d - ROTARY // 2)
-        cos = tl.load(cos_ptr + position * (ROTARY // 2) + angle, mask=d < ROTARY, other=1.0)
-        sin = tl.load(sin_ptr + position * (ROTARY // 2) + angle, mask=d < ROTARY, other=0.0)
-        qkv = qkv_ptr + row.to(tl.int64) * row_stride
-        is_query = (g < GROUP)[:, None] & (d < DIM)
-        q = _rotated(qkv + (head * GROUP + g[:, None]) * DIM, d, cos, sin, q_norm_ptr, eps, is_query, DIM, ROTARY)
+        if firsts_ptr is None:
+            table = table_ptr + row * table_stride
+            num_cached = position
+            in_tile = g < GROUP
+            angles = _angles(cos_ptr, sin_ptr, position, d, ROTARY)
+            q_at = qkv_ptr + row.to(tl.int64) * row_stride + (head * GROUP + g[:, None]) * DIM
+            out = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM) + g[:, None] * DIM
+        else:
+            table = table_ptr + tl.load(owners_ptr + row) * table_stride
+            first_row = tl.load(firsts_ptr + row)
+            num_cached = position - (row - first_row)
+            own_row = row + g // GROUP_PADDED
+            in_tile = (g % GROUP_PADDED < GROUP) & (g < stored) & (own_row < batch)
+            in_tile = in_tile & (tl.load(firsts_ptr + own_row, mask=in_tile, other=-1) == first_row)
+            own_position = tl.where(in_tile, position + g // GROUP_PADDED, 0)
+            angles = _angles(cos_ptr, sin_ptr, own_position[:, None], d, ROTARY)
+            own_head = (head * GROUP + g % GROUP_PADDED)[:, None] * DIM
+            q_at = qkv_ptr + own_row[:, None].to(tl.int64) * row_stride + own_head
+            out = out_ptr + own_row[:, None].to(tl.int64) * (KV_HEADS * GROUP * DIM) + own_head
+        is_query = in_tile[:, None] & (d < DIM)
+        q = _rotated(q_at, d, angles, q_norm_ptr, eps, is_query, DIM, ROTARY)
         q = (q * (scale * 1.4426950408889634)).to(qkv_ptr.dtype.element_ty)  # log2(e): exp2 is the faster one
-        highest = tl.full((GROUP_ROWS,), -1e30, tl.float32)
-        weight = tl.zeros((GROUP_ROWS,), tl.float32)
-        acc = tl.zeros((GROUP_ROWS, DIM_PADDED), tl.float32)
+        highest = tl.full((TILE,), -1e30, tl.float32)
+        weight = tl.zeros((TILE,), tl.float32)
+        acc = tl.zeros((TILE, DIM_PADDED), tl.float32)
         for block in tl.range(first, last, num_stages=STAGES):
             at = block * BLOCK + token
-            page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
+            page = tl.load(table + at // PAGE).to(tl.int64)
             cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
             k = tl.load(cached, mask=d < DIM, other=0.0).to(q.dtype)
             v = tl.load(cached + values_at, mask=d < DIM, other=0.0).to(q.dtype)
-            scores = tl.where((at < position)[None, :], tl.dot(q, k.T), float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            p = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(highest - higher)
-            weight = weight * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-            highest = higher
+            highest, weight, acc = _attend(q, k, v, (at < num_cached)[None, :], highest, weight, acc)
         if last == blocks:
-            # all rows of the tile hold the same key and value
-            k_at = qkv + (GROUP * KV_HEADS + head) * DIM + g[:, None] * 0
-            k = _rotated(k_at, d, cos, sin, k_norm_ptr, eps, d < DIM, DIM, ROTARY)
-            k = k.to(pages_ptr.dtype.element_ty)
-            v = tl.load(k_at + KV_HEADS * DIM + d, mask=d < DIM, other=0.0).to(pages_ptr.dtype.element_ty)
-            page = tl.load(table_ptr + row * table_stride + position // PAGE).to(tl.int64)
-            cached = pages_ptr + page * page_stride + head * (PAGE * DIM) + position % PAGE * DIM + d + g[:, None] * 0
-            tl.store(cached, k, mask=(d < DIM) & (g == 0)[:, None])
-            tl.store(cached + values_at, v, mask=(d < DIM) & (g == 0)[:, None])
-            score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-            higher = tl.maximum(highest, score)
-            p = tl.exp2(score - higher)
-            shrink = tl.exp2(highest - higher)
-            weight = weight * shrink + p
-            acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
-            highest = higher
-        out = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM)
+            k_head = (GROUP * KV_HEADS + head) * DIM
+            if firsts_ptr is None:
+                # all rows of the tile hold the same key and value
+                k_at = qkv_ptr + row.to(tl.int64) * row_stride + k_head + g[:, None] * 0
+                k = _rotated(k_at, d, angles, k_norm_ptr, eps, d < DIM, DIM, ROTARY)
+                k = k.to(pages_ptr.dtype.element_ty)
+                v = tl.load(k_at + KV_HEADS * DIM + d, mask=d < DIM, other=0.0).to(pages_ptr.dtype.element_ty)
+                page = tl.load(table + position // PAGE).to(tl.int64)
+                cached = pages_ptr + page * page_stride + head * (PAGE * DIM) + position % PAGE * DIM + d
+                cached += g[:, None] * 0
+                tl.store(cached, k, mask=(d < DIM) & (g == 0)[:, None])
+                tl.store(cached + values_at, v, mask=(d < DIM) & (g == 0)[:, None])
+                score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+                higher = tl.maximum(highest, score)
+                p = tl.exp2(score - higher)
+                shrink = tl.exp2(highest - higher)
+                weight = weight * shrink + p
+                acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
+                highest = higher
+            else:
+                # keys of this step: those of the tile's own rows go to the cache
+                offset = tl.arange(0, STEP_ROWS)
+                key_row = first_row + offset
+                is_key = (offset < row - first_row + QUERIES) & (key_row < batch)
+                is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
+                at = num_cached + tl.where(is_key, offset, 0)
+                key_angles = _angles(cos_ptr, sin_ptr, at[:, None], d, ROTARY)
+                is_cell = is_key[:, None] & (d < DIM)
+                k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + k_head
+                k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY)
+                k = k.to(pages_ptr.dtype.element_ty)
+                v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_cell, other=0.0).to(pages_ptr.dtype.element_ty)
+                page = tl.load(table + at // PAGE).to(tl.int64)
+                cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
+                is_own = is_cell & (key_row >= row)[:, None]
+                tl.store(cached, k, mask=is_own)
+                tl.store(cached + values_at, v, mask=is_own)
+                visible = is_key[None, :] & (key_row[None, :] <= own_row[:, None])
+                highest, weight, acc = _attend(q, k.to(q.dtype), v.to(q.dtype), visible, highest, weight, acc)
         if last - first == blocks:
-            tl.store(out + g[:, None] * DIM + d, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
+            tl.store(out + d, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
         else:
             first_owner = owner(row_units * KV_HEADS + head * blocks, programs, total)
             parts = owner(row_units * KV_HEADS + (head + 1) * blocks - 1, programs, total) - first_owner + 1
             # a program may have the end of one head's units and the start of another's: two places
             part = partial_ptr + (pid * 2 + tl.where(first == 0, 1, 0)) * part_size
-            tl.store(part + g, highest, mask=g < GROUP, cache_modifier=".cg")
-            tl.store(part + GROUP_STORED + g, weight, mask=g < GROUP, cache_modifier=".cg")
-            tl.store(part + 2 * GROUP_STORED + g[:, None] * DIM_PADDED + d, acc, mask=is_query, cache_modifier=".cg")
+            tl.store(part + g, highest, mask=in_tile, cache_modifier=".cg")
+            tl.store(part + stored + g, weight, mask=in_tile, cache_modifier=".cg")
+            tl.store(part + 2 * stored + g[:, None] * DIM_PADDED + d, acc, mask=is_query, cache_modifier=".cg")
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if arrived == parts - 1:
                 tl.store(arrivals_ptr + row * KV_HEADS + head, 0)
-                gs = tl.arange(0, GROUP_STORED)
-                top = tl.full((GROUP_STORED,), -1e30, tl.float32)
-                denominator = tl.zeros((GROUP_STORED,), tl.float32)
-                numerator = tl.zeros((GROUP_STORED, DIM_PADDED), tl.float32)
+                gs = tl.arange(0, stored)
+                if firsts_ptr is None:
+                    is_stored = gs < GROUP
+                else:
+                    stored_row = row + gs // GROUP_PADDED
+                    is_stored = (gs % GROUP_PADDED < GROUP) & (stored_row < batch)
+                    is_stored = is_stored & (tl.load(firsts_ptr + stored_row, mask=is_stored, other=-1) == first_row)
+                top = tl.full((stored,), -1e30, tl.float32)
+                denominator = tl.zeros((stored,), tl.float32)
+                numerator = tl.zeros((stored, DIM_PADDED), tl.float32)
                 for start in range(0, parts, MERGED):
                     i = start + tl.arange(0, MERGED)
                     place = partial_ptr + ((first_owner + i) * 2 + tl.where(i == 0, 1, 0)) * part_size
-                    there = (i < parts)[:, None] & (gs < GROUP)[None, :]
+                    there = (i < parts)[:, None] & is_stored[None, :]
                     cells = place[:, None] + gs[None, :]
                     part_top = tl.load(cells, mask=there, other=-1e30, cache_modifier=".cg")
-                    part_weight = tl.load(cells + GROUP_STORED, mask=there, other=0.0, cache_modifier=".cg")
+                    part_weight = tl.load(cells + stored, mask=there, other=0.0, cache_modifier=".cg")
                     part_acc = tl.load(
-                        (place[:, None] + 2 * GROUP_STORED + gs[None, :] * DIM_PADDED)[:, :, None] + d[None, :, :],
+                        (place[:, None] + 2 * stored + gs[None, :] * DIM_PADDED)[:, :, None] + d[None, :, :],
                         mask=there[:, :, None] & (d < DIM)[None, :, :], other=0.0, cache_modifier=".cg",
                     )  # fmt: skip
                     new_top = tl.maximum(top, tl.max(part_top, 0))
@@ -289,5 +392,10 @@ def _attention_kernel(
                     numerator = numerator * shrink[:, None] + tl.sum(factor[:, :, None] * part_acc, 0)
                     top = new_top
                 merged = numerator / tl.where(denominator > 0, denominator, 1.0)[:, None]
-                is_stored = (gs < GROUP)[:, None] & (d < DIM)
-                tl.store(out + gs[:, None] * DIM + d, merged.to(out_ptr.dtype.element_ty), mask=is_stored)
+                if firsts_ptr is None:
+                    merged_at = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM) + gs[:, None] * DIM
+                else:
+                    merged_at = out_ptr + stored_row[:, None].to(tl.int64) * (KV_HEADS * GROUP * DIM)
+                    merged_at += (head * GROUP + gs % GROUP_PADDED)[:, None] * DIM
+                is_stored_cell = is_stored[:, None] & (d < DIM)
+                tl.store(merged_at + d, merged.to(out_ptr.dtype.element_ty), mask=is_stored_cell)

@@ -103,6 +103,44 @@ def _normalize_rows(first, end, weights, weight, shape, buffers):
         quantize(buffers.hidden, at, size, one, buffers.codes, at, buffers.scales, buffers.sums, row * blocks)
 
 
+@njit(nogil=True)
+def _normalize_pairs(first, end, weights, shape, buffers):
+    """A draft head's input: RMS norms of the token's embedding and of the state, side by side, rounded."""
+    size, one = shape.hidden, np.float32(1)
+    blocks = size // BLOCK
+    codes, scales, sums = buffers.codes, buffers.scales, buffers.sums
+    for row in range(first, end):
+        at = row * size
+        _normalize(row, size, buffers.embedded, weights.input_norms, 0, shape.eps, buffers.hidden)
+        quantize(buffers.hidden, at, size, one, codes, 2 * at, scales, sums, 2 * row * blocks)
+        _normalize(row, size, buffers.residual, weights.input_norms, size, shape.eps, buffers.hidden)
+        quantize(buffers.hidden, at, size, one, codes, 2 * at + size, scales, sums, (2 * row + 1) * blocks)
+
+
+@njit(nogil=True)
+def _keep_features(first, end, layer, shape, buffers):
+    """Copy the residual stream where it is one of the features that a draft head is fed with."""
+    for index in range(3):
+        if shape.feature_layers[index] == layer:
+            for row in range(first, end):
+                to, at = row * shape.num_features + index * shape.hidden, row * shape.hidden
+                for i in range(0, shape.hidden, LANES):
+                    store_floats(buffers.features, to + i, load_floats(buffers.residual, at + i))
+
+
+@njit(nogil=True, cache=True)
+def fuse(rows, records, shape, buffers):
+    """A draft head's first states, in `residual`, from the target's features."""
+    size, one = shape.num_features, np.float32(1)
+    blocks = size // BLOCK
+    for row in range(rows):
+        at = row * size
+        quantize(buffers.features, at, size, one, buffers.codes, at, buffers.scales, buffers.sums, row * blocks)
+    inputs = (buffers.codes, buffers.scales, buffers.sums)
+    groups = shape.hidden // LANES
+    project(records, 0, blocks, groups, inputs, rows, buffers.residual, 0, shape.hidden, np.int64(0))
+
+
 @njit(nogil=True, forceinline=True)
 def _activate(gate_up, gate, up):
     """SiLU of a block of the gate, times up, in place of the gate."""
@@ -146,7 +184,10 @@ def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, bu
     hidden_inputs = (buffers.codes, buffers.scales, buffers.sums)
     inner_inputs = (buffers.inner_codes, buffers.inner_scales, buffers.inner_sums)
     first, end = _part(chunk, chunks, rows)
-    if kind == INPUT_NORM:
+    if kind == INPUT_NORM and shape.qkv_inputs > shape.hidden:
+        _normalize_pairs(first, end, weights, shape, buffers)
+    elif kind == INPUT_NORM:
+        _keep_features(first, end, layer, shape, buffers)
         _normalize_rows(first, end, weights.input_norms, layer * shape.hidden, shape, buffers)
     elif kind == MLP_NORM:
         _normalize_rows(first, end, weights.mlp_norms, layer * shape.hidden, shape, buffers)
@@ -159,7 +200,8 @@ def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, bu
     elif kind == QKV:
         outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         first, end = _part(chunk, chunks, outputs // LANES)
-        _project(first, end, layer, weights.qkv, outputs, shape.hidden, hidden_inputs, rows, buffers.qkv, np.int64(0))
+        size = shape.qkv_inputs
+        _project(first, end, layer, weights.qkv, outputs, size, hidden_inputs, rows, buffers.qkv, np.int64(0))
     elif kind == GATE_UP:
         first, end = _part(chunk, chunks, shape.inner // BLOCK)
         _gate_up(first, end, layer, weights, shape, rows, buffers)

@@ -285,7 +285,7 @@ def _tile(rows):
     return tile
 
 
-_tile_of_1, _tile_of_2, _tile_of_4, _tile_of_8 = (_tile(rows) for rows in (1, 2, 4, 8))
+_tile_of_1, _tile_of_2, _tile_of_3, _tile_of_4, _tile_of_8 = (_tile(rows) for rows in (1, 2, 3, 4, 8))
 
 
 @njit(nogil=True)
@@ -312,6 +312,9 @@ def _project_few(records, base, blocks, groups, inputs, rows, out, column, width
     if rows - row >= 4:
         _tile_of_4(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps)
         row += 4
+    if rows - row == 3:
+        _tile_of_3(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps)
+        row += 3
     if rows - row >= 2:
         _tile_of_2(records, base, blocks, groups, inputs, row, out, column, width, is_sum, steps)
         row += 2

@@ -11,6 +11,7 @@ class Weights(NamedTuple):
     """All flat. `records` of a projection are those of all layers, one after the other."""
 
     input_norms: np.ndarray
+    """Of a draft head: for the token's embedding, then for the state."""
     qkv: np.ndarray
     output: np.ndarray
     mlp_norms: np.ndarray
@@ -41,6 +42,12 @@ class Shape(NamedTuple):
     longest: int
     """Room for the scores of a context, whole pages and a multiple of 8."""
     eps: float
+    qkv_inputs: int
+    """The hidden size; twice that for a draft head, whose layer reads a token's embedding beside the state."""
+    num_features: int
+    """Numbers of a row in `Buffers.features`: a hidden size for each of `feature_layers`, or 0."""
+    feature_layers: tuple[int, int, int]
+    """Layers whose inputs are kept, in ascending order; -1 for none."""
 
 
 class Inputs(NamedTuple):
@@ -72,3 +79,6 @@ class Buffers(NamedTuple):
     """[threads, query heads of a KV head]: one over the sum of a softmax."""
     scores: np.ndarray
     """[threads, query heads of a KV head, longest context]: before and after the softmax."""
+    features: np.ndarray
+    embedded: np.ndarray
+    """A draft head's tokens."""

@@ -302,7 +302,7 @@ def bench_sampler(head_dims: Sequence[int]) -> Iterator[Figure]:
         for kind, (scale, fields) in rows_by_kind.items():
             params = [SamplingParams(max_tokens=1, seed=row, **fields) for row in range(count)]  # type: ignore[arg-type]
             states = [SamplingRow.make(p, [1, 2, 3], 1, vocab_size, device) for p in params]
-            sampler = DeviceSampler(states, vocab_size, device)
+            sampler = DeviceSampler.of(states, vocab_size, device)
             logits = torch.randn(count, vocab_size, device=device) * scale
             positions = torch.arange(count, device=device)
 

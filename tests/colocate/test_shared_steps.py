@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from headrace.colocate.row_budget import RowBudget
 from headrace.colocate.shared_steps import SharedSteps
+from headrace.decode.scheduler import Plan
+from headrace.decode.step import run_step
 from headrace.engine.engine import PrefillChunk, PrefillOutput, StartedPrefill
 from headrace.engine.graph_batch import GraphBatch
 from headrace.messages.request import SamplingParams
@@ -24,7 +27,9 @@ class Batch(GraphBatch[Any]):
 
     def __init__(self) -> None:
         self._keys = [1, 2, 3]
+        self._running = deque()
         self.chunks: list[Any] = []
+        self.drafts: list[Any] = []
         self.fails = False
 
     def start_with_prompts(self, chunks: Any, on_layer: Any = None) -> StartedPrefill:
@@ -33,6 +38,10 @@ class Batch(GraphBatch[Any]):
             raise RuntimeError("broken")
         self.chunks += chunks
         return StartedPrefill(lambda: OUTPUT, None)
+
+    def start(self, drafts: Any = ()) -> None:
+        """Remember them."""
+        self.drafts.append(drafts)
 
 
 class Device:
@@ -83,6 +92,22 @@ async def test_a_chunk_goes_with_the_next_step_and_ends_with_it(thread: ThreadPo
     await device.step()
     assert await computing == OUTPUT
     assert not device.alone
+
+
+async def test_prompts_go_before_drafts(thread: ThreadPoolExecutor) -> None:
+    """A step that takes a chunk along verifies none, and runs ahead as any other; the next one has its drafts."""
+    device = Device(thread)
+    await device.step(ended=False)
+    computing = device.start()
+    plans = [Plan(drafts={("a", 0): [7]}), Plan(drafts={("a", 0): [8]})]
+    for plan in plans:
+        await asyncio.get_running_loop().run_in_executor(thread, run_step, device.batch, plan, device.steps)
+    assert len(device.batch.chunks) == 1
+    assert [(plan.is_shared, plan.drafts) for plan in plans] == [(True, {}), (False, {("a", 0): [8]})]
+    assert device.batch.drafts == [{("a", 0): [8]}]
+    await device.step()
+    await device.step()
+    assert await computing == OUTPUT
 
 
 async def test_where_nothing_is_decoded_a_chunk_is_computed_alone(thread: ThreadPoolExecutor) -> None:

@@ -121,7 +121,7 @@ def simulate(
     acceptance = Acceptance()
     requests = [RequestAcceptance() for _ in range(batch)]
     tokens, drafted, elapsed = 0, 0, 0.0
-    guess = Draft([1] * MAX_DRAFT_TOKENS, 0)
+    guess = Draft([1] * MAX_DRAFT_TOKENS, range(MAX_DRAFT_TOKENS))
     for step in range(steps):
         if fixed is None:
             along = [acceptance.chances(request, guess) for request in requests]
@@ -189,7 +189,7 @@ def test_the_controller_follows_a_request_that_changes() -> None:
 def test_chances_fall_along_a_draft_and_end_where_nothing_is_left() -> None:
     """A wrong token says something about its own depth alone."""
     acceptance, request = Acceptance(), RequestAcceptance()
-    draft = Draft([1, 2, 3, 4], 2)
+    draft = Draft([1, 2, 3, 4], range(2, 6))
     for _ in range(10):
         acceptance.observe(request, draft, [1, 2, 9])
     along = acceptance.chances(request, draft)
@@ -198,3 +198,12 @@ def test_chances_fall_along_a_draft_and_end_where_nothing_is_left() -> None:
     newcomer = acceptance.chances(RequestAcceptance(), draft)
     assert 0.8 < newcomer[1] < along[1]
     assert along[2] < newcomer[2] < 0.2
+
+
+def test_a_worker_of_one_request_has_one_cost_without_drafts() -> None:
+    """And others with them."""
+    cost = StepCost({1: 1.0}, 1, {2: 1.1, 16: 1.2})
+    cost.observe(1, 1.0, False)
+    assert cost.plain[1] == 1.0
+    assert cost.verifying[16] == 1.2
+    assert choose_lengths([[0.9] * 15], 1, cost) == [15]

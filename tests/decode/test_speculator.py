@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+
 import msgspec
 
+from headrace.decode.drafter import Draft
 from headrace.decode.ngram import NgramDrafter
-from headrace.decode.sequence import Sequence
-from headrace.decode.speculator import Speculator
+from headrace.decode.sequence import Key, Sequence
+from headrace.decode.speculator import MAX_STEPS_AHEAD, Speculator
 from headrace.decode.step_cost import StepCost
 from headrace.messages.request import SamplingParams
 from tests.kvtransfer.parts import make_offer
@@ -62,8 +66,9 @@ def test_accepted_tokens_are_counted_also_of_a_request_that_ended() -> None:
     assert speculating.propose([]) == {}
     speculating.ran({}, 0.125)
     counters = speculating.counters
-    assert (counters.accepted, counters.drafts, counters.steps, counters.steps_without_drafts) == (3, 2, 3, 1)
-    assert counters.drafted == len(drafts["a", 0]) + len(again["a", 0])
+    ngram = counters.of["ngram"]
+    assert (ngram.accepted, ngram.drafts, counters.steps, counters.steps_without_drafts) == (3, 2, 3, 1)
+    assert ngram.drafted == len(drafts["a", 0]) + len(again["a", 0])
     assert counters.verification_seconds == 0.75
     stats = speculating.stats()
     assert stats["speculation_ngram_accepted_total"] == 3
@@ -87,3 +92,80 @@ def test_a_key_that_comes_back_is_a_new_request() -> None:
     assert speculating.propose([request(LOOP)])
     assert speculating.propose([request([1, 2, 3], "b")]) == {}
     assert speculating.propose([request([1, 2, 3, 4, 1, 2])])["a", 0][0] == 3
+
+
+def test_a_step_waits_for_tokens_that_drafts_will_follow() -> None:
+    """The first token of a guess is on its way, so one more is needed."""
+    assert speculator().waits([request(LOOP)])
+    assert not speculator(DEAR).waits([request(LOOP)])
+    assert not speculator().waits([request(LOOP, max_tokens=10, generated=8)])
+
+
+def test_steps_run_ahead_unasked_where_nothing_was_found() -> None:
+    """More of them each time; a draft that is found resets that."""
+    speculating, sequence = speculator(), request([1, 2, 3])
+    looks = []
+    for step in range(80):
+        before = speculating.counters.drafting_seconds
+        assert not speculating.waits([sequence])
+        if speculating.counters.drafting_seconds != before:
+            looks.append(step)
+        sequence.append(100 + step)
+    gaps = [late - early for early, late in itertools.pairwise(looks)]
+    assert gaps[:5] == [2, 4, 8, 16, 16]
+    assert max(gaps) == MAX_STEPS_AHEAD + 1
+    for token in LOOP:
+        sequence.append(token)
+    assert any(speculating.waits([sequence]) for _ in range(MAX_STEPS_AHEAD + 1))
+    assert speculating.propose([sequence])
+    assert speculating.waits([sequence])
+
+
+class PricedDrafter(NgramDrafter):
+    """Always says 7, for some seconds a token."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.asked: list[dict[Key, int]] = []
+
+    def costs(self, num_requests: int) -> list[float]:  # type: ignore[override]
+        """Of three tokens at most."""
+        return [self.seconds * tokens for tokens in range(4)]
+
+    def draft(self, limits: Mapping[Key, int]) -> dict[Key, Draft]:
+        """As asked."""
+        self.asked.append(dict(limits))
+        return {key: Draft([7] * limit, range(limit)) for key, limit in limits.items()}
+
+
+def test_a_draft_that_has_its_price_is_made_as_long_as_it_pays() -> None:
+    """Lengths are chosen first, and a drafter that is too dear is not asked."""
+    cheap = PricedDrafter(0.01)
+    speculating = Speculator(cheap, StepCost({1: 1.0, 2: 1.001}, 8), 1000)
+    sequence = request([1, 2, 3])
+    assert speculating.waits([sequence])
+    assert cheap.asked == []
+    drafts = speculating.propose([sequence])
+    assert drafts == {("a", 0): [7] * cheap.asked[0]["a", 0]}
+    dear = PricedDrafter(5.0)
+    assert Speculator(dear, StepCost({1: 1.0, 2: 1.001}, 8), 1000).propose([sequence]) == {}
+    assert dear.asked == []
+
+
+def test_a_drafter_that_was_no_good_is_tried_again() -> None:
+    """What is not observed is forgotten."""
+    drafter = PricedDrafter(0.2)
+    speculating, sequence = (
+        Speculator(drafter, StepCost({1: 1.0, 2: 1.001}, 8), 10**6),
+        request([1, 2, 3], max_tokens=10**6),
+    )
+    pauses, since = 0, 0
+    for step in range(3000):
+        drafts = speculating.propose([sequence])
+        speculating.ran(drafts, 1.2 if drafts else 1.0)
+        sequence.append(step + 8)
+        since = 0 if drafts else since + 1
+        pauses += since == 20
+    assert 2 < pauses < 100
+    assert len(drafter.asked) < 600

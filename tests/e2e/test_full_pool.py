@@ -74,7 +74,7 @@ async def test_drafts_change_no_text_though_there_are_hardly_any_pages(
             engine.pool.check_integrity()
             assert engine.pool.num_in_use == 0
         (speculator,) = mesh.speculators
-        assert speculator.counters.drafted > speculator.counters.accepted > 50
+        assert speculator.counters.total.drafted > speculator.counters.total.accepted > 50
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[200], decode_pages=[400]) as mesh:
         undisturbed = await ask_all(mesh, asked)
     assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]

@@ -52,7 +52,7 @@ def compare(
         [SamplingRow.make(p, [*prompt, 4], 1, vocab_size, torch.device(at)) for p in params] for at in ("cpu", device)
     ]
     torch_sampler = BatchSampler(states[0], vocab_size, torch.device("cpu"))
-    kernel_sampler = DeviceSampler(states[1], vocab_size, torch.device(device), part=part)
+    kernel_sampler = DeviceSampler.of(states[1], vocab_size, torch.device(device), part=part)
     different = 0
     for step in range(steps):
         logits = logits.roll(17, -1)

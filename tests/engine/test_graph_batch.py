@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.engine import graph_batch
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.sampler import SamplingRow
+from headrace.kernels.draft_rows import RequestState, StepRows, accept_rows_reference, expand_rows_reference
 from headrace.messages.request import SamplingParams
 
 VOCABULARY, CAPACITY, WIDTH, PAGE = 97, 5, 6, 4
@@ -20,19 +22,32 @@ class SumDecoder:
     """Its next token is a function of the token, its position and the page that it goes to."""
 
     def __init__(self) -> None:
-        self.tokens = torch.zeros(CAPACITY, dtype=torch.int64)
-        self.positions = torch.full((CAPACITY,), -1, dtype=torch.int32)
+        self.state = RequestState(
+            torch.zeros(CAPACITY, dtype=torch.int64),
+            torch.full((CAPACITY,), -1, dtype=torch.int32),
+            torch.zeros(CAPACITY, dtype=torch.int32),
+        )
+        self.rows = StepRows(CAPACITY * 4, torch.device("cpu"))
         self.block_table = torch.zeros(CAPACITY, WIDTH, dtype=torch.int32)
 
     def step(self, rows: int) -> torch.Tensor:
         """One row after the other."""
-        assert (self.positions[:rows] >= 0).all()
-        assert (self.positions[rows:] == -1).all()
-        logits = torch.zeros(rows, VOCABULARY)
-        for row in range(rows):
-            position = int(self.positions[row])
-            page = int(self.block_table[row, position // PAGE])
-            logits[row, following(int(self.tokens[row]), position, page)] = 1.0
+        assert (self.state.positions[rows:] == -1).all()
+        return self._logits(list(range(rows)), self.state.tokens, self.state.positions)
+
+    def step_drafted(self, rows: int) -> torch.Tensor:
+        """The same where rows are not requests."""
+        expand_rows_reference(self.state, self.rows)
+        assert (self.rows.positions[rows:] == -1).all()
+        return self._logits(self.rows.drafted.owners[:rows].tolist(), self.rows.tokens, self.rows.positions)
+
+    def _logits(self, owners: list[int], tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert (positions[: len(owners)] >= 0).all()
+        logits = torch.zeros(len(owners), VOCABULARY)
+        for row, owner in enumerate(owners):
+            position = int(positions[row])
+            page = int(self.block_table[owner, position // PAGE])
+            logits[row, following(int(tokens[row]), position, page)] = 1.0
         return logits
 
 
@@ -96,3 +111,51 @@ def test_every_request_gets_its_own_tokens(seed: int) -> None:
         collect(batch, batch.lookahead, got)
     collect(batch, 0, got)
     assert got == expected
+
+
+def true_draft(tokens: list[int], pages: list[int], length: int) -> list[int]:
+    """What will come, as far as there are pages."""
+    known = list(tokens)
+    while len(known) - len(tokens) < length and len(known) <= len(pages) * PAGE:
+        known.append(following(known[-1], len(known) - 1, pages[(len(known) - 1) // PAGE]))
+    return known[len(tokens) :]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drafts_that_stand_give_the_tokens_to_come(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with drafts, right up to some token, between steps without that are collected late."""
+    monkeypatch.setattr(graph_batch, "accept_rows", accept_rows_reference)  # which the interpreter is slow at
+    rng = random.Random(seed)
+    batch = make_batch()
+    running: dict[int, tuple[list[int], list[int]]] = {}
+    got: dict[int, list[int]] = {}
+    steps = 0
+    for key in range(40):
+        collect(batch, 0, got)
+        for k, (tokens, pages) in list(running.items()):
+            expected = true_draft(tokens, pages, len(got[k]))
+            assert got[k] == expected
+            tokens += got[k]
+            got[k] = []
+            if len(tokens) > (WIDTH - 2) * PAGE or rng.random() < 0.1:
+                batch.leave(k)
+                del running[k]
+        if len(running) < CAPACITY:
+            prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9))]
+            own = [rng.randrange(1000) for _ in range(WIDTH)]
+            batch.join(key, prompt, 1, own, SamplingParams(max_tokens=9, temperature=0))
+            running[key], got[key] = (prompt, own), []
+        drafts = {}
+        for k, (tokens, pages) in running.items():
+            draft = true_draft(tokens, pages, rng.randrange(4))
+            if draft and rng.random() < 0.5:
+                draft[rng.randrange(len(draft))] += 1
+            if draft:
+                drafts[k] = draft
+        if drafts and rng.random() < 0.7:
+            batch.start(drafts)
+            steps += 1
+        else:
+            batch.start()
+            batch.start()
+    assert steps > 10

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.fused_decoder import FusedDecoder
+from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.graph_decoder import GraphDecoder, batch_sizes
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig, RopeConfig
 from headrace.engine.parallel import ParallelGroup
+from headrace.engine.sampler import SampledToken, SamplingRow
 from headrace.engine.weights import DecoderWeights, LayerWeights
 from headrace.kernels.linear import Linear
 from headrace.kernels.paged_attention import plan_decode
 from headrace.kernels.prefill_attention import plan_prefill
+from headrace.messages.request import SamplingParams
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY, LAYERS, PAGE = 48, 80, 4, 2, 16, 90, 2, 16
 
@@ -69,20 +75,106 @@ def test_a_step_gives_the_logits_of_the_plain_decoder(batch: int) -> None:
     model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
     decoder = GraphDecoder(config(), model.weights, cache, batch, 64)
     positions = torch.randint(0, 60, (batch,))
-    decoder.tokens.copy_(torch.randint(VOCABULARY, (batch,)))
-    decoder.positions.copy_(positions)
+    decoder.state.tokens.copy_(torch.randint(VOCABULARY, (batch,)))
+    decoder.state.positions.copy_(positions)
     decoder.block_table[:, :4] = torch.randperm(batch * 4).view(batch, 4) + 1
     table = decoder.block_table[:, :4].long()
     before = cache.pages.clone()
     got = decoder.step(batch).clone()
     after, cache.pages = cache.pages.clone(), before
     forward = ForwardBatch(
-        decoder.tokens, positions, table.gather(1, (positions // PAGE).unsqueeze(1)).squeeze(1), positions % PAGE,
+        decoder.state.tokens, positions, table.gather(1, (positions // PAGE).unsqueeze(1)).squeeze(1), positions % PAGE,
         plan_decode(cache.layer(0), table, (positions + 1).tolist()),
     )  # fmt: skip
     expected = model.logits(model.forward(forward, cache, None))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after, cache.pages, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_with_drafts_gives_the_logits_of_single_steps() -> None:
+    """And the cache holds what single steps would have left there."""
+    torch.manual_seed(0)
+    lengths = [0, 3, 1]
+    requests = len(lengths)
+    layout = CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE)
+    cache = KVCache(layout, requests * 5 + 1, torch.device("cpu"))
+    cache.pages.normal_()
+    decoder = GraphDecoder(config(), weights(), cache, requests, 80, drafts=True)
+    tokens = torch.randint(VOCABULARY, (requests, 16))
+    positions = torch.randint(0, 60, (requests,))
+    decoder.block_table[:, :5] = torch.randperm(requests * 5).view(requests, 5) + 1
+    decoder.state.tokens.copy_(tokens[:, 0])
+    decoder.state.positions.copy_(positions)
+    before = cache.pages.clone()
+    rows = [(request, at) for request, length in enumerate(lengths) for at in range(length + 1)]
+    decoder.rows.layout[:2] = -1
+    decoder.rows.layout[0, : len(rows)] = torch.tensor([request for request, _ in rows])
+    decoder.rows.layout[1, : len(rows)] = torch.arange(len(rows)) - torch.tensor([at for _, at in rows])
+    decoder.rows.layout[2, : len(rows)] = torch.tensor([int(tokens[request, at]) for request, at in rows])
+    got = decoder.step_drafted(len(rows)).clone()
+    after = cache.pages.clone()
+    cache.pages.copy_(before)
+    for at in range(max(lengths) + 1):
+        decoder.state.tokens.copy_(tokens[:, at])
+        decoder.state.positions.copy_(torch.where(torch.tensor(lengths) >= at, positions + at, -1))
+        expected = decoder.step(requests)
+        for row, (request, index) in enumerate(rows):
+            if index == at:
+                torch.testing.assert_close(got[row], expected[request], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after, cache.pages, rtol=1e-4, atol=1e-4)
+
+
+def test_drafts_change_no_token() -> None:
+    """Greedy and drawn tokens, penalties and log probabilities; right and wrong drafts of all lengths."""
+    sampling = [
+        SamplingParams(max_tokens=99, temperature=0),
+        SamplingParams(max_tokens=99, temperature=0.9, top_p=0.9, seed=5, logprobs=2),
+        SamplingParams(max_tokens=99, temperature=0.5, frequency_penalty=0.5, repetition_penalty=1.2, seed=6),
+    ]
+    plain, _ = generate(sampling, [[]] * 3)
+    for penalized in (False, True):
+        drafted, steps = generate(sampling[: 3 if penalized else 2], plain)
+        for mine, theirs in zip(drafted, plain, strict=False):
+            assert [token.token_id for token in mine] == [token.token_id for token in theirs]
+            scores = [[token.logprobs.logprob for token in tokens if token.logprobs] for tokens in (mine, theirs)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        assert steps < TOKENS - 2
+
+
+TOKENS = 8
+
+
+def generate(sampling: list[SamplingParams], known: list[list[SampledToken]]) -> tuple[list[list[SampledToken]], int]:
+    """Outputs of as many requests, and steps; with drafts from `known` outputs, every other one with a wrong token."""
+    torch.manual_seed(0)
+    device, rng = torch.device("cpu"), random.Random(4)
+    cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 16, device)
+    decoder = GraphDecoder(config(), weights(), cache, 4, 64, drafts=True)
+    engine: Any = SimpleNamespace(
+        device=device,
+        model_config=SimpleNamespace(vocab_size=VOCABULARY),
+        sampling_row=lambda params, tokens, generated: SamplingRow.make(params, tokens, generated, VOCABULARY, device),
+    )
+    batch: GraphBatch[int] = GraphBatch(engine, decoder)
+    outputs: list[list[SampledToken]] = [[] for _ in sampling]
+    for key, params in enumerate(sampling):
+        batch.join(key, [key + 7, key + 60], 1, range(3 * key + 1, 3 * key + 4), params)
+    steps = 0
+    while batch:
+        drafts = {}
+        for key, tokens in enumerate(outputs):
+            draft = [token.token_id for token in known[key][len(tokens) :]][: rng.randrange(7)]
+            if draft and steps % 2:
+                draft[rng.randrange(len(draft))] = 0
+            if draft and len(tokens) < TOKENS:
+                drafts[key] = draft
+        batch.start(drafts)
+        steps += 1
+        for key, token in batch.collect():
+            outputs[key].append(token)
+            if len(outputs[key]) == TOKENS:
+                batch.leave(key)
+    return [tokens[:TOKENS] for tokens in outputs], steps
 
 
 def test_prompts_in_the_same_pass_change_nothing() -> None:
@@ -93,8 +185,8 @@ def test_prompts_in_the_same_pass_change_nothing() -> None:
     cache.pages.normal_()
     model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
     decoder = GraphDecoder(config(), model.weights, cache, 3, 64)
-    decoder.tokens.copy_(torch.tensor([5, 17, 80]))
-    decoder.positions.copy_(torch.tensor([40, 0, 15]))
+    decoder.state.tokens.copy_(torch.tensor([5, 17, 80]))
+    decoder.state.positions.copy_(torch.tensor([40, 0, 15]))
     table = torch.randperm(20).view(5, 4) + 1
     decoder.block_table[:, :4] = table[:3]
     lengths, contexts = [19, 7], [19, 23]

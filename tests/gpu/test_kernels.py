@@ -11,6 +11,7 @@ from tests.kernels.comparisons import (
     compare_begin_decode,
     compare_decode_attention,
     compare_decode_linear,
+    compare_draft_rows,
     compare_quantize_rows,
 )
 
@@ -60,10 +61,32 @@ def test_attention_equals_its_reference(dim: int, group: int, page_size: int, no
         compare_decode_attention("cuda", torch.bfloat16, positions, shape, page_size, normed)
 
 
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_drafts_see_the_rows_before_them(dim: int, group: int, page_size: int) -> None:
+    """Drafts of less and more than a tile in one launch; one request alone; many that are alike."""
+    shape = HeadShape(8, group, dim, dim)
+    for positions, drafts in (
+        ([0, 5, 150, 63, 4000, 17], [3, 0, 15, 4, 1, 7]),
+        ([700], [5]),
+        ([100] * 40, [5] * 40),
+    ):
+        compare_decode_attention("cuda", torch.bfloat16, positions, shape, page_size, group == 3, drafts=drafts)
+
+
+@pytest.mark.parametrize("lengths", [[0], [15], [3, 0, 15, 1, 1], [15] * 8, [2] * 40])
+def test_rows_of_drafts_and_what_stands_equal_their_reference(lengths: list[int]) -> None:
+    """Requests with and without drafts; some rows are nobody's."""
+    rows = sum(lengths) + len(lengths)
+    compare_draft_rows("cuda", lengths, rows + 5, rows)
+
+
 def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
     """What is written is what attention of later steps sees."""
     shape = HeadShape(8, 4, 128, 128)
     compare_decode_attention("cuda", torch.bfloat16, [0, 400], shape, 16, cache_dtype=torch.float8_e4m3fn)
+    compare_decode_attention("cuda", torch.bfloat16, [0, 40], shape, 16, cache_dtype=torch.float8_e4m3fn, drafts=[2, 6])
 
 
 def test_a_step_begins_with_embeddings() -> None:

@@ -33,7 +33,7 @@ def test_a_row_gives_the_same_token_in_any_batch_and_in_a_graph() -> None:
     device = torch.device("cuda")
 
     def sampler(of: list[SamplingParams]) -> DeviceSampler:
-        return DeviceSampler([SamplingRow.make(p, [], 0, 49152, device) for p in of], 49152, device)
+        return DeviceSampler.of([SamplingRow.make(p, [], 0, 49152, device) for p in of], 49152, device)
 
     together = sampler(params)
     tokens = together.sample(logits, positions)

@@ -31,7 +31,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             folder, device="cuda", max_model_len=256, max_num_seqs=128, kv_cache_bytes=2**30, random_weights=True
         )
     )
-    engine.prepare_decode(lambda what, fraction: None)
+    engine.prepare_decode(lambda what, fraction: None, drafts=True)
     return engine
 
 
@@ -81,15 +81,39 @@ def test_decode_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, rows
     """The last token of prefixes of the prompt, one a row, in every kind of batch."""
     decoder = engine.graph_decoder
     assert decoder is not None
-    decoder.positions.fill_(-1)
+    decoder.state.positions.fill_(-1)
     held, ends = [], [len(PROMPT) - 1 - row % 90 for row in range(rows)]
     for row, end in enumerate(ends):
         pages = engine.pool.allocate(7)
         engine.prefill([PrefillChunk(PROMPT[: end + 1], 0, end, pages, SamplingParams(max_tokens=1))])
-        decoder.tokens[row], decoder.positions[row] = PROMPT[end], end
+        decoder.state.tokens[row], decoder.state.positions[row] = PROMPT[end], end
         decoder.block_table[row, :7] = torch.tensor(pages)
         held += pages
     got = decoder.step(rows).clone()
+    engine.pool.release(held)
+    assert error(got, exact[ends]) < 0.03
+
+
+@pytest.mark.parametrize("requests", [1, 3, 8, 12])
+@torch.inference_mode()
+def test_a_step_with_drafts_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, requests: int) -> None:
+    """The last tokens of prefixes of the prompt, 16 a request, in steps of 16 to 192 rows."""
+    decoder = engine.graph_decoder
+    assert decoder is not None
+    held, ends = [], []
+    decoder.rows.layout.fill_(-1)
+    for request in range(requests):
+        start = len(PROMPT) - 16 - request * 7 % 80
+        pages = engine.pool.allocate(7)
+        engine.prefill([PrefillChunk(PROMPT[: start + 1], 0, start, pages, SamplingParams(max_tokens=1))])
+        decoder.state.tokens[request], decoder.state.positions[request] = PROMPT[start], start
+        decoder.block_table[request, :7] = torch.tensor(pages)
+        own = slice(request * 16, request * 16 + 16)
+        decoder.rows.layout[0, own], decoder.rows.layout[1, own] = request, request * 16
+        decoder.rows.layout[2, own] = torch.tensor([0, *PROMPT[start + 1 : start + 16]])
+        held += pages
+        ends += range(start, start + 16)
+    got = decoder.step_drafted(requests * 16).clone()
     engine.pool.release(held)
     assert error(got, exact[ends]) < 0.03
 
@@ -99,13 +123,13 @@ def test_prompts_beside_a_step_give_the_exact_logits(engine: Engine, exact: torc
     """Both those of the prompt's last token and those of the running requests."""
     decoder = engine.graph_decoder
     assert decoder is not None
-    decoder.positions.fill_(-1)
+    decoder.state.positions.fill_(-1)
     sampling, ends = SamplingParams(max_tokens=1, temperature=0), [10, 99, 50]
     held = engine.pool.allocate(28)
     tables = [held[7 * row : 7 * row + 7] for row in range(4)]
     for row, end in enumerate(ends):
         engine.prefill([PrefillChunk(PROMPT[: end + 1], 0, end, tables[row], sampling)])
-        decoder.tokens[row], decoder.positions[row] = PROMPT[end], end
+        decoder.state.tokens[row], decoder.state.positions[row] = PROMPT[end], end
         decoder.block_table[row, :7] = torch.tensor(tables[row])
     for start, length in ((0, 48), (48, 52)):
         chunk = PrefillChunk(PROMPT, start, length, tables[3], sampling)

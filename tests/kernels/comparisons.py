@@ -6,6 +6,7 @@ import torch
 
 from headrace.kernels.decode_attention import (
     AttentionWorkspace,
+    DraftRows,
     HeadShape,
     fused_decode_attention,
     fused_decode_attention_reference,
@@ -13,6 +14,14 @@ from headrace.kernels.decode_attention import (
 )
 from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
 from headrace.kernels.decode_linear import decode_linear, decode_linear_reference
+from headrace.kernels.draft_rows import (
+    RequestState,
+    StepRows,
+    accept_rows,
+    accept_rows_reference,
+    expand_rows,
+    expand_rows_reference,
+)
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.rope import RopeTables
@@ -81,32 +90,48 @@ def compare_decode_attention(
     page_size: int,
     normed: bool = False,
     cache_dtype: torch.dtype | None = None,
+    drafts: list[int] | None = None,
 ) -> None:
-    """One new token at each of `positions` (-1: none) against the reference, outputs and cache."""
-    batch, width = len(positions), (max(positions) + 64) // page_size + 5
-    pages = torch.randn(batch * width + 1, 2, shape.kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
+    """A new token of each request at each of `positions` (-1: none) against the reference, outputs and cache.
+
+    `drafts`: how many drafted tokens each has, and with them rows behind its own; one empty row comes last.
+    """
+    requests, width = len(positions), (max(positions) + 64) // page_size + 5
+    pages = torch.randn(requests * width + 1, 2, shape.kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
     pages = pages.to(cache_dtype or dtype)
-    table = (torch.randperm(batch * width, device=device) + 1).view(batch, width).int()
-    size = (shape.group + 2) * shape.kv_heads * shape.head_dim
-    qkv = torch.randn(batch, size, device=device, dtype=dtype)
-    angles = torch.arange(max(positions) + 1, device=device).unsqueeze(1) * 0.9 ** torch.arange(
+    table = (torch.randperm(requests * width, device=device) + 1).view(requests, width).int()
+    longest = max(positions) + 1 + max(drafts or [0])
+    angles = torch.arange(longest, device=device).unsqueeze(1) * 0.9 ** torch.arange(
         shape.rotary_dim // 2, device=device
     )
     rope = RopeTables(angles.cos(), angles.sin())
     norms = (torch.rand(2, shape.head_dim, device=device, dtype=dtype) + 0.5).unbind() if normed else None
+    drafted = None
+    if drafts is not None:
+        rows = [(row, position + at) for row, position in enumerate(positions) for at in range(drafts[row] + 1)]
+        firsts = [index - at for row in range(requests) for at, index in enumerate(_indices(rows, row))]
+        columns = ([row for row, _ in rows] + [-1], [*firsts, -1])
+        drafted = DraftRows(*(torch.tensor(column, dtype=torch.int32, device=device) for column in columns))
+        positions = [position for _, position in rows] + [-1]
+    batch = len(positions)
+    qkv = torch.randn(batch, (shape.group + 2) * shape.kv_heads * shape.head_dim, device=device, dtype=dtype)
     got = torch.zeros(batch, shape.kv_heads * shape.group * shape.head_dim, device=device, dtype=dtype)
     expected, expected_pages = got.clone(), pages.clone()
     at = torch.tensor(positions, dtype=torch.int32, device=device)
-    workspace = AttentionWorkspace(shape, batch, torch.device(device))
+    workspace = AttentionWorkspace(shape, batch, torch.device(device), drafted=drafted is not None)
     for _ in range(2):  # the second run finds what the first left in the workspace
-        plan_decode_attention(at, workspace)
-        fused_decode_attention(qkv, pages, table, at, rope, norms, 1e-6, got, shape, workspace)
-    fused_decode_attention_reference(qkv, expected_pages, table, at, rope, norms, 1e-6, expected, shape)
+        plan_decode_attention(at, workspace, drafted)
+        fused_decode_attention(qkv, pages, table, at, rope, norms, 1e-6, got, shape, workspace, drafted)
+    fused_decode_attention_reference(qkv, expected_pages, table, at, rope, norms, 1e-6, expected, shape, drafted)
     tolerance = 0.13 if cache_dtype is not None else 1e-5 if dtype == torch.float32 else 2e-2  # 0.13: 3 bits' last one
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     if cache_dtype is None or device != "cpu":  # Triton's interpreter rounds to float8 carelessly
         torch.testing.assert_close(pages.float(), expected_pages.float(), rtol=tolerance, atol=tolerance)
     assert not workspace.arrivals.any()
+
+
+def _indices(rows: list[tuple[int, int]], request: int) -> list[int]:
+    return [index for index, (row, _) in enumerate(rows) if row == request]
 
 
 def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
@@ -119,3 +144,36 @@ def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: in
     begin_decode_reference(tokens, embedding, 2.0, expected, squares[1])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(squares[0].double(), squares[1].double(), rtol=1e-5, atol=0)
+
+
+def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int) -> None:
+    """Rows of drafts of these lengths, in the order of a shuffled block table; drafts stand to random depths."""
+    requests, generator = len(lengths), torch.Generator().manual_seed(sum(lengths))
+
+    def random_state(high: int) -> torch.Tensor:
+        return torch.randint(high, (requests + 2,), generator=generator)
+
+    tokens, positions, generated = random_state(3), random_state(900).int(), random_state(80).int()
+    states, stepped = [], []
+    owners = torch.randperm(requests + 2, generator=generator)[:requests].tolist()
+    layout = torch.full((3, max_rows), -1, dtype=torch.int32)
+    at = 0
+    for owner, length in zip(owners, lengths, strict=True):
+        layout[0, at : at + length + 1], layout[1, at : at + length + 1] = owner, at
+        layout[2, at : at + length + 1] = torch.randint(2, (length + 1,), generator=generator)
+        at += length + 1
+    sampled = torch.randint(2, (size,), generator=generator)
+    for on, expand, accept in (
+        (device, expand_rows, accept_rows),
+        ("cpu", expand_rows_reference, accept_rows_reference),
+    ):
+        state = RequestState(*(column.clone().to(on) for column in (tokens, positions, generated)))
+        rows = StepRows(max_rows, torch.device(on))
+        rows.layout.copy_(layout)
+        expand(state, rows)
+        stepped.append([column.tolist() for column in (rows.tokens, rows.positions, rows.generated)])
+        accept(sampled.to(on), rows, state)
+        states.append([column.tolist() for column in (state.tokens, state.positions, state.generated)])
+    assert stepped[0] == stepped[1]
+    assert states[0] == states[1]
+    assert states[0][1] != positions.tolist()

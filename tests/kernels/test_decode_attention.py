@@ -25,6 +25,19 @@ def test_the_work_is_shared_whatever_the_batch(positions: list[int]) -> None:
     compare_decode_attention("cpu", torch.float32, positions, HeadShape(2, 2, 32, 16), 16, normed=True)
 
 
+@pytest.mark.parametrize(("shape", "page_size"), [*SHAPES[:3], (HeadShape(1, 16, 32, 16), 16)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_drafts_see_the_rows_before_them(shape: HeadShape, page_size: int, normed: bool) -> None:
+    """Drafts of less and more than a tile, across a page's end, without a cached token, and none, in one launch."""
+    positions, drafts = [0, 5, 150, 63, 64, 17], [3, 0, 15, 4, 1, 7]
+    compare_decode_attention("cpu", torch.float32, positions, shape, page_size, normed, drafts=drafts)
+
+
+def test_one_draft_is_shared_by_all_programs() -> None:
+    """And merged again."""
+    compare_decode_attention("cpu", torch.float32, [300], HeadShape(2, 3, 32, 32), 16, drafts=[5])
+
+
 def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
     """What is written is what attention of later steps sees."""
     shape = HeadShape(2, 2, 32, 32)

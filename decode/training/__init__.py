@@ -1,0 +1,1 @@
+"""`headrace train-drafter`: distils a draft head from what the target itself says."""

@@ -1,0 +1,154 @@
+"""A draft head of 4-bit weights on a CPU: the compiled decoder of `packed_decoder`, with one layer that reads pairs."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.draft_head import HeadWeights, likeliest
+from headrace.engine.errors import EngineError
+from headrace.engine.kv_cache import KVCache
+from headrace.engine.model_config import ModelConfig
+from headrace.engine.packed_decoder import FIRST_ROWS, Team, in_turn
+from headrace.kernels import packed_decoder as kernels
+from headrace.kernels.packed_linear import aligned, pack
+from headrace.kernels.packed_state import Shape, Weights
+from headrace.kernels.paged_attention import PagedPlan
+from headrace.kernels.round_weights import round_to_4_bits
+from headrace.kernels.simd import LANES
+
+LAST_NORM = kernels.PHASES_OF_LAYER + kernels.LAST_NORM
+
+
+class PackedHead:
+    """See `DraftHead`; beside a `PackedDecoder`, of whose batches its plans are."""
+
+    def __init__(self, config: ModelConfig, weights: HeadWeights, embedding: torch.Tensor, max_model_len: int) -> None:
+        """Raises `EngineError` where the head's sizes do not fit the kernels."""
+        self.feature_layers = weights.feature_layers
+        self._config = config
+        self._embedding = embedding
+        self._vocabulary = weights.vocabulary
+        self._longest = max_model_len
+        self._norms = {
+            name: value.float().numpy()
+            for name, value in (
+                ("input_norms", torch.cat((weights.input_norm, weights.hidden_norm))),
+                ("mlp_norms", weights.mlp_norm),
+                ("norm", weights.norm),
+            )
+        }
+        gate_up = torch.from_numpy(in_turn(weights.gate.numpy(), weights.up.numpy()))
+        self._records = {
+            "fc": _packed(weights.fc),
+            "qkv": _packed(weights.qkv),
+            "output": _packed(weights.output),
+            "gate_up": _packed(gate_up),
+            "down": _packed(weights.down),
+            "head": _packed(weights.rows),
+        }
+        self._frequencies = config.rope.inverse_frequencies().numpy()
+        self._cache: KVCache | None = None
+        self._rows = 0
+        self._threads = 1
+        self._team: Team | None = None
+
+    def use_threads(self, threads: int) -> None:
+        """How many may work from now on, the caller's included."""
+        self._threads = threads
+
+    def attach(self, cache: KVCache) -> None:
+        """See `DraftHead`."""
+        self._cache = cache
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """See `DraftHead`."""
+        rows = len(features)
+        team = self._team_for(rows)
+        team.features[:rows] = features
+        team.fuse(rows, self._records["fc"])
+        return team.residual[:rows]
+
+    def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """See `DraftHead`."""
+        plan, rows = batch.plan, len(batch.token_ids)
+        assert isinstance(plan, PagedPlan)
+        assert cache is self._cache, "it is attached to another cache"
+        team = self._holding(states)
+        requests, width = plan.block_table.shape
+        torch.index_select(self._embedding, 0, batch.token_ids, out=team.embedded[:rows])
+        team.inputs.positions[:rows] = batch.positions.numpy()
+        team.inputs.request[:rows] = plan.request
+        team.tables[:requests, :width] = plan.block_table.numpy()
+        team.control[kernels.ROWS] = rows
+        team.run(0, LAST_NORM, self._threads)
+        return team.residual[:rows]
+
+    def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `DraftHead`."""
+        team, rows = self._holding(states), len(states)
+        team.control[kernels.ROWS] = team.control[kernels.OUTPUT_ROWS] = rows
+        team.run(LAST_NORM, LAST_NORM + 3, self._threads)
+        return likeliest(team.logits[:rows], self._vocabulary)
+
+    def _holding(self, states: torch.Tensor) -> Team:
+        """The team, with these states in its rows."""
+        team = self._team_for(len(states))
+        if states.data_ptr() != team.residual.data_ptr():
+            team.residual[: len(states)] = states
+        return team
+
+    def _team_for(self, rows: int) -> Team:
+        assert self._cache is not None, "attach comes first"
+        if self._team is None or rows > self._rows:
+            self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
+            weights, shape = self._kernel_weights(self._cache), self._shape(self._cache)
+            self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
+        return self._team
+
+    def _kernel_weights(self, cache: KVCache) -> Weights:
+        records, norms = self._records, self._norms
+        return Weights(
+            input_norms=norms["input_norms"],
+            qkv=records["qkv"],
+            output=records["output"],
+            mlp_norms=norms["mlp_norms"],
+            gate_up=records["gate_up"],
+            down=records["down"],
+            norm=norms["norm"],
+            head=records["head"],
+            inverse_frequencies=self._frequencies,
+            pages=cache.layer(self._config.num_layers).view(torch.int16).view(-1).numpy(),
+        )
+
+    def _shape(self, cache: KVCache) -> Shape:
+        config, page_size = self._config, cache.layout.page_size
+        table_width = -(-self._longest // page_size) + 1
+        return Shape(
+            layers=1,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocabulary=len(self._vocabulary),
+            head_copies=1,
+            num_pages=cache.num_pages,
+            page_size=page_size,
+            table_width=table_width,
+            longest=-(-table_width * page_size // LANES) * LANES,
+            eps=config.norm_eps,
+            qkv_inputs=2 * config.hidden_size,
+            num_features=len(self.feature_layers) * config.hidden_size,
+            feature_layers=(-1, -1, -1),
+        )
+
+
+def _packed(weight: torch.Tensor) -> np.ndarray:
+    packed = pack(round_to_4_bits(weight).numpy())
+    if packed is None or packed.copies != 1:
+        raise EngineError(f"a draft head's weight of {tuple(weight.shape)} can't be packed: give --quantization none")
+    return aligned(packed.records).reshape(-1)
