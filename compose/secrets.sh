@@ -19,7 +19,7 @@ if [ ! -e "$folder/redis_acl" ]; then
 fi
 if [ ! -e "$folder/mesh_key" ]; then
   docker compose build gateway
-  docker run --rm --network none --read-only --tmpfs /tmp --entrypoint sh headrace-gateway \
+  docker run --rm --network none --read-only --tmpfs /tmp --entrypoint sh "headrace-gateway:${HEADRACE_TAG:-latest}" \
     -c 'headrace keys /tmp/mesh_key >/dev/null && cat /tmp/mesh_key' | put mesh_key
   [ -s "$folder/mesh_key" ] || { rm -f "$folder/mesh_key"; echo "no mesh key was made" >&2; exit 1; }
 fi

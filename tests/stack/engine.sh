@@ -35,4 +35,7 @@ for _ in $(seq 120); do
   sleep .25
 done
 docker info >/dev/null 2>&1 || give_up "dockerd does not answer: $(tail -1 "$folder/dockerd.log")"
-"$@"
+code=0
+"$@" || code=$?
+docker image prune -f >/dev/null # what newer builds took the place of
+exit $code

@@ -8,7 +8,7 @@ folder=$(cd "$1" && pwd)
 python=$2
 cd "$(dirname "$0")/../.."
 if [ ! -e "$folder/base.tar" ]; then
-  command -v debootstrap >/dev/null || apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
+  command -v debootstrap >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends debootstrap >/dev/null; }
   rm -rf "$folder/root"
   debootstrap --variant=minbase --include=python3-venv,python-is-python3 bookworm "$folder/root" >"$folder/debootstrap.log"
   rm -rf "$folder"/root/var/cache/apt/archives/*.deb "$folder"/root/var/lib/apt/lists/* "$folder"/root/usr/share/{doc,man,locale}
@@ -21,6 +21,7 @@ if docker image inspect "headrace-test-python:$hash" headrace-test-redis:1 >/dev
   docker tag "headrace-test-python:$hash" headrace-test-python:1
   exit
 fi
+docker images -q headrace-test-python | sort -u | xargs -r docker rmi -f >/dev/null
 rm -rf "$folder/context"
 mkdir -p "$folder/context/wheels"
 "$python" -m pip download -q --disable-pip-version-check -c compose/constraints.txt -d "$folder/context/wheels" '.[telemetry]' 'setuptools>=77'

@@ -103,6 +103,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "COMPOSE_PROJECT_NAME": f"headrace-test-{os.getpid()}",
         "COMPOSE_PROFILES": "cpu",
         "HEADRACE_SECRETS": str(folder),
+        "HEADRACE_TAG": "test",
         "HEADRACE_PUBLISH": address,
         "OTEL_EXPORTER_OTLP_ENDPOINT": "",
         "TEST_PACKAGES": sysconfig.get_path("platlib"),
@@ -163,7 +164,7 @@ def test_images_hold_no_more_than_they_need(stack: Stack) -> None:
     """As nobody, and the gateway without torch."""
     look = "import os, importlib.util as u; print(os.getuid(), u.find_spec('torch'))"
     said = run(
-        "docker", "run", "--rm", "--entrypoint", "python", "headrace-gateway", "-c", look, environment=stack.environment
+        "docker", "run", "--rm", "--entrypoint", "python", "headrace-gateway:test", "-c", look, environment=stack.environment
     )
     assert said.split() == ["10001", "None"]
 
