@@ -1,7 +1,7 @@
 """Draws docs/diagrams/*.txt as SVG: `python docs/draw.py`. A test fails where the two differ.
 
-A line is `A -> B: what is said`, `A: what it does`, `x A: what becomes of it`, or `-- what follows`. The columns stand in
-the first line, between bars.
+A line is `A -> B: what is said`, `A: what it does`, `x A: what becomes of it`, or `-- what follows`. The columns stand
+in the first line, between bars.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from html import escape
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "diagrams"
-WIDTH, HEAD, ROW, LETTER = 190, 46, 34, 6.6
-STYLE = """text{font:13px ui-sans-serif,system-ui,sans-serif;fill:#1f2933}.b{fill:#e8f1fb;stroke:#2f6fab}.l{stroke:#9aa9b8;
-stroke-dasharray:3 4}.a{stroke:#2f6fab;stroke-width:1.5;marker-end:url(#t)}.n{fill:#fff8e1;stroke:#c99a2e}.x{fill:#fdecea;
-stroke:#c0392b}.p{fill:#fff}.s{font-weight:600}@media(prefers-color-scheme:dark){text{fill:#e4e9ef}.b{fill:#1c3247}.n{fill:#3a3118}
-.x{fill:#4a211d}.p{fill:#161b22}}"""
+WIDTH, HEAD, ROW, LETTER = 200, 46, 34, 7.0
+STYLE = """
+text{font:13px ui-sans-serif,system-ui,sans-serif;fill:#1f2933} .s{font-weight:600} .p{fill:#fff}
+.b{fill:#e8f1fb;stroke:#2f6fab} .n{fill:#fff8e1;stroke:#c99a2e} .x{fill:#fdecea;stroke:#c0392b}
+.l{stroke:#9aa9b8;stroke-dasharray:3 4} .a{stroke:#2f6fab;stroke-width:1.5;marker-end:url(#t)}
+@media(prefers-color-scheme:dark){text{fill:#e4e9ef} .p{fill:#161b22}
+.b{fill:#1c3247} .n{fill:#3a3118} .x{fill:#4a211d}}
+"""
 
 
 def svg(source: str) -> str:
@@ -30,7 +33,8 @@ def svg(source: str) -> str:
         parts += _line(line, HEAD + ROW * (row + 0.6), middle)
     tip = '<marker id="t" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
     tip += '<path d="M0 0L8 4L0 8z" fill="#2f6fab"/></marker>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     return f"{opening}<style>{STYLE}</style><defs>{tip}</defs>\n" + "\n".join(parts) + "\n</svg>\n"
 
 

@@ -1,7 +1,7 @@
 """Brings the measured numbers of the docs up to date: `python docs/figures.py`. A test fails where they are not.
 
-`8.98<!--main: 2 32 streams over one-->` is the figure of that name in `loadtest/results/main.json`, with as many decimals
-as stand there.
+`8.98<!--main: 2 32 streams over one-->` is the figure of that name in `loadtest/results/main.json`, with as many
+decimals as stand there.
 """
 
 from __future__ import annotations

@@ -23,20 +23,22 @@ HEAD = """# Reference: commands, flags and errors
 FLAGS = """## Flags
 
 Each flag has an environment variable: `--max-model-len` is `HEADRACE_MAX_MODEL_LEN`. The flag wins. A variable that
-begins with `HEADRACE_` and does not exist stops the start, with the nearest name. {secrets} name
-files that hold the value, so that it stands in no environment. {others} are read elsewhere.
+begins with `HEADRACE_` and does not exist stops the start, with the nearest name. {secrets}
+name files that hold the value, so that it stands in no environment. {others} are read
+elsewhere.
 """
 ERRORS = """## Errors of the HTTP API
 
-The body is OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`; in a stream that has begun it comes as an event.
+The body is OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`; in a stream that has begun it is an event.
 "Again" says that the same request may succeed later; where a header is named it says when.
 
 | status | code | type | again | when |
 | --- | --- | --- | --- | --- |"""
 WORKERS = """## Failures inside the mesh
 
-A worker that gives a request up says why: {codes}. What another attempt may mend, the gateway queues again with the tokens
-that it has, five times at most; the client sees a pause. The rest ends as one of the errors above.
+A worker that gives a request up says why: {codes}.
+What another attempt may mend, the gateway queues again with the tokens that it has, five times at most; the client sees
+a pause. The rest ends as one of the errors above.
 
 ## Exit codes
 
@@ -44,7 +46,7 @@ that it has, five times at most; the client sees a pause. The rest ends as one o
 | --- | --- |
 | 0 | stopped as asked (SIGTERM, SIGINT), or the check found nothing |
 | 1 | it failed while it ran; `status`: a tier is missing; `doctor`: something must be fixed |
-| {usage} | it can't serve as it was started: a flag, a variable, the model, Redis or a version that does not fit; the one line on standard error says what to do |
+| {usage} | it can't serve as it was started (flags, model, Redis, version): its last line says what to do |
 | 130 | interrupted before it served |
 """
 

@@ -164,7 +164,14 @@ def test_images_hold_no_more_than_they_need(stack: Stack) -> None:
     """As nobody, and the gateway without torch."""
     look = "import os, importlib.util as u; print(os.getuid(), u.find_spec('torch'))"
     said = run(
-        "docker", "run", "--rm", "--entrypoint", "python", "headrace-gateway:test", "-c", look, environment=stack.environment
+        "docker",
+        "run",
+        "--rm",
+        "--entrypoint=python",
+        "headrace-gateway:test",
+        "-c",
+        look,
+        environment=stack.environment,
     )
     assert said.split() == ["10001", "None"]
 
