@@ -94,7 +94,7 @@ def test_ours_wait_for_redis_and_say_when_they_serve(name: str) -> None:
     """And are given time to hand over what they hold."""
     service = SERVICES[name]
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
-    assert "/ready" in service["healthcheck"]["test"][-1]
+    assert service["healthcheck"]["test"][1] == "headrace-ready"
     assert float(service["stop_grace_period"].removesuffix("s")) > float(
         service["environment"]["HEADRACE_DRAIN_TIMEOUT"]
     )
