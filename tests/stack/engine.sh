@@ -26,7 +26,7 @@ if [ ! -e "$folder/config/cli-plugins/docker-compose" ]; then
 fi
 export DOCKER_CONFIG=$folder/config DOCKER_HOST=unix://$folder/docker.sock
 dockerd --iptables=false --ip6tables=false --bridge=none --ip-forward=false --data-root="$folder/data" \
-  --exec-root="$folder/exec" --pidfile="$folder/dockerd.pid" --host="$DOCKER_HOST" >"$folder/dockerd.log" 2>&1 &
+  --exec-root="$folder/exec" --cgroup-parent=/ --pidfile="$folder/dockerd.pid" --host="$DOCKER_HOST" >"$folder/dockerd.log" 2>&1 &
 engine=$!
 trap 'kill $engine 2>/dev/null; wait $engine 2>/dev/null || true' EXIT
 for _ in $(seq 120); do
