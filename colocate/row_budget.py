@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from headrace.engine.engine import Engine, PrefillChunk
-from headrace.engine.fused_decoder import PADDED_ROWS
 from headrace.messages.request import SamplingParams
 
+SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
 REPEATS = 3
 EXTRA_WEIGHT = 0.1
 """Of a new measurement."""
@@ -49,7 +49,7 @@ class RowBudget:
 def measurable(engine: Engine, most: int) -> list[int]:
     """The sizes that `time_passes` can measure with this engine."""
     longest = min(most, engine.max_model_len, engine.pool.num_pages * engine.layout.page_size)
-    return [size for size in PADDED_ROWS if size <= longest]
+    return [size for size in SIZES if size <= longest]
 
 
 def time_passes(engine: Engine, sizes: Sequence[int], pages: Sequence[int]) -> dict[int, float]:

@@ -25,7 +25,7 @@ async def run(settings: Settings) -> None:
     async with worker_endpoint(settings, "decode") as endpoint, loaded_model(settings, decodes=True) as model:
         speculator = await speculator_for(settings, model)
         async with (
-            data_listener(settings.bind, settings.mesh_key) as listener,
+            data_listener(settings.bind, settings.mesh_key, settings.advertise) as listener,
             join_mesh(settings, "decode", model.identity, listener.address, endpoint) as node,
             DataLines(node.registry, settings.mesh_key) as lines,
         ):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from headrace.kvtransfer.messages import Offer
-from headrace.messages.stream import FinishReason, TokenLogprobs
+from headrace.messages.stream import MAX_EVENT_TOKENS, FinishReason, TokenEvent, TokenLogprobs
 
 Key = tuple[str, int]
 """(request id, attempt)."""
@@ -80,3 +80,14 @@ class Sequence:
         if self.generated >= self.max_tokens or len(self.token_ids) >= max_model_len:
             return "length"
         return None
+
+
+def repeat_tokens(sequence: Sequence, position: int) -> list[TokenEvent] | None:
+    """The output tokens from `position` on once more; None where their log probabilities are wanted, which are gone."""
+    request_id, attempt = sequence.key
+    missing = sequence.generated - position
+    if missing <= 0:
+        return []
+    if sequence.offer.sampling.logprobs is not None:
+        return None
+    return [TokenEvent(request_id, attempt, position, sequence.token_ids[-missing:][:MAX_EVENT_TOKENS])]

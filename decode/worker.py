@@ -15,7 +15,7 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.mover import Mover
 from headrace.decode.scheduler import DecodeScheduler, Plan
-from headrace.decode.sequence import Key, Sequence
+from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
 from headrace.decode.step import Alongside, run_step
 from headrace.decode.watch import ended
@@ -30,7 +30,7 @@ from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Beside, Transports, exports_of
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel, Flushed
+from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 REAP_SECONDS = 1.0
 STATS_SECONDS = 0.1
 """Between two looks at the figures while steps run."""
+READY_PART = 8
+"""One in so many of the places is taken by a request that waits for one: the next is ready when a place comes free,
+and none has a first token and no second one for long."""
 
 
 class DecodeWorker:
@@ -70,6 +73,7 @@ class DecodeWorker:
         """Made and used on the device thread alone, see `_run_step`."""
         self._max_num_seqs = max_num_seqs
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
         self._receiver = Receiver(
             layout,
@@ -100,7 +104,7 @@ class DecodeWorker:
             exports,
             wire_dtype,
             self._sender,
-            Placement(node.registry, self._sender),
+            Placement(node.registry),
             self._moved,
             self._wake,
         )
@@ -112,8 +116,8 @@ class DecodeWorker:
         self._gauge = StepGauge()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
-        self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed] = Decoder(
-            ToReceiver | ToSender | Cancel | Flushed
+        self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed | Repeat] = Decoder(
+            ToReceiver | ToSender | Cancel | Flushed | Repeat
         )
         node.registry.on_leave.append(self._member_left)
 
@@ -313,7 +317,8 @@ class DecodeWorker:
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
         self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.places = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
         self._receiver.grant_waiting()
         self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
 
@@ -327,9 +332,9 @@ class DecodeWorker:
         except PeerGone as error:
             log.debug("not sent: %s", error)  # the registry will say so too, and what it held is freed then
 
-    def _fail(self, sequence: Sequence, code: FailureCode, message: str) -> None:
+    def _fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
         request_id, attempt = sequence.key
-        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=True)
+        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
         self._post(sequence.offer.gateway, failed)
         ended(self._node.telemetry, sequence, "failed", code)
 
@@ -350,8 +355,12 @@ class DecodeWorker:
                     self._cancel([s for s in held if s.key[0] == message.request_id and s.key[1] <= message.attempt])
                 case Flushed(), "gateway":
                     self._farewell.answered(inbound.sender.id)
-                case ((Cancel() | Flushed()), _):
-                    self._node.mesh.refuse(inbound.sender, "only a gateway may cancel, and say what it has taken")
+                case Repeat(), "gateway":
+                    self._post(inbound.sender.id, self._repeated(message))
+                case ((Cancel() | Flushed() | Repeat()), _):
+                    self._node.mesh.refuse(
+                        inbound.sender, "only a gateway may cancel, ask for tokens or say what it has taken"
+                    )
                 case ((Offer() | Commit() | Renew() | Abort()), "prefill"):
                     self._receiver.handle(inbound.sender.id, message)
                 case _, "decode":
@@ -372,15 +381,39 @@ class DecodeWorker:
         """All requests held."""
         return [*self._scheduler.sequences(), *self._mover.sequences()]
 
+    def _repeated(self, wanted: Repeat) -> TokenBatch | RequestFailed:
+        key = wanted.request_id, wanted.attempt
+        held = [sequence for sequence in self._sequences() if sequence.key == key]
+        if held and (events := repeat_tokens(held[0], wanted.position)) is not None:
+            return TokenBatch(events=events)
+        self._cancel(held)
+        return RequestFailed(
+            request_id=wanted.request_id,
+            attempt=wanted.attempt,
+            code="worker_error",
+            message="tokens were lost on the way and can't be repeated",
+            retryable=True,
+        )
+
     async def _reap_loop(self) -> None:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             self._receiver.reap()
             if self._sender.num_open:
                 await self._sender.renew()
+            self._expire()
             self._grant()
             self._idle.set()
             self._publish_stats()
+
+    def _expire(self) -> None:
+        """Let go of what nobody waits for any more, also where its gateway can't say so."""
+        now = time.time()
+        expired = [sequence for sequence in self._scheduler.sequences() if sequence.offer.deadline < now]
+        for sequence in expired:
+            self._fail(sequence, "deadline", "the request's deadline passed before its last token", retryable=False)
+        if expired:
+            self._cancel(expired)
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "gateway":
@@ -399,6 +432,7 @@ class DecodeWorker:
             "kv_pages_in_use": pool.num_in_use,
             "kv_pages_total": pool.num_pages,
             "kv_page_tokens": pool.page_size,
+            "max_num_seqs": self._max_num_seqs,
             "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,
             "requests_running": self._scheduler.num_running,
             "handoff_recomputed_total": 0,

@@ -70,13 +70,13 @@ def _no_node() -> Any:
 
 
 def _rows(registry: CollectorRegistry) -> Iterator[str]:
-    labels = {id(c): getattr(c, "_labelnames", ()) for c in registry._collector_to_names}
     for collector in registry._collector_to_names:
         for family in collector.collect():
             if family.name.startswith("process_"):
                 continue
+            labels = getattr(collector, "_labelnames", None) or getattr(family, "_labelnames", ())
             name = family.name + ("_total" if family.type == "counter" else "")
-            yield _row(name, family.type, labels[id(collector)], family.documentation, otlp_name(family.name))
+            yield _row(name, family.type, labels, family.documentation, otlp_name(family.name))
 
 
 def _figures() -> Iterator[str]:

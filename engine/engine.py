@@ -17,7 +17,7 @@ from headrace.engine.batch import ForwardBatch, RunningRows
 from headrace.engine.cpu_share import CpuShare
 from headrace.engine.device import available_memory, can_pack, choose_device, choose_dtype
 from headrace.engine.errors import EngineError
-from headrace.engine.fused_decoder import PADDED_ROWS, FusedDecoder
+from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.page_pool import PagePool
@@ -146,7 +146,7 @@ class Engine:
         """Run some tokens through the model, so that the first requests find everything in place.
 
         On a GPU: few and many tokens, without and with a prefix, greedy and sampled, for each of which kernels are
-        compiled; and all numbers of rows that prompts are filled up to.
+        compiled.
         """
         greedy = SamplingParams(max_tokens=1, temperature=0)
         sampled = SamplingParams(max_tokens=1, top_k=2)
@@ -157,17 +157,7 @@ class Engine:
             if on_gpu:
                 self.prefill([PrefillChunk([0] * (length + 1), 1, length, pages, sampled)])
             self.pool.release(pages)
-        if on_gpu:
-            self._load_products(greedy)
         self.cpu_share.rest()
-
-    def _load_products(self, sampling: SamplingParams) -> None:
-        longest = min(self.max_model_len, self.pool.num_pages * self.layout.page_size, PADDED_ROWS[-1])
-        pages = self.pool.allocate(self.pool.pages_for(longest))
-        for rows in PADDED_ROWS:
-            if rows <= longest:
-                self.prefill([PrefillChunk([0] * rows, 0, rows, pages, sampling)])
-        self.pool.release(pages)
 
     @torch.inference_mode()
     def prepare_decode(self, progress: Progress) -> None:

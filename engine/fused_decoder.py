@@ -25,18 +25,6 @@ Writer = Callable[[LayerWeights, torch.Tensor, torch.Tensor], torch.Tensor]
 """Of a layer, its packed projection and its pages; returns queries."""
 
 
-PADDED_ROWS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 4096, 256))
-
-
-def padded_rows(rows: int) -> int:
-    """To how many rows a forward pass on a GPU is filled up.
-
-    The library for products looks for the fastest kernel and loads it once for each number of rows, which takes 5 to 30
-    milliseconds; a tile of the products is hardly fuller for it.
-    """
-    return next((size for size in PADDED_ROWS if size >= rows), -(-rows // 512) * 512)
-
-
 class FusedDecoder:
     """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
 
@@ -58,14 +46,8 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """See `Model.forward`. The hidden states of `running`'s R rows follow the batch's: [T + R, H]."""
         config, weights, prompts = self._config, self.weights, len(batch.token_ids)
-        rows = prompts + (0 if running is None else len(running.token_ids))
-        padding = padded_rows(rows) - rows if batch.token_ids.is_cuda else 0
-        token_ids = batch.token_ids
-        if running is not None or padding:
-            parts = (token_ids, token_ids[:0] if running is None else running.token_ids, token_ids.new_zeros(padding))
-            token_ids = torch.cat(parts)
+        token_ids = batch.token_ids if running is None else torch.cat((batch.token_ids, running.token_ids))
         residual = embedding(token_ids, weights.embedding)
-        unused = residual.new_zeros(padding, config.num_heads * config.head_dim)
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
         write = self._writer(batch, residual.dtype)
@@ -77,16 +59,14 @@ class FusedDecoder:
                 on_layer(index)
             attended = batch.attend(queries, pages, self._scale, qkv[:prompts])
             if running is not None:
-                attended = torch.cat((attended, running.attend(index, qkv[prompts:rows]), unused))
-            elif padding:
-                attended = torch.cat((attended, unused))
+                attended = torch.cat((attended, running.attend(index, qkv[prompts:])))
             hidden = self._group.all_reduce(layer.output(attended))
             hidden = add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
             last = index + 1 == len(weights.layers)
             next_norm = weights.norm if last else weights.layers[index + 1].input_norm
             hidden = add_rms_norm(self._group.all_reduce(hidden), residual, next_norm, config.norm_eps)
-        return hidden[:rows]
+        return hidden
 
     def _writer(self, batch: ForwardBatch, dtype: torch.dtype) -> Writer:
         """What all layers of a forward do between the packed projection and attention."""

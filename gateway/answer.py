@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from headrace.gateway.choice import Choice
+from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.errors import DeadlineExceeded, WorkerFailed
 from headrace.gateway.job import Job
-from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.terms import Terms
 from headrace.gateway.text import AnswerText
 from headrace.gateway.vocabulary import Vocabulary
 
@@ -24,15 +25,16 @@ LOGPROBS_GRACE_SECONDS = 10.0
 class Answer:
     """One HTTP request's choices, numbered prompt by prompt."""
 
-    def __init__(self, job: Job, vocabulary: Vocabulary, context_length: int, timeout: float) -> None:
+    def __init__(self, job: Job, terms: Terms, vocabulary: Vocabulary, context_length: int) -> None:
         prefix = "chatcmpl" if job.kind == "chat" else "cmpl"
         self.id = f"{prefix}-{secrets.token_hex(12)}"
         self.job = job
+        self.terms = terms
         self.vocabulary = vocabulary
         self.outcome = "cancelled"
         """`ok` or an error's code once the answer has ended; as it stands, its client has gone."""
         self.created = int(time.time())
-        self.deadline = time.time() + timeout
+        self.deadline = time.time() + terms.timeout
         self.news = asyncio.Event()
         """Set whenever a choice has something to tell."""
         self.choices = [
@@ -121,13 +123,12 @@ class Answer:
 
 
 @asynccontextmanager
-async def running(answer: Answer, mesh: MeshClient) -> AsyncIterator[None]:
+async def running(answer: Answer, dispatcher: Dispatcher) -> AsyncIterator[None]:
     """Have the choices run inside the block; what has not finished by its end is cancelled in every tier."""
     try:
-        for choice in answer.choices:
-            if choice.needs_worker:
-                await mesh.submit(choice)
+        choices = [choice for choice in answer.choices if choice.needs_worker]
+        await dispatcher.submit(choices, answer.terms.caller, answer.terms.priority)
         yield
     finally:
         for choice in answer.choices:
-            mesh.release(choice)
+            dispatcher.release(choice)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 from headrace import __version__
-from headrace.gateway.admission import Admission
+from headrace.gateway.admission import Admission, Arrival
 from headrace.gateway.answer import Answer, running
+from headrace.gateway.callers import ApiKeys
 from headrace.gateway.chat_request import read_chat
 from headrace.gateway.chat_shape import ChatShape
 from headrace.gateway.completion_request import read_completion
 from headrace.gateway.completion_shape import CompletionShape
+from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.errors import ApiError, BodyTooSlow, ModelNotFound, Unavailable
 from headrace.gateway.guard import add_request_id, guard
+from headrace.gateway.idempotency import Idempotency
 from headrace.gateway.job import Job
 from headrace.gateway.live import LiveFeed
 from headrace.gateway.mesh_client import MeshClient
@@ -24,8 +29,9 @@ from headrace.gateway.metrics import GatewayMetrics
 from headrace.gateway.page_files import page_file
 from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.request_log import log_request
-from headrace.gateway.respond import encode_json, respond_streaming, respond_whole
+from headrace.gateway.respond import encode_json, respond_streaming, whole_body
 from headrace.gateway.shape import Shape
+from headrace.gateway.terms import Terms, read_terms
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.gateway.tracing import current, tracing
 from headrace.gateway.warmup import Readiness
@@ -43,22 +49,25 @@ class GatewayApp:
     def __init__(
         self, settings: Settings, model: str, tokenizer: Tokenizer, mesh: MeshClient, metrics: GatewayMetrics
     ) -> None:
-        self.admission = Admission(mesh.node, settings.max_queued_requests)
-        self.readiness = Readiness(self.admission, mesh, tokenizer)
+        self._keys = ApiKeys.load(settings)
+        self._dispatcher = Dispatcher(mesh)
+        self._idempotency = Idempotency(mesh.node)
+        self.admission = Admission(self._dispatcher, settings, self._keys.callers)
+        self.readiness = Readiness(self.admission, self._dispatcher, tokenizer)
         self.recent = RecentRequests(mesh.node)
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
-        self._mesh = mesh
         self._metrics = metrics
+        self._tracer = mesh.node.telemetry.tracer
         self._started = int(time.time())
         self.live = LiveFeed(mesh.node, self.readiness, model)
 
     def build(self) -> web.Application:
         """The aiohttp application."""
-        middlewares = [guard(self._settings.api_key)]
-        if (tracer := self._mesh.node.telemetry.tracer) is not None:
-            middlewares.append(tracing(tracer))
+        middlewares = [guard(self._keys)]
+        if self._tracer is not None:
+            middlewares.append(tracing(self._tracer))
         app = web.Application(client_max_size=self._settings.max_body_bytes, middlewares=middlewares)
         app.on_response_prepare.append(add_request_id)
         app.add_routes(
@@ -118,30 +127,70 @@ class GatewayApp:
     def stop(self) -> None:
         """Take no new requests and end those that run."""
         self.admission.stopping = True
-        self._mesh.fail_all(Unavailable("This server is stopping.", code="stopping"))
+        self._dispatcher.fail_all(Unavailable("This server is stopping.", code="stopping"))
+
+    async def close(self) -> None:
+        """End what goes on without a client."""
+        await self._idempotency.close()
 
     async def _answer(
         self, request: web.Request, read: Reader, shape_of: Callable[[Answer, str], Shape]
     ) -> web.StreamResponse:
         try:
-            answer = await self._admit(request, read)
+            terms = read_terms(request, self._settings.request_timeout)
+            job, body = await self._read(request, read, terms)
         except ApiError as error:
             self._metrics.requests.labels(request.path, error.code).inc()
             raise
-        if request.transport is None:  # the client has gone, and redis-py may have lost the cancellation (see end_task)
-            raise ConnectionResetError("the client has gone")
+        fingerprint = hashlib.sha256(request.path.encode() + body).digest()
+        if job.stream:
+            async with (
+                self._idempotency.alone(terms, fingerprint),
+                self._answering(request.path, job, terms) as answer,
+            ):
+                return await respond_streaming(request, answer, shape_of(answer, self._model))
+
+        async def compute() -> bytes:
+            async with self._answering(request.path, job, terms) as answer:
+                return await whole_body(answer, shape_of(answer, self._model))
+
+        whole = await self._idempotency.once(terms, fingerprint, compute)
+        return web.Response(body=whole, content_type="application/json")
+
+    async def _read(self, request: web.Request, read: Reader, terms: Terms) -> tuple[Job, bytes]:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
+        except TimeoutError:
+            raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
+        if terms.idempotency_key is None:  # spares the tokenizer what would be refused whatever it is
+            self.admission.check(Arrival(terms))
+        model, job = await self._tokenizer.in_thread(lambda: read(body, self._tokenizer))
+        self._check_model(model)
+        return job, body
+
+    @asynccontextmanager
+    async def _answering(self, path: str, job: Job, terms: Terms) -> AsyncIterator[Answer]:
+        """Admit a request and have its answer made inside the block; count it, and log it at its end."""
+        tokens = job.n * sum(len(prompt.token_ids) for prompt in job.prompts)
+        try:
+            context_length = await self.admission.admit(Arrival(terms, job.choices, tokens))
+            answer = Answer(job, terms, self._tokenizer.vocabulary, context_length)
+        except ApiError as error:
+            self._metrics.requests.labels(path, error.code).inc()
+            raise
+        if (trace := current.get()) is not None:
+            trace.follow(answer, self._model)
+        self._metrics.prompt_tokens.inc(sum(len(prompt.token_ids) for prompt in job.prompts))
         self.live.begin(answer)
         try:
-            async with running(answer, self._mesh):
-                shape = shape_of(answer, self._model)
-                if answer.job.stream:
-                    return await respond_streaming(request, answer, shape)
-                return await respond_whole(answer, shape)
+            async with running(answer, self._dispatcher):
+                yield answer
         except ApiError as error:
             answer.outcome = error.code
             raise
         finally:
-            self._metrics.requests.labels(request.path, answer.outcome).inc()
+            self._metrics.requests.labels(path, answer.outcome).inc()
             self._ended(answer)
             log_request(answer)
             self.live.end(answer)
@@ -152,21 +201,6 @@ class GatewayApp:
         self.recent.add(answer, "" if trace is None else trace.trace_id)
         if trace is not None:
             trace.answered(answer)
-
-    async def _admit(self, request: web.Request, read: Reader) -> Answer:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await request.read()
-        except TimeoutError:
-            raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
-        model, job = await self._tokenizer.in_thread(lambda: read(body, self._tokenizer))
-        self._check_model(model)
-        context_length = await self.admission.admit(job.choices)
-        answer = Answer(job, self._tokenizer.vocabulary, context_length, self._settings.request_timeout)
-        if (trace := current.get()) is not None:
-            trace.follow(answer, self._model)
-        self._metrics.prompt_tokens.inc(sum(len(prompt.token_ids) for prompt in job.prompts))
-        return answer
 
     def _check_model(self, model: str) -> None:
         if model != self._model:

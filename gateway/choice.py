@@ -198,6 +198,12 @@ class Choice:
         else:
             self.decode_worker = (decode_worker.id, decode_worker.epoch)
 
+    def start_anew(self, reason: str, courier: Courier) -> None:
+        """Go on elsewhere, through no fault of the request's: only its deadline bounds how often."""
+        if not self.ended:
+            self.requeues = min(self.requeues, MAX_REQUEUES - 1)
+            self._retry(reason, courier)
+
     def on_leave(self, member: Member, courier: Courier) -> None:
         """A worker left the mesh; go on elsewhere if it was ours."""
         if not self.ended and self.decode_worker == (member.id, member.epoch):

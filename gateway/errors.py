@@ -9,6 +9,8 @@
     ├── MethodNotAllowed        405  invalid_request_error
     ├── BodyTooSlow             408  invalid_request_error
     ├── BodyTooLarge            413  invalid_request_error
+    ├── Conflict                409  invalid_request_error (retryable)
+    ├── KeyReused               422  invalid_request_error
     ├── QueueFull               429  rate_limit_error      (retryable, Retry-After)
     ├── WorkerFailed            500  server_error          (retryable)
     ├── Unavailable             503  server_error          (retryable, Retry-After)
@@ -19,9 +21,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from headrace.messages.stream import RequestFailed
+
+MIN_RETRY_SECONDS = 0.1
+MAX_RETRY_SECONDS = 3600.0
 
 
 class ApiError(Exception):
@@ -117,14 +123,43 @@ class BodyTooLarge(ApiError):
     default_code = "body_too_large"
 
 
+class Conflict(ApiError):
+    """A stream with the same `Idempotency-Key` is running."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "idempotency_conflict"
+    retryable = True
+
+
+class KeyReused(ApiError):
+    """The `Idempotency-Key` came with another request before."""
+
+    status = 422
+    type = "invalid_request_error"
+    default_code = "idempotency_key_reused"
+
+
 class QueueFull(ApiError):
-    """More requests wait than `--max-queued-requests`."""
+    """As much waits as may, or more than can be started in time."""
 
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
     retryable = True
-    retry_after_seconds = 1
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        """`retry_after`: seconds until the same request would be admitted, if nobody else came."""
+        super().__init__(message)
+        self.retry_after = min(max(retry_after, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`retry-after-ms` is what OpenAI's clients look for first."""
+        return {
+            "Retry-After": str(math.ceil(self.retry_after)),
+            "Retry-After-Ms": str(math.ceil(self.retry_after * 1000)),
+        }
 
 
 class WorkerFailed(ApiError):
@@ -144,7 +179,7 @@ class Unavailable(ApiError):
 
 
 class DeadlineExceeded(ApiError):
-    """The answer was not complete within `--request-timeout`."""
+    """The answer was not complete within `X-Request-Timeout` or `--request-timeout`."""
 
     status = 504
     type = "timeout_error"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import secrets
@@ -11,6 +10,7 @@ from contextvars import ContextVar
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from headrace.gateway.callers import ApiKeys, Caller
 from headrace.gateway.errors import (
     ApiError,
     BadRequest,
@@ -21,6 +21,7 @@ from headrace.gateway.errors import (
     error_body,
 )
 from headrace.gateway.respond import encode_json
+from headrace.gateway.terms import caller
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def guard(api_key: str | None) -> Middleware:
+def guard(keys: ApiKeys) -> Middleware:
     """The one middleware of the gateway."""
 
     @web.middleware
@@ -40,8 +41,8 @@ def guard(api_key: str | None) -> Middleware:
         given = request.headers.get("X-Request-Id", "")
         request_id.set(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
         try:
-            if api_key is not None and not _is_open(request.path):
-                _check_key(request, api_key)
+            if not _is_open(request.path):
+                caller.set(_caller(request, keys))
             return await handler(request)
         except ConnectionResetError:  # the client has gone: there is nobody to tell
             raise
@@ -65,10 +66,12 @@ def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(PAGE_FILES)
 
 
-def _check_key(request: web.Request, api_key: str) -> None:
+def _caller(request: web.Request, keys: ApiKeys) -> Caller:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), api_key.encode()):
+    found = keys.find(key.strip() if scheme.lower() == "bearer" else "")
+    if found is None:
         raise Unauthorized("Incorrect API key provided: send 'Authorization: Bearer KEY'.")
+    return found
 
 
 def _as_api_error(request: web.Request, error: Exception) -> ApiError:

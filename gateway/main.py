@@ -67,6 +67,7 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
                 await app.live.stop()
                 await end_task(watching)
                 await runner.cleanup()
+                await app.close()
                 await mesh.close()
                 await end_task(receiving)
     finally:
@@ -76,7 +77,7 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
 async def _listen(runner: web.AppRunner, settings: Settings) -> str:
     """Open the HTTP port; the URL, with the real port where any was asked for."""
     try:
-        await web.TCPSite(runner, settings.host, settings.port).start()
+        await web.TCPSite(runner, settings.host, settings.port, reuse_port=settings.reuse_port or None).start()
     except OSError as error:
         raise SettingsError(f"can't listen on --host {settings.host} --port {settings.port}: {error}") from error
     host, port = runner.addresses[0][:2]

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+from headrace.gateway.audit import Audit
 from headrace.gateway.choice import Choice
 from headrace.gateway.errors import Unavailable
 from headrace.gateway.metrics import GatewayMetrics
@@ -18,6 +19,7 @@ from headrace.messages.stream import Flush, Moved, PrefillReport, RequestFailed,
 from headrace.node import Node
 from headrace.redis_client import RedisError
 from headrace.registry import Member
+from headrace.tasks import run_beside
 from headrace.wire import Decoder
 
 log = logging.getLogger(__name__)
@@ -34,15 +36,21 @@ class MeshClient:
 
     def __init__(self, node: Node, metrics: GatewayMetrics) -> None:
         self.node = node
+        self.on_prefilled: Callable[[Choice], None] = lambda choice: None
+        """Told of each choice's first token."""
         self._metrics = metrics
         self._choices: dict[str, Choice] = {}
         self._decode: Decoder[ToGateway] = Decoder(ToGateway)
         self._tasks: set[asyncio.Task[None]] = set()
         self._strays: OrderedDict[tuple[str, str, int], None] = OrderedDict()
+        self._audit = Audit(node, self._choices, self)  # before the next line: its callbacks come first
         node.registry.on_leave.append(self._on_leave)
 
     async def receive(self) -> None:
         """Hand out messages until cancelled."""
+        await run_beside(self._receive(), [self._audit.run()])
+
+    async def _receive(self) -> None:
         while True:
             inbound, message = await self.node.mesh.receive_as(self._decode)
             if inbound.sender.tier == "gateway":
@@ -55,6 +63,11 @@ class MeshClient:
         self._choices[choice.request_id] = choice
         putting = self._spawn(self._put(choice))
         await asyncio.shield(putting)  # a client that leaves now must not leave an entry of unknown id behind
+
+    def enqueue(self, choice: Choice) -> None:
+        """Queue a choice that was accepted before: where Redis is away it waits, until its deadline."""
+        self._choices[choice.request_id] = choice
+        self._spawn(self._requeue(choice, 0.0))
 
     def release(self, choice: Choice) -> None:
         """Forget a choice; where it still runs, have the workers free all they hold for it."""
@@ -75,11 +88,6 @@ class MeshClient:
         if choice.entry_id is not None:
             self._spawn(self._remove(choice.entry_id))
             choice.entry_id = None
-
-    def fail_all(self, error: Unavailable) -> None:
-        """End every choice, because this process stops."""
-        for choice in self._choices.values():
-            choice.fail(error)
 
     @property
     def running(self) -> int:
@@ -112,7 +120,7 @@ class MeshClient:
 
     def _on_tokens(self, event: TokenEvent, sender: Member) -> None:
         choice = self._choices.get(event.request_id)
-        if choice is None:
+        if choice is None or event.attempt < choice.attempt:
             self._stray(event, sender)
             return
         if choice.sampling.logprobs is not None and len(event.logprobs or ()) != len(event.token_ids):
@@ -122,6 +130,8 @@ class MeshClient:
         fresh = choice.on_tokens(event, sender, self)
         if fresh and choice.last_token_at is not None:
             self._metrics.observe_tokens(fresh, choice.created, before, choice.last_token_at, choice.traceparent)
+            if before is None:
+                self.on_prefilled(choice)
 
     async def _on_report(self, report: PrefillReport, sender: Member) -> None:
         worker = await self._member(report.decode_worker) if report.decode_worker is not None else None

@@ -1,4 +1,4 @@
-"""Prometheus metrics: the gateway's own, and every live worker's figures as the registry carries them."""
+"""Prometheus metrics: the gateway's own, and its and every live worker's figures as the registry carries them."""
 
 from __future__ import annotations
 

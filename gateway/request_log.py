@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from headrace.gateway.answer import Answer
+from headrace.gateway.callers import ANYBODY
 
 log = logging.getLogger("headrace.gateway.requests")
 
@@ -30,6 +31,8 @@ def log_request(answer: Answer) -> None:
         words.append(f"requeues={requeues}")
     if answer.outcome != "ok":
         words.append(answer.outcome)
+    if answer.terms.caller != ANYBODY:
+        words.append(f"key={answer.terms.caller.name}")
     if answer.job.user is not None:
         words.append(f"user={answer.job.user[:64]!r}")
     log.info(" ".join(words))

@@ -26,13 +26,13 @@ SSE_HEADERS = {
 encode_json = msgspec.json.Encoder().encode
 
 
-async def respond_whole(answer: Answer, shape: Shape) -> web.Response:
-    """Wait for the last token and answer with one object."""
+async def whole_body(answer: Answer, shape: Shape) -> bytes:
+    """Wait for the last token; the answer as one object."""
     await answer.complete()
     choices = [shape.whole(index, choice.take(), choice.finish_reason) for index, choice in enumerate(answer.choices)]
     body = shape.envelope(choices, streamed=False) | {"usage": answer.usage()}
     answer.outcome = "ok"
-    return web.Response(body=encode_json(body), content_type="application/json")
+    return encode_json(body)
 
 
 async def respond_streaming(request: web.Request, answer: Answer, shape: Shape) -> web.StreamResponse:

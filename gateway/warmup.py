@@ -5,26 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from headrace.gateway.admission import Admission
+from headrace.gateway.admission import Admission, Arrival
 from headrace.gateway.answer import Answer, running
+from headrace.gateway.callers import PRIORITIES, Caller
+from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.errors import ApiError
 from headrace.gateway.job import Job, Prompt
-from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.terms import Terms
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.messages.request import SamplingParams
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 120.0
+TERMS = Terms(120.0, Caller("headrace", priority=PRIORITIES.stop))
+"""Nobody comes before the warm-up: others wait for it."""
 RETRY_SECONDS = 1.0
 
 
 class Readiness:
     """Runs the warm-up request whenever both tiers have become present."""
 
-    def __init__(self, admission: Admission, mesh: MeshClient, tokenizer: Tokenizer) -> None:
+    def __init__(self, admission: Admission, dispatcher: Dispatcher, tokenizer: Tokenizer) -> None:
         self._admission = admission
-        self._mesh = mesh
+        self._dispatcher = dispatcher
         self._tokenizer = tokenizer
         self._warm = False
         self._trouble = "the warm-up request is on its way"
@@ -56,10 +59,10 @@ class Readiness:
             self._trouble = "the warm-up request is on its way"
 
     async def _warm_up(self) -> None:
-        context_length = await self._admission.admit(1)
+        context_length = await self._admission.admit(Arrival(TERMS))
         prompt = Prompt(self._tokenizer.encode("Hello", add_special_tokens=False) or [0], None)
         sampling = SamplingParams(max_tokens=2, min_tokens=2, temperature=0)
         job = Job(kind="completion", prompts=[prompt], n=1, sampling=sampling, stop=())
-        answer = Answer(job, self._tokenizer.vocabulary, context_length, TIMEOUT_SECONDS)
-        async with running(answer, self._mesh):
+        answer = Answer(job, TERMS, self._tokenizer.vocabulary, context_length)
+        async with running(answer, self._dispatcher):
             await answer.complete()

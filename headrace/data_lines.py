@@ -83,7 +83,7 @@ class DataLines:
 
 
 @asynccontextmanager
-async def data_listener(bind: str, key_file: Path | None) -> AsyncIterator[Listener]:
+async def data_listener(bind: str, key_file: Path | None, advertise: str | None = None) -> AsyncIterator[Listener]:
     """Have a port for other members' lines inside the block. Raises `SettingsError`."""
     listener: Listener
     if key_file is not None:
@@ -92,6 +92,8 @@ async def data_listener(bind: str, key_file: Path | None) -> AsyncIterator[Liste
         listener = TcpListener(bind)
     else:
         raise SettingsError(f"--bind {bind} needs --mesh-key: make one with `headrace keys mesh.key`")
+    if advertise is not None:
+        listener.address = f"{advertise}:{listener.address.rpartition(':')[2]}"
     try:
         yield listener
     finally:

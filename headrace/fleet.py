@@ -28,7 +28,7 @@ caches, which is half as fast again."""
 class Fleet:
     """Makes the processes of one mesh.
 
-    `children` are in the order in which they are stopped: the gateway first, so that nothing new comes in.
+    `children` are in the order in which they are stopped: gateways first, so that nothing new comes in.
     """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
@@ -36,7 +36,12 @@ class Fleet:
         self.settings = settings
         self._cpu_share = folder / "cpu-share"
         self._cpu_share.write_bytes(bytes(MAX_WORKERS))
-        self.children = [Child("gateway", "gateway", settings.as_environment())]
+        environment = settings.as_environment()
+        if settings.gateways == 1:
+            self.children = [Child("gateway", "gateway", environment)]
+        else:
+            shared = environment | {"HEADRACE_REUSE_PORT": "true"}
+            self.children = [Child(f"gateway-{index}", "gateway", shared) for index in range(settings.gateways)]
         tiers = {"colocate": 1} if settings.colocate else {"prefill": settings.prefill, "decode": settings.decode}
         for tier, count in tiers.items():
             for _ in range(count):
@@ -72,6 +77,13 @@ class Fleet:
             raise StartError(f"{tier}={wanted}: give a number from 1 to {MAX_TIER}")
         return int(wanted) - sum(child.command == tier for child in self.workers)
 
+    def forget(self, worker: Child) -> None:
+        """It is gone: it needs no part of the cores any more, however it ended."""
+        _, _, slot = worker.environment["HEADRACE_CPU_SHARE"].rpartition(":")
+        with self._cpu_share.open("r+b") as file:
+            file.seek(int(slot))
+            file.write(b"\0")
+
     @property
     def patience_seconds(self) -> float:
         """How long a worker that is told to stop may take."""
@@ -88,6 +100,7 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
             say(f"{old.name}: starting {new.name} in its place")
             await supervisor.add(new)
             await supervisor.remove(old, fleet.patience_seconds)
+            fleet.forget(old)
             say(f"{old.name}: gone, {new.name} serves")
 
     async def start(tier: str, say: Say) -> None:
@@ -99,6 +112,7 @@ def orders(fleet: Fleet, supervisor: Supervisor) -> Mapping[str, Handler]:
     async def stop(old: Child, say: Say) -> None:
         say(f"{old.name}: finishing what it holds")
         await supervisor.remove(old, fleet.patience_seconds)
+        fleet.forget(old)
         say(f"{old.name}: gone")
 
     async def scale(arguments: Mapping[str, str], say: Say) -> None:

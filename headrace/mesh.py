@@ -32,6 +32,7 @@ MAX_FRAME_BYTES = 64 * 2**20
 SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
+SILENCE_MS = 3000
 STRANGER_SECONDS = 1.0
 """How often a sender that the registry does not know is looked up there again."""
 LOOK_UP_SECONDS = 0.5
@@ -58,7 +59,7 @@ class Inbound:
 class Mesh:
     """This process's mailbox and its lines to all others."""
 
-    def __init__(self, bind: str, key_file: Path | None) -> None:
+    def __init__(self, bind: str, key_file: Path | None, advertise: str | None = None) -> None:
         if key_file is None and not is_loopback(bind):
             raise SettingsError(
                 f"--bind {bind} can be reached from other machines, and messages would travel in the clear: "
@@ -75,10 +76,10 @@ class Mesh:
         self._looking_up = asyncio.Lock()
         self._strangers: OrderedDict[bytes, float] = OrderedDict()
         """Routing ids that were looked up in vain within the last `STRANGER_SECONDS`, the oldest first, and when."""
-        self._bind_mailbox(bind)
+        self._bind_mailbox(bind, advertise or bind)
 
-    def _bind_mailbox(self, bind: str) -> None:
-        self._mailbox.setsockopt(zmq.LINGER, 0)
+    def _bind_mailbox(self, bind: str, advertise: str) -> None:
+        _notice_broken_lines(self._mailbox)
         self._mailbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._mailbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         if self._key is not None:
@@ -90,7 +91,7 @@ class Mesh:
             self._mailbox.curve_secretkey = key.secret
             self._mailbox.curve_publickey = key.public
         port = self._mailbox.bind_to_random_port(f"tcp://{bind}")
-        self.address = f"tcp://{bind}:{port}"
+        self.address = f"tcp://{advertise}:{port}"
 
     def follow(self, registry: Registry) -> None:
         """Open a line to each member that joins and close it when the member leaves."""
@@ -102,7 +103,7 @@ class Mesh:
         assert self._registry is not None
         me = self._registry.me
         line = self._context.socket(zmq.DEALER)
-        line.setsockopt(zmq.LINGER, 0)
+        _notice_broken_lines(line)
         line.setsockopt(zmq.ROUTING_ID, f"{me.id}@{me.epoch}".encode())
         line.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         if self._key is not None:
@@ -229,6 +230,17 @@ class Mesh:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.destroy(linger=0)
+
+
+def _notice_broken_lines(socket: zmq.asyncio.Socket) -> None:
+    """Find connections whose other end is silent, as TCP would only after minutes; a new one then takes their place.
+
+    libzmq's threads do that, so a busy event loop is not taken for a broken line.
+    """
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, SILENCE_MS)
 
 
 def _send_now(line: zmq.asyncio.Socket, frames: list[bytes]) -> BaseException | None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+import redis.asyncio
 from prometheus_client import CollectorRegistry
 
 from headrace import __version__
@@ -20,6 +21,7 @@ from headrace.finished_log import FinishedLog
 from headrace.mesh import Mesh
 from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
+from headrace.redis_url import without_password
 from headrace.registry import Member, Registry, Tier
 from headrace.settings import Settings, SettingsError
 from headrace.tasks import end_task
@@ -51,6 +53,8 @@ class Node:
     registry: Registry
     mesh: Mesh
     queue: RequestQueue
+    redis: redis.asyncio.Redis
+    keys: Keys
     finished: FinishedLog
     telemetry: Telemetry
 
@@ -67,8 +71,9 @@ async def join_mesh(
     `TelemetryError`.
     """
     url = settings.redis or DEFAULT_REDIS
-    client = connect(url)
-    mesh = Mesh(settings.bind, settings.mesh_key)
+    client, registry_client = connect(url), connect(url, patient=False)
+    mesh = Mesh(settings.bind, settings.mesh_key, settings.advertise)
+    telemetry: Telemetry | None = None
     try:
         keys = Keys(settings.namespace)
         member = Member(
@@ -85,7 +90,7 @@ async def join_mesh(
         )
         histograms = endpoint.histograms if endpoint else WorkerHistograms(CollectorRegistry())
         telemetry = Telemetry(tier, member.id, settings.namespace, model.name, histograms)
-        registry = Registry(client, keys, member, settings.lease_seconds)
+        registry = Registry(registry_client, keys, member, settings.lease_seconds)
         mesh.follow(registry)
         queue = RequestQueue(client, keys)
         try:
@@ -93,7 +98,7 @@ async def join_mesh(
             await registry.join()
         except RedisError as error:
             raise SettingsError(
-                f"can't reach Redis at {url}: {error}. Start one, or name another with --redis"
+                f"can't reach Redis at {without_password(url)}: {error}. Start one, or name another with --redis"
             ) from error
         block = asyncio.current_task()
         assert block is not None
@@ -102,7 +107,7 @@ async def join_mesh(
         if endpoint is not None:
             endpoint.memberships.append(registry)
         try:
-            yield Node(member.id, registry, mesh, queue, FinishedLog(client, keys), telemetry)
+            yield Node(member.id, registry, mesh, queue, client, keys, FinishedLog(client, keys), telemetry)
         except asyncio.CancelledError:
             if heartbeat.done():  # a process that nobody can see any more must not go on as if it could be seen
                 heartbeat.result()
@@ -113,10 +118,12 @@ async def join_mesh(
                 await registry.leave()
             except RedisError as error:
                 log.warning("could not leave the registry, the lease will end by itself: %s", error)
-            await telemetry.close()
     finally:
+        if telemetry is not None:
+            await telemetry.close()
         mesh.close()
         await client.aclose()
+        await registry_client.aclose()
 
 
 async def until_stopped() -> None:

@@ -8,7 +8,9 @@ steps of `DELIVERIES_PER_ATTEMPT`, redeliveries of one entry count by one, so a 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import redis.asyncio
 from redis.exceptions import ResponseError
@@ -67,6 +69,14 @@ class RequestQueue:
             pipeline.xdel(self._stream, entry_id)
             await pipeline.execute()
 
+    async def missing(self, entry_ids: Sequence[str]) -> set[str]:
+        """Those of these entries that are not in the queue (any more)."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for entry_id in entry_ids:
+                pipeline.xrange(self._stream, entry_id, entry_id)
+            found = await pipeline.execute()
+        return {entry_id for entry_id, entries in zip(entry_ids, found, strict=True) if not entries}
+
     async def depth(self) -> int:
         """Entries that are waiting or in a prefill worker's hands."""
         return int(await self._client.xlen(self._stream))
@@ -99,6 +109,25 @@ class RequestQueue:
             if pending and (delivery := await self._delivery(entry_id, fields, int(pending[0]["times_delivered"]))):
                 deliveries.append(delivery)
         return deliveries
+
+    async def claim_from(self, dead: str, consumer: str, min_idle_ms: int) -> Delivery | None:
+        """Take over one entry of a consumer that is dead, if it holds one that nobody has taken over just now."""
+        try:
+            pending = await self._client.xpending_range(
+                self._stream, GROUP, min="-", max="+", count=1, consumername=dead, idle=min_idle_ms
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return None
+        if not pending:
+            return None
+        entry_id, times = pending[0]["message_id"], int(pending[0]["times_delivered"])
+        claimed: Any = await self._client.xclaim(self._stream, GROUP, consumer, min_idle_ms, [entry_id])
+        for claimed_id, fields in claimed:
+            if fields:
+                return await self._delivery(claimed_id, fields, times + 1)
+        return None
 
     async def renew(self, consumer: str, entry_ids: list[str]) -> None:
         """Restart the idle time of those of `entry_ids` that are still `consumer`'s."""

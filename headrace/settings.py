@@ -48,13 +48,19 @@ class Settings(BaseModel):
         None, "name that clients use for the model (default: the model's own)", GATEWAY
     )
     redis: str | None = _field(
-        None, "redis://, rediss:// or unix:// URL; `up` starts a private server if none", (*ALL, *WATCH)
+        None,
+        "URL: redis[s]://, unix://, redis[s]+sentinel://HOST,HOST/SERVICE or redis[s]+cluster://HOST,HOST; "
+        "`up` starts a private server if none",
+        (*ALL, *WATCH),
     )
     namespace: str = _field(
         "headrace", "prefix of all Redis keys: one mesh a namespace", (*ALL, *WATCH), pattern=r"^[\w.-]+$"
     )
-    lease_seconds: float = _field(2.0, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
+    lease_seconds: float = _field(1.5, "silence after which a process counts as dead", ALL, ge=0.5, le=60)
     bind: str = _field("127.0.0.1", "address that other machines of the mesh reach this process at", (*ALL, "doctor"))
+    advertise: str | None = _field(
+        None, "address that other machines reach this process at, where that is not --bind (NAT)", ALL
+    )
     mesh_key: Path | None = _field(
         None, "file made by `headrace keys`; required where --bind is not loopback", (*ALL, "doctor")
     )
@@ -64,9 +70,20 @@ class Settings(BaseModel):
 
     host: str = _field("127.0.0.1", "HTTP address", (*GATEWAY, "doctor"))
     port: int = _field(8000, "HTTP port", (*GATEWAY, "doctor", "restart"), ge=0, le=65535)
+    reuse_port: bool = _field(False, "share the port with other gateways of this machine that do", ("gateway",))
     api_key: str | None = _field(None, "key that every request but /health and /ready must carry", GATEWAY)
     max_body_bytes: int = _field(16 * 2**20, "largest HTTP body", GATEWAY, ge=1024)
+    api_keys_file: Path | None = _field(
+        None, "TOML file with a table for each caller: [name], key, weight (share) and priority", GATEWAY
+    )
     max_queued_requests: int = _field(4096, "waiting requests after which new ones get a 429", GATEWAY, ge=1)
+    max_queued_tokens: int = _field(2**21, "the same in tokens of their prompts", GATEWAY, ge=1)
+    max_ttft: float = _field(
+        60.0,
+        "seconds before the first token that a request may wait for others; a 429 if it would be more",
+        GATEWAY,
+        gt=0,
+    )
     request_timeout: float = _field(600.0, "seconds after which a request is given up", GATEWAY, gt=0)
 
     metrics_host: str = _field(
@@ -128,6 +145,7 @@ class Settings(BaseModel):
 
     json_output: bool = _field(False, "print one JSON object instead of text", ("status", "doctor"))
 
+    gateways: int = _field(1, "gateways to start, which share the port", ("up",), ge=1, le=64)
     prefill: int = _field(1, "prefill workers to start", ("up",), ge=1, le=64)
     decode: int = _field(1, "decode workers to start", ("up",), ge=1, le=64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -169,9 +170,9 @@ class Supervisor:
             log.warning("%s did not stop and was killed", child.name)
 
     async def stop(self) -> None:
-        """Stop the children in their order, each with time to finish, and kill what does not go."""
-        for child in self.children:
-            await self._end(child, STOP_TIMEOUT_SECONDS)
+        """Stop the children in their order, those of one kind together, and kill what does not go in time."""
+        for _, alike in itertools.groupby(self.children, lambda child: child.command):
+            await asyncio.gather(*(self._end(child, STOP_TIMEOUT_SECONDS) for child in list(alike)))
 
 
 def _how_it_ended(code: int) -> str:

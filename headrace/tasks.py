@@ -35,6 +35,18 @@ async def run_beside(work: Coroutine[Any, Any, T], loops: Iterable[Coroutine[Any
                 loop.result()
         return await working
     finally:
-        await end_task(working)
-        for loop in beside:
-            await end_task(loop)
+        await _end_all([working, *beside])
+
+
+async def _end_all(tasks: list[asyncio.Task[Any]]) -> None:
+    """`end_task` for several, which is itself not cut short by being cancelled again: none may be left to run on."""
+    was_cancelled = False
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        try:
+            await asyncio.wait(pending, timeout=RETRY_SECONDS)
+        except asyncio.CancelledError:
+            was_cancelled = True
+    if was_cancelled:
+        raise asyncio.CancelledError

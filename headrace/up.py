@@ -21,6 +21,7 @@ from headrace.fleet import Fleet, orders
 from headrace.models.locate import locate_model
 from headrace.node import until_stopped
 from headrace.redis_server import private_redis
+from headrace.redis_url import without_password
 from headrace.settings import Settings, SettingsError
 from headrace.supervisor import Child, Supervisor
 
@@ -37,11 +38,14 @@ async def run(settings: Settings) -> None:
             "--colocate starts one worker that is both tiers: leave --prefill and --decode away, and add others with "
             "`headrace prefill` and `headrace decode`"
         )
+    if settings.gateways > 1 and settings.port == 0:
+        raise SettingsError("--gateways: several share a port, so --port has to name one")
     console = Console(stderr=True, highlight=False)
     stopped = asyncio.create_task(until_stopped())
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
         async with _redis(settings, Path(folder)) as url:
-            console.print(f"Redis at {url} (watch the mesh: headrace top --redis {url})", soft_wrap=True)
+            shown = without_password(url)
+            console.print(f"Redis at {shown} (watch the mesh: headrace top --redis {shown})", soft_wrap=True)
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
             settings = settings.model_copy(update={"redis": url})

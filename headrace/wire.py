@@ -26,6 +26,8 @@ T = TypeVar("T")
 MeshId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""When a process started, in nanoseconds: tells it from others of its id."""
 Attempt = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0)]

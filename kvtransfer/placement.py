@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
-from headrace.kvtransfer.sender import Sender
 from headrace.registry import Member, Registry
 
 RETRY_SECONDS = 0.2
 FINAL_CAUSES = {"layout", "too_long", "invalid"}
 """Causes for a refusal that asking again can't change."""
 CROWDED = 0.9
+AFFINITY = 0.1
+"""By how much more of its room a worker may have spoken for that holds the whole prompt already."""
+MAX_REMEMBERED_PAGES = 2**16
+STALE_SECONDS = 2.0
+"""A worker's figures are believed after that, even if they are the same as before."""
+
+
+@dataclass
+class _Placed:
+    """What went to a worker since it published `stats`."""
+
+    stats: dict[str, float]
+    at: float
+    requests: int = 0
+    tokens: int = 0
 
 
 class Placement:
-    """Chooses the decode worker with the smallest share of its pages spoken for.
+    """Chooses the decode worker with the smallest part of its room, pages or places, spoken for.
 
-    One in the same process comes first, unless it is crowded: pages need not travel to it.
+    One that was given the same prefix before has an advantage: what it still holds need not travel, and takes no new
+    pages. One in the same process comes first, unless it is crowded: pages need not travel to it at all.
     """
 
-    def __init__(self, registry: Registry, sender: Sender, beside: str | None = None) -> None:
+    def __init__(self, registry: Registry, beside: str | None = None) -> None:
         self._registry = registry
-        self._sender = sender
         self._beside = beside
+        self._placed: dict[str, _Placed] = {}
+        self._holders: OrderedDict[bytes, str] = OrderedDict()
+        """By a page's hash: the worker that was given it last."""
         self._joined = asyncio.Event()
         registry.on_join.append(lambda _: self._joined.set())
+        registry.on_leave.append(self._forget)
 
-    async def choose(self, handoff: Handoff) -> str:
-        """The id of the receiver to try next, waiting for one. Raises `HandoffFailed` where none will ever do."""
+    async def choose(self, handoff: Handoff, page_hashes: Sequence[bytes] = ()) -> str:
+        """The id of the receiver to try next, waiting for one. Raises `HandoffFailed` where none will ever do.
+
+        `page_hashes`: of the prompt's full pages.
+        """
         while True:
-            if (best := self.best(handoff)) is not None:
+            if (best := self.best(handoff, page_hashes)) is not None:
                 return best
             workers = self._workers()
             causes = {handoff.refused[worker.id] for worker in workers}
@@ -42,16 +67,50 @@ class Placement:
             except TimeoutError:
                 handoff.refused = {id: cause for id, cause in handoff.refused.items() if cause in FINAL_CAUSES}
 
-    def best(self, handoff: Handoff) -> str | None:
+    def best(self, handoff: Handoff, page_hashes: Sequence[bytes] = ()) -> str | None:
         """The same without waiting; None where nobody is left to ask."""
         willing = [worker for worker in self._workers() if worker.id not in handoff.refused]
-        return min(willing, key=self._rank).id if willing else None
+        if not willing:
+            return None
+        holder, held = self._holder_of(page_hashes)
+        chosen = min(willing, key=lambda worker: self._rank(worker, held if worker.id == holder else 0.0))
+        self._remember(chosen, len(handoff.offer.token_ids), page_hashes)
+        return chosen.id
 
     def _workers(self) -> list[Member]:
         return [worker for worker in self._registry.tier("decode") if not worker.draining]
 
-    def _rank(self, worker: Member) -> tuple[bool, float, str]:
-        total = worker.stats.get("kv_pages_total", 1.0) or 1.0
-        promised = self._sender.tokens_promised(worker.id) / worker.stats.get("kv_page_tokens", 1.0)
-        load = (worker.stats.get("kv_pages_in_use", 0.0) + promised) / total
-        return worker.id != self._beside or load > CROWDED, load, worker.id
+    def _holder_of(self, page_hashes: Sequence[bytes]) -> tuple[str | None, float]:
+        """Who was given the longest prefix of a prompt, and how much of the prompt that is."""
+        for count in range(len(page_hashes), 0, -1):
+            if (holder := self._holders.get(page_hashes[count - 1])) is not None:
+                return holder, count / len(page_hashes)
+        return None, 0.0
+
+    def _rank(self, worker: Member, held: float) -> tuple[bool, float, str]:
+        stats, placed = worker.stats, self._placed_since(worker)
+        new_pages = placed.tokens / stats.get("kv_page_tokens", 1.0)
+        pages = (stats.get("kv_pages_in_use", 0.0) + new_pages) / (stats.get("kv_pages_total", 1.0) or 1.0)
+        requests = stats.get("requests_running", 0.0) + stats.get("requests_waiting", 0.0) + placed.requests
+        load = max(pages, requests / stats["max_num_seqs"] if "max_num_seqs" in stats else 0.0)
+        return worker.id != self._beside or load > CROWDED, load - AFFINITY * held, worker.id
+
+    def _placed_since(self, worker: Member) -> _Placed:
+        placed = self._placed.get(worker.id)
+        if placed is None or placed.stats != worker.stats or time.monotonic() - placed.at > STALE_SECONDS:
+            placed = self._placed[worker.id] = _Placed(worker.stats, time.monotonic())
+        return placed
+
+    def _remember(self, worker: Member, tokens: int, page_hashes: Sequence[bytes]) -> None:
+        placed = self._placed_since(worker)
+        placed.requests += 1
+        placed.tokens += tokens
+        for page_hash in page_hashes:
+            self._holders[page_hash] = worker.id
+            self._holders.move_to_end(page_hash)
+        while len(self._holders) > MAX_REMEMBERED_PAGES:
+            self._holders.popitem(last=False)
+
+    def _forget(self, member: Member) -> None:
+        if self._placed.pop(member.id, None) is not None:
+            self._holders = OrderedDict((page, holder) for page, holder in self._holders.items() if holder != member.id)

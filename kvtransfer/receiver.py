@@ -164,8 +164,10 @@ class Receiver:
         self.stopping = False
         self.reserve_pages = 0
         """Free pages that grants leave alone, for running requests to grow into."""
-        self.places = 2**31
-        """In the batch: so many more requests would run at once. Others are taken, unless they may not wait."""
+        self.seats = 2**31
+        """Requests that would run at once if they came now. More are taken, unless they may not wait."""
+        self.places: int | None = None
+        """Handoffs that may be granted and not committed: more could not be run soon. None sets no bound."""
         self.aborts: Counter[str] = Counter()
         self.refusals: Counter[RefuseCause] = Counter()
         """Offers not taken."""
@@ -270,7 +272,7 @@ class Receiver:
 
     def _has_room(self, offer: Offer) -> bool:
         pages_fit = self._pages_needed(offer) + self.reserve_pages <= self._pool.num_free
-        return pages_fit and not self._waiting and len(self._incoming) < self.places
+        return pages_fit and not self._waiting and len(self._incoming) < self.seats
 
     def _remember(self, request_id: str, seen: _Seen) -> None:
         self._newest[request_id] = seen
@@ -292,7 +294,7 @@ class Receiver:
 
     def grant_waiting(self) -> None:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""
-        while self._waiting:
+        while self._waiting and (self.places is None or self.num_open - self.num_waiting < self.places):
             key, incoming = next(iter(self._waiting.items()))
             held = self._pool.match_prefix(incoming.hashes)
             missing = self._pages_needed(incoming.offer) - len(held)

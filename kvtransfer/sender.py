@@ -54,10 +54,6 @@ class Sender:
         """Whether such a handoff is under way."""
         return (request_id, attempt) in self._open
 
-    def tokens_promised(self, receiver: str) -> int:
-        """Tokens of open handoffs that go to `receiver`, whose pages its own figures may not show yet."""
-        return sum(len(handoff.offer.token_ids) for handoff in self._open.values() if handoff.receiver == receiver)
-
     def pages_of(self, request_id: str, attempt: int) -> list[PageId] | None:
         """A copy of an open handoff's list of pages; None where there is no such handoff."""
         handoff = self._open.get((request_id, attempt))

@@ -177,10 +177,10 @@ class BarePrefill:
         self._exports = exports_of(self._cache) if shares_memory else None
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
-        self._intake = Intake(node.queue, node.id, lease_seconds)
+        self._intake = Intake(node.queue, node.registry, lease_seconds)
         departures = LineDepartures([self._cache], LAYOUT.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe)
         self._sender = Sender(lambda peer, message: self.send(peer, message), departures)
-        self._placement = Placement(node.registry, self._sender)
+        self._placement = Placement(node.registry)
         self._room = asyncio.Semaphore(MAX_JOBS)
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()

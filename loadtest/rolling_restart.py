@@ -7,6 +7,7 @@ import asyncio
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ from headrace.loadtest.report import Figure, publish
 from headrace.tasks import end_task
 
 MODEL = "smollm2"
-MESH = ("--dtype", "float32", "--speculation", "off", "--max-num-seqs", "32", "--kv-cache-memory-bytes", "500000000")
+MESH = ("--dtype", "float32", "--speculation", "off", "--max-num-seqs", "32", "--cpu-threads", "1")
 """In float32 a text does not depend on what else is in the batch."""
 PROMPT_TOKENS = 200
 LOOK_SECONDS = 0.1
@@ -97,20 +98,25 @@ async def requeues(mesh: LocalMesh) -> float:
     return float(found[1]) if found else 0.0
 
 
-async def measure(flags: list[str], streams: int, tokens: int, workers: int, say_all: bool) -> list[Figure]:
+async def measure(
+    flags: list[str], streams: int, tokens: int, workers: int, say_all: bool, common: Sequence[str] = MESH
+) -> list[Figure]:
     """All figures of one rolling restart."""
-    async with local_mesh(*MESH, *flags) as mesh, StreamClient(mesh.url, MODEL) as client:
+    async with local_mesh(*common, *flags) as mesh, StreamClient(mesh.url, MODEL) as client:
         calm = await asyncio.gather(*[client.complete(prompt(index), tokens) for index in range(streams)])
         load = Load(client, streams, tokens, {index: answer.text for index, answer in enumerate(calm)})
         totals, stopped = Totals(), asyncio.Event()
         watching, loading = asyncio.create_task(watch(mesh, totals)), asyncio.create_task(load.run(stopped))
         port = urlsplit(mesh.url).port
         assert port is not None
-        await give_order(port, "restart", {}, print if say_all else lambda line: None)
-        stopped.set()
-        await loading
-        await mesh.until_no_page_is_used()
-        await end_task(watching)
+        try:
+            await give_order(port, "restart", {}, print if say_all else lambda line: None)
+            stopped.set()
+            await loading
+            await mesh.until_no_page_is_used()
+        finally:
+            await end_task(watching)
+            await end_task(loading)
         anew = await requeues(mesh)
         log = list(mesh.log)
     left = [line for line in log if "exited with code 0, as it was told to" in line]

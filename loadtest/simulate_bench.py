@@ -36,7 +36,7 @@ SHORT, LONG = 16, 512
 BUDGET = 512
 """Prompt tokens of a step, the default on a CPU."""
 STEPS = 24
-SETTLED_SECONDS, TIMEOUT_SECONDS = 0.8, 60.0
+SETTLED_SECONDS, TIMEOUT_SECONDS = 1.2, 60.0
 """A registration, and with it what a gateway shows of a worker, is half a second behind."""
 COUNTERS = (
     "prompts",

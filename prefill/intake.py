@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from headrace.queue import Delivery, RequestQueue
 from headrace.redis_client import RedisError
+from headrace.registry import Member, Registry
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +21,27 @@ MAX_CANCELLED = 4096
 
 
 class Intake:
-    """Pulls entries one at a time, those of silent workers first, and keeps hold of them until acknowledged."""
+    """Pulls entries one at a time, those of dead workers first, and keeps hold of them until acknowledged."""
 
-    def __init__(self, queue: RequestQueue, consumer: str, lease_seconds: float) -> None:
+    def __init__(self, queue: RequestQueue, registry: Registry, lease_seconds: float) -> None:
         self._queue = queue
-        self._consumer = consumer
+        self._registry = registry
         self._lease_seconds = lease_seconds
         self._next_claim = 0.0
         self._held: set[str] = set()
         self._cancelled: OrderedDict[str, int] = OrderedDict()
+        self._dead: list[str] = []
+        """Consumers that left and may have held entries."""
+        registry.on_leave.append(self._member_left)
+        registry.on_buried.append(self._held.clear)  # others have claimed what this worker held
+
+    @property
+    def _consumer(self) -> str:
+        return _consumer(self._registry.me)
+
+    def _member_left(self, member: Member) -> None:
+        if member.tier == "prefill":
+            self._dead.append(_consumer(member))
 
     async def next(self) -> Delivery | None:
         """The next entry, or None after `TAKE_BLOCK_MS` without one. A cancelled entry is acknowledged and skipped."""
@@ -47,20 +60,30 @@ class Intake:
         return delivery
 
     async def _claim_or_take(self) -> Delivery | None:
+        while self._dead:
+            claimed = await self._queue.claim_from(self._dead[0], self._consumer, int(self._lease_seconds * 500))
+            if claimed is not None:
+                log.info("claimed %s from a worker that left", claimed.entry.request_id)
+                return claimed
+            self._dead.pop(0)
         if time.monotonic() >= self._next_claim:
             self._next_claim = time.monotonic() + self._lease_seconds / 2
-            claimed = await self._queue.claim(self._consumer, 1, int(self._lease_seconds * 1000))
-            if claimed:
+            # Of a worker that renews nothing and yet is there, or that left while nobody heard of it.
+            silent = await self._queue.claim(self._consumer, 1, int(self._lease_seconds * 2000))
+            if silent:
                 self._next_claim = 0.0
-                log.info("claimed %s from a silent worker", claimed[0].entry.request_id)
-                return claimed[0]
+                log.info("claimed %s from a silent worker", silent[0].entry.request_id)
+                return silent[0]
         taken = await self._queue.take(self._consumer, 1, TAKE_BLOCK_MS)
         return taken[0] if taken else None
 
     async def acknowledge(self, delivery: Delivery) -> None:
-        """Take the entry off the queue; while Redis is away, keep trying until nobody waits for the request."""
+        """Take the entry off the queue, where it is still this worker's.
+
+        While Redis is away, keep trying until nobody waits for the request.
+        """
         try:
-            while True:
+            while delivery.entry_id in self._held:
                 try:
                     await self._queue.remove(delivery.entry_id)
                     return
@@ -103,3 +126,8 @@ class Intake:
             await self._queue.renew(self._consumer, list(self._held))
         except RedisError as error:
             log.debug("entries could not be renewed: %s", error)
+
+
+def _consumer(member: Member) -> str:
+    """A name in the queue's group that no other life of the process has."""
+    return f"{member.id}@{member.epoch}"

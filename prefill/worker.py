@@ -28,6 +28,7 @@ from headrace.node import Node
 from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
+from headrace.prefill.step_rate import StepRate
 from headrace.prefill.turns import Turns
 from headrace.prefill.watch import Watch, watching
 from headrace.queue import Delivery
@@ -47,6 +48,8 @@ class _Step:
     """Chunks on the device."""
 
     parts: list[tuple[Job, Chunk]]
+    budget: int
+    """Tokens that it might have had."""
     started: float = field(default_factory=time.monotonic)
     """Seconds, monotonic."""
     retired: list[list[int]] = field(default_factory=list)
@@ -77,7 +80,7 @@ class PrefillWorker:
         self._engine = engine
         self._layout = layout
         self._lease_seconds = lease_seconds
-        self._intake = Intake(node.queue, node.id, lease_seconds)
+        self._intake = Intake(node.queue, node.registry, lease_seconds)
         self._scheduler = PrefillScheduler(layout.page_size)
         self._turns = turns
         call_soon = asyncio.get_running_loop().call_soon_threadsafe
@@ -85,7 +88,7 @@ class PrefillWorker:
         self._sender = Sender(node.mesh.send, departures, engine.cache.staging_blocks)
         self._exports = exports_of(engine.cache)
         self._wire_dtype: WireDtype = wire_dtype
-        self._placement = Placement(node.registry, self._sender, beside)
+        self._placement = Placement(node.registry, beside)
         self._room = asyncio.Semaphore(max_jobs)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._deliveries: dict[tuple[str, int], Delivery] = {}
@@ -101,6 +104,7 @@ class PrefillWorker:
         self._work = asyncio.Event()
         self._recomputed = 0
         self._gauge = PrefillGauge()
+        self._step_rate = StepRate()
         self._step_ended = 0.0
         self._stopping = False
         self._farewell = Farewell(node)
@@ -248,6 +252,8 @@ class PrefillWorker:
         """Raise `RequestRejected` for what no worker, or not this one, can compute."""
         if delivery.exhausted:
             raise RequestRejected("worker_error", "every worker that tried this request died of it or was lost", False)
+        if delivery.entry.deadline <= time.time():
+            raise RequestRejected("deadline", "the request's deadline passed before its prompt was begun", False)
         if delivery.attempt > 0:
             self._recomputed += 1
         limit, length = self._engine.max_model_len, len(delivery.entry.token_ids)
@@ -307,7 +313,8 @@ class PrefillWorker:
         try:
             async with asyncio.TaskGroup() as group:
                 if job.handoff is not None:
-                    group.create_task(self._sender.deliver(job.handoff, self._placement.choose))
+                    choose = functools.partial(self._placement.choose, page_hashes=job.page_hashes)
+                    group.create_task(self._sender.deliver(job.handoff, choose))
                 token = await job.computed
                 job.first_token_at = first_token_at = time.time()
                 for page, page_hash in zip(job.pages, job.page_hashes, strict=False):
@@ -329,13 +336,14 @@ class PrefillWorker:
             while True:
                 await self._work.wait()
                 await places.acquire()
-                chunks = self._scheduler.schedule(await self._turns.turn(self._is_handing_over()))
+                budget = await self._turns.turn(self._is_handing_over())
+                chunks = self._scheduler.schedule(budget)
                 if not chunks:
                     self._work.clear()
                     self._engine.cpu_share.rest()
                     places.release()
                     continue
-                step = _Step([(self._jobs[chunk.key], chunk) for chunk in chunks])
+                step = _Step([(self._jobs[chunk.key], chunk) for chunk in chunks], budget)
                 self._steps.append(step)
                 self._begun |= {chunk.key for chunk in chunks}
                 ending = group.create_task(self._end(step, self._start(step)))
@@ -367,8 +375,9 @@ class PrefillWorker:
         """Steps in flight overlap: each counts from the end of the one before."""
         now = time.monotonic()
         chunks = [chunk for _, chunk in step.parts]
-        seconds = now - max(step.started, self._step_ended)
-        self._gauge.ran(sum(chunk.length for chunk in chunks), sum(chunk.is_last for chunk in chunks), seconds)
+        tokens, seconds = sum(chunk.length for chunk in chunks), now - max(step.started, self._step_ended)
+        self._gauge.ran(tokens, sum(chunk.is_last for chunk in chunks), seconds)
+        self._step_rate.observe(tokens, step.budget, seconds)
         self._step_ended = now
 
     def _is_handing_over(self) -> bool:
@@ -447,6 +456,7 @@ class PrefillWorker:
                 "handoff_recomputed_total": self._recomputed,
                 "messages_refused_total": self._node.mesh.refused,
             }
+            | self._step_rate.figures()
             | self._sender.stats.figures()
             | self._node.telemetry.stats()
             | self._gauge.stats()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.wire import Attempt, Message, RequestId
+from headrace.wire import Attempt, Count, Message, RequestId
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -18,3 +18,14 @@ class Flushed(Message, frozen=True):
 
 class GivenBack(Message, frozen=True):
     """From one prefill worker to the others: it stops, and there are entries of its in the queue to be claimed now."""
+
+
+class Repeat(Message, frozen=True, kw_only=True):
+    """The gateway has heard nothing of this attempt for a while: send again what follows output token `position`.
+
+    A decode worker that does not know the attempt answers with `RequestFailed`.
+    """
+
+    request_id: RequestId
+    attempt: Attempt
+    position: Count

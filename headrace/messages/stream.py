@@ -8,6 +8,7 @@ import msgspec
 
 from headrace.wire import Attempt, Count, MeshId, Message, Milliseconds, Record, RequestId, TokenId
 
+MAX_EVENT_TOKENS = 4096
 FinishReason = Literal["stop", "length"]
 
 
@@ -30,7 +31,7 @@ class TokenEvent(Record, frozen=True, kw_only=False, array_like=True, gc=False):
     request_id: RequestId
     attempt: Attempt
     position: Count
-    token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=4096)]
+    token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=MAX_EVENT_TOKENS)]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from headrace.registry import Tier
 from headrace.telemetry.events import DecodeEnded, Event, PrefillEnded, StepRan
 from headrace.telemetry.exposition import exemplar, geometric
+from headrace.telemetry.step_histogram import StepHistogram
 
 LABELS = ("tier", "worker", "model_name")
 
@@ -37,8 +38,14 @@ class WorkerHistograms:
             geometric(0.0001, 10, 1.8),
             "transport",
         )
-        self.batch_size = histogram("decode_batch_size", "Requests of a decode step", geometric(1, 1024, 2))
-        self.step_time = histogram("decode_step_seconds", "One decode step", geometric(0.0005, 5, 1.5))
+        self.batch_size = StepHistogram(
+            "headrace_decode_batch_size", "Requests of a decode step", LABELS, geometric(1, 1024, 2)
+        )
+        self.step_time = StepHistogram(
+            "headrace_decode_step_seconds", "One decode step", LABELS, geometric(0.0005, 5, 1.5)
+        )
+        registry.register(self.batch_size)
+        registry.register(self.step_time)
 
 
 class WorkerMetrics:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from headrace.cli import build_parser
+from headrace.settings import Settings, flag_name
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -81,3 +85,14 @@ def test_every_page_is_reached_from_the_readme() -> None:
     """Directly, or from the docs' first page."""
     text = (ROOT / "README.md").read_text() + (DOCS / "README.md").read_text()
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"{page.name})" not in text] == []
+
+
+def test_flags_that_the_pages_name_exist() -> None:
+    """Those in running text; what stands in blocks may be another program's."""
+    known = {flag_name(field) for field in Settings.model_fields}
+    parsers = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    known |= {o for p in parsers for sub in p.choices.values() for a in sub._actions for o in a.option_strings}
+    for page in (DOCS / name for name in ("getting-started.md", "how-it-works.md", "operating.md", "tuning.md")):
+        words = re.findall(r"`headrace [^`]*`|`--[a-z][^`]*`", page.read_text())
+        named = {flag for word in words for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", word)}
+        assert named - known == set(), page.name

@@ -75,7 +75,7 @@ def open_gateway(redis_url: str, tokenizer: Tokenizer) -> OpenGateway:
 
     @asynccontextmanager
     async def opener(*, prefill: bool = True, decode: int = 1, **changed: Any) -> AsyncIterator[Gateway]:
-        values = {"redis": redis_url, "namespace": f"test-{next(_namespaces)}", "port": 0, "lease_seconds": 0.5}
+        values = {"redis": redis_url, "namespace": f"test-{next(_namespaces)}", "port": 0, "lease_seconds": 5.0}
         settings = Settings(**{**values, **changed})
         async with (
             join_mesh(settings, "gateway", IDENTITY) as node,

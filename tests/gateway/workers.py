@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from headrace.gateway.tokenizer import Tokenizer
-from headrace.messages.control import Cancel, Flushed
+from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import (
     FailureCode,
     FinishReason,
@@ -38,7 +39,7 @@ class Workers:
         """What is done with an entry; tests put their own here."""
         self.text = TEXT
         self.deliveries: list[Delivery] = []
-        self.cancels: list[Cancel] = []
+        self.cancels: list[Any] = []
         self.flushed: list[str] = []
         """Workers to whom the gateway has said that it has taken all they sent."""
         self.prefill: Node
@@ -166,15 +167,15 @@ class Workers:
                 self._group.create_task(script(self, delivery))  # type: ignore[arg-type]
 
     async def _listen(self, node: Node) -> None:
-        decode: Decoder[Cancel | Flushed] = Decoder(Cancel | Flushed)
+        decode: Decoder[Cancel | Flushed | Repeat] = Decoder(Cancel | Flushed | Repeat)
         while True:
             inbound = await node.mesh.receive()
             message = decode(inbound.header)
             async with self._changed:
-                if isinstance(message, Cancel):
-                    self.cancels.append(message)
-                else:
+                if isinstance(message, Flushed):
                     self.flushed.append(node.id)
+                else:
+                    self.cancels.append(message)
                 self._changed.notify_all()
 
 

@@ -125,6 +125,7 @@ async def test_workers_are_replaced_one_by_one_and_never_fewer(tmp_path: Path) -
     async with fleet(tmp_path, log) as (made, supervisor):
         before = {child.process.pid for child in made.children if child.process}
         said: list[str] = []
+        (tmp_path / "cpu-share").write_bytes(b"\1" * 3 + bytes(253))  # as of workers that are killed at work
         await orders(made, supervisor)["restart"]({}, said.append)
         after = {child.process.pid for child in made.children if child.process}
         assert len(before & after) == 1
@@ -135,6 +136,7 @@ async def test_workers_are_replaced_one_by_one_and_never_fewer(tmp_path: Path) -
         assert len(ends) == 3
         assert all(start < end for start, end in zip(starts, ends, strict=True))
         assert len({child.environment["HEADRACE_CPU_SHARE"] for child in made.workers}) == 3
+        assert not any((tmp_path / "cpu-share").read_bytes())
         assert said[-1] == "decode-1: gone, decode-0 serves"
 
 

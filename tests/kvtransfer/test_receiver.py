@@ -151,6 +151,20 @@ def test_reserved_pages_are_left_alone(bench: Bench) -> None:
     assert bench.receiver.num_waiting == 0
 
 
+def test_no_more_is_granted_than_can_be_run(bench: Bench) -> None:
+    """However many pages are free: a prompt that is here early would only wait, after its first token."""
+    bench.receiver.places = 2
+    for name in ("a", "b", "c"):
+        bench.offer(4, name)
+    assert bench.receiver.num_waiting == 1
+    bench.receiver.cancel("a", 0)
+    assert bench.receiver.num_waiting == 0
+    bench.receiver.places = 1
+    bench.offer(4, "d")
+    bench.receiver.cancel("b", 0)
+    assert bench.receiver.num_waiting == 1
+
+
 def refuse_cause(bench: Bench) -> str:
     """The cause of the refusal that was just sent."""
     assert isinstance(bench.last, Refuse)
@@ -502,10 +516,10 @@ def test_what_may_not_wait_is_refused_where_it_would(bench: Bench) -> None:
     bench.receiver.reserve_pages = 4
     bench.receiver.handle("decode-2", offer)
     assert refuse_cause(bench) == "full"
-    bench.receiver.reserve_pages, bench.receiver.places = 3, 0
+    bench.receiver.reserve_pages, bench.receiver.seats = 3, 0
     bench.receiver.handle("decode-2", offer)
     assert refuse_cause(bench) == "full"
-    bench.receiver.places = 1
+    bench.receiver.seats = 1
     bench.receiver.handle("decode-2", offer)
     assert isinstance(bench.last, Grant)
     assert bench.pool.num_in_use == 5

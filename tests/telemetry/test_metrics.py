@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import re
 from pathlib import Path
@@ -66,6 +67,7 @@ async def _samples(http: aiohttp.ClientSession, url: str, until: str = "") -> li
     while True:
         async with http.get(url) as response:
             text = await response.text()
+        await asyncio.sleep(0.02)
         if until in text:
             return [
                 (s.name, s.labels, s.value) for family in text_string_to_metric_families(text) for s in family.samples

@@ -114,6 +114,7 @@ async def test_a_failover_stays_in_its_trace(collector: OtlpReceiver, redis_url:
         aiohttp.ClientSession() as http,
     ):
         await until_ready(mesh.url, http, 3)
+        mesh.armed = True
         headers = {"traceparent": f"00-{CLIENT_TRACE}-{CLIENT_SPAN}-01"}
         answer = await stream(mesh, http, kill=True, headers=headers)
     assert answer[-1]["choices"][0]["finish_reason"] == "length"

@@ -1,0 +1,368 @@
+"""`make chaos`: streams over a mesh whose workers, Redis and network fail, compared with undisturbed ones.
+
+Three series: workers are killed and stopped; the same while Redis is killed and comes back empty; a proxy breaks the
+connections between the tiers. The streams are greedy, sampled with a seed, and ended by stop strings, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from headrace.loadtest.chaos_mesh import VOCABULARY, ChaosMesh, chaos_mesh
+from headrace.loadtest.report import Figure, publish
+from headrace.tasks import end_task
+
+PROMPT_TOKENS = 40
+STOP_CHARACTERS = 9
+FAULT_SECONDS = 3.0
+STOP_SECONDS = 5.0
+RESTART_SECONDS = 0.5
+"""As `headrace up` waits before it starts a worker again."""
+REDIS_AWAY_SECONDS = 1.5
+PARTITION_SECONDS = 5.0
+DELAY_SECONDS = 0.2
+SETTLE_SECONDS = 30.0
+MAX_REFUSALS = 60
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is asked."""
+
+    requests: int = 500
+    seconds: float = 45.0
+    """A series lasts no shorter, with more requests where need be."""
+    kinds: int = 48
+    """Different requests; each runs undisturbed first."""
+    output_tokens: int = 200
+    at_once: int = 48
+
+
+QUICK = Extent(requests=40, seconds=6.5, kinds=9, output_tokens=64, at_once=10)
+
+
+@dataclass
+class Outcome:
+    """What one stream gave."""
+
+    text: str = ""
+    finish_reason: str = ""
+    tokens: int = 0
+    """As `usage` says."""
+    worst_pause: float = 0.0
+    """Seconds between two pieces of it."""
+    error: str = ""
+
+    @property
+    def says(self) -> tuple[str, str, int]:
+        """What must be as without faults."""
+        return self.text, self.finish_reason, self.tokens
+
+
+@dataclass
+class Findings:
+    """What a series did and found."""
+
+    outcomes: int = 0
+    errors: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    gaps: int = 0
+    different: int = 0
+    refused: int = 0
+    """Times that a request was told to come back later."""
+    worst_pause: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    leaked: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome, undisturbed: Outcome) -> None:
+        """Compare an answer with the one that it should be."""
+        self.outcomes += 1
+        self.worst_pause = max(self.worst_pause, outcome.worst_pause)
+        if outcome.error:
+            self.errors.append(outcome.error)
+        elif outcome.says != undisturbed.says:
+            longer = len(outcome.text) - len(undisturbed.text)
+            self.duplicates += longer > 0
+            self.gaps += longer < 0
+            self.different += longer == 0
+
+
+class Streams:
+    """Asks for the same few kinds of streams again and again."""
+
+    def __init__(self, model: str, session: aiohttp.ClientSession, extent: Extent) -> None:
+        self._session = session
+        self._bodies = [_body(model, number, extent.output_tokens) for number in range(extent.kinds)]
+        self.undisturbed: list[Outcome] = []
+        self.refused = 0
+
+    async def run_undisturbed(self) -> None:
+        """Fill `undisturbed`; a third of the kinds get a stop string that their text turned out to have."""
+        outcomes = await asyncio.gather(*[self._ask(body) for body in self._bodies])
+        for body, outcome in zip(self._bodies[2::3], outcomes[2::3], strict=True):
+            body["stop"] = [_late(outcome.text)]
+        self.undisturbed = list(await asyncio.gather(*[self._ask(body) for body in self._bodies]))
+        if failed := [outcome.error for outcome in self.undisturbed if outcome.error]:
+            raise RuntimeError(f"without any fault: {failed[0]}")
+
+    async def ask(self, number: int) -> tuple[Outcome, Outcome]:
+        """One stream, and what it should be."""
+        return await self._ask(self._bodies[number % len(self._bodies)]), self.undisturbed[number % len(self._bodies)]
+
+    async def _ask(self, body: dict[str, Any]) -> Outcome:
+        outcome = Outcome()
+        try:
+            for _ in range(MAX_REFUSALS):
+                async with self._session.post("/v1/completions", json=body) as response:
+                    if response.status == 503:
+                        self.refused += 1
+                        await asyncio.sleep(float(response.headers["Retry-After"]))
+                        continue
+                    if response.status != 200:
+                        outcome.error = f"{response.status}: {await response.text()}"
+                    else:
+                        await _read(response, outcome)
+                    return outcome
+            outcome.error = "refused for ever"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            outcome.error = repr(error)
+        return outcome
+
+
+async def _read(response: aiohttp.ClientResponse, outcome: Outcome) -> None:
+    last = 0.0
+    async for line in response.content:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line.removeprefix(b"data: "))
+        if "error" in event:
+            outcome.error = str(event["error"])
+        for choice in event.get("choices", []):
+            now = time.monotonic()
+            outcome.worst_pause = max(outcome.worst_pause, now - last if last else 0.0)
+            last = now
+            outcome.text += choice["text"]
+            outcome.finish_reason = choice["finish_reason"] or outcome.finish_reason
+        if event.get("usage"):
+            outcome.tokens = event["usage"]["completion_tokens"]
+    if not outcome.error and not outcome.finish_reason:
+        outcome.error = "the stream ended without an end"
+
+
+def _late(text: str) -> str:
+    """A piece of the text that comes up for the first time as late as possible."""
+    starts = range(len(text) - STOP_CHARACTERS + 1)
+    first = max(text.find(text[start : start + STOP_CHARACTERS]) for start in starts)
+    return text[first : first + STOP_CHARACTERS]
+
+
+def _body(model: str, number: int, tokens: int) -> dict[str, Any]:
+    chance = random.Random(number)
+    return {
+        "model": model,
+        "prompt": [chance.randrange(256, VOCABULARY) for _ in range(PROMPT_TOKENS)],
+        "max_tokens": tokens,
+        "temperature": 0.8 if number % 3 else 0,
+        "seed": number,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+class Faults:
+    """What befalls a mesh, one thing every `FAULT_SECONDS`."""
+
+    def __init__(self, mesh: ChaosMesh, seed: int) -> None:
+        self.counts: Counter[str] = Counter()
+        self._mesh = mesh
+        self._random = random.Random(seed)
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._well = set(mesh.workers)
+
+    async def befall_workers(self) -> None:
+        """Kill or stop one that runs, for ever."""
+        while True:
+            await asyncio.sleep(FAULT_SECONDS)
+            name = self._random.choice(sorted(self._well))
+            self.begin(self._random.choice([self._kill, self._stop])(name), name)
+
+    async def befall_network(self) -> None:
+        """Hurt the connections of one process, for ever."""
+        while True:
+            await asyncio.sleep(FAULT_SECONDS)
+            name = self._random.choice(sorted(self._mesh.proxies))
+            faults = [self._drop, self._delay, self._part, self._forget]
+            self.begin(self._random.choice(faults)(name), name)
+
+    def begin(self, fault: Awaitable[None], name: str) -> None:
+        """Have something happen to a part; until it is over, the part is left alone otherwise."""
+
+        async def run() -> None:
+            self._well.discard(name)
+            try:
+                await fault
+            finally:
+                self._well |= {name} & set(self._mesh.workers)
+
+        task = asyncio.create_task(run())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def end(self) -> None:
+        """Wait until all is mended."""
+        if self._under_way:
+            await asyncio.wait(list(self._under_way))
+
+    async def _kill(self, name: str) -> None:
+        self.counts[f"{name.partition('-')[0]} workers killed"] += 1
+        await self._mesh.kill(name)
+        await asyncio.sleep(RESTART_SECONDS)
+        self._mesh.start(name)
+
+    async def _stop(self, name: str) -> None:
+        self.counts[f"{name.partition('-')[0]} workers stopped for {STOP_SECONDS:.0f} s"] += 1
+        self._mesh.signal(name, signal.SIGSTOP)
+        await asyncio.sleep(STOP_SECONDS)
+        self._mesh.signal(name, signal.SIGCONT)
+
+    async def empty_redis(self) -> None:
+        """Kill it; it comes back with nothing in it."""
+        self.counts["Redis killed and emptied"] += 1
+        await self._mesh.redis.kill()
+        await asyncio.sleep(REDIS_AWAY_SECONDS)
+        await self._mesh.redis.start()
+
+    async def _drop(self, name: str) -> None:
+        self.counts["connections broken"] += 1
+        for proxy in self._mesh.proxies[name]:
+            proxy.drop()
+
+    async def _delay(self, name: str) -> None:
+        self.counts["delays of 200 ms"] += 1
+        for proxy in self._mesh.proxies[name]:
+            proxy.delay_seconds = DELAY_SECONDS
+        await asyncio.sleep(FAULT_SECONDS)
+        for proxy in self._mesh.proxies[name]:
+            proxy.delay_seconds = 0.0
+
+    async def _part(self, name: str) -> None:
+        self.counts["partitions of 5 s"] += 1
+        for proxy in self._mesh.proxies[name]:
+            proxy.part()
+        await asyncio.sleep(PARTITION_SECONDS)
+        for proxy in self._mesh.proxies[name]:
+            proxy.heal()
+
+    async def _forget(self, name: str) -> None:
+        self.counts["connections left half open"] += 1
+        for proxy in self._mesh.proxies[name]:
+            proxy.forget()
+
+
+async def chaos(series: str, extent: Extent, seed: int, folder: Path) -> Findings:
+    """One series: `workers`, `redis` or `network`."""
+    findings = Findings()
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with (
+        chaos_mesh(folder, 2, 3, proxied=series == "network") as mesh,
+        aiohttp.ClientSession(mesh.local.url, timeout=timeout) as session,
+    ):
+        streams = Streams(mesh.model, session, extent)
+        await streams.run_undisturbed()
+        faults = Faults(mesh, seed)
+        started = time.monotonic()
+        failing = asyncio.create_task(faults.befall_network() if series == "network" else faults.befall_workers())
+        emptied_at = {extent.requests // 3, 2 * extent.requests // 3} if series == "redis" else set()
+        numbers = itertools.count()
+
+        async def ask_some() -> None:
+            for number in numbers:
+                if number >= extent.requests and time.monotonic() - started >= extent.seconds:
+                    return
+                if number in emptied_at:
+                    faults.begin(faults.empty_redis(), "redis")
+                findings.add(*await streams.ask(number))
+
+        try:
+            await asyncio.gather(*[ask_some() for _ in range(extent.at_once)])
+        finally:
+            await end_task(failing)
+            await faults.end()
+        findings.seconds = time.monotonic() - started
+        findings.faults, findings.refused = faults.counts, streams.refused
+        findings.leaked = await _leaked(mesh)
+    return findings
+
+
+async def _leaked(mesh: ChaosMesh) -> float:
+    """Pages that are still in use when nothing has been asked for a while."""
+    try:
+        await mesh.until_ready()
+        await mesh.local.until_no_page_is_used(SETTLE_SECONDS)
+    except TimeoutError:
+        return sum((await mesh.local.metrics("headrace_kv_pages_in_use")).values()) or 1.0
+    return 0.0
+
+
+def figures(series: str, findings: Findings, requests: int) -> list[Figure]:
+    """The table of one series."""
+    for error in findings.errors[:10]:
+        print(f"{series}: {error}")
+    pause = "" if series == "network" else "<= 4"
+    return [
+        Figure(f"{series}: requests", findings.outcomes, "requests", f">= {requests}"),
+        Figure(f"{series}: failures", len(findings.errors), "requests", "= 0"),
+        Figure(f"{series}: duplicates", findings.duplicates, "streams", "= 0"),
+        Figure(f"{series}: gaps", findings.gaps, "streams", "= 0"),
+        Figure(f"{series}: text, end or usage otherwise different", findings.different, "streams", "= 0"),
+        Figure(f"{series}: pages in use afterwards", findings.leaked, "pages", "= 0"),
+        Figure(f"{series}: worst pause in a stream", findings.worst_pause, "s", pause),
+        Figure(f"{series}: answers of 503 with Retry-After", findings.refused, "answers"),
+        *(Figure(f"{series}: {what}", count, "times") for what, count in sorted(findings.faults.items())),
+        Figure(f"{series}: time", findings.seconds, "s"),
+    ]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="40 streams a series instead of 500")
+    parser.add_argument("--series", choices=["workers", "redis", "network"], action="append")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep-logs", type=Path, help="folder for what the processes wrote")
+    arguments = parser.parse_args()
+    extent = QUICK if arguments.quick else Extent()
+    table: list[Figure] = []
+    for series in arguments.series or ["workers", "redis", "network"]:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                findings = asyncio.run(chaos(series, extent, arguments.seed, Path(folder)))
+            finally:
+                if arguments.keep_logs:
+                    shutil.copytree(folder, arguments.keep_logs / series, dirs_exist_ok=True)
+        print(f"{series}: {findings.outcomes} requests in {findings.seconds:.0f} s", flush=True)
+        table += figures(series, findings, extent.requests)
+    publish("chaos", table)
+    sys.exit(any(figure.met is False for figure in table))
+
+
+if __name__ == "__main__":
+    main()
