@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -47,24 +47,37 @@ class DyingMesh:
     go_on: threading.Event = field(default_factory=threading.Event)
     """Lets the stalled worker's thread end."""
 
-    def stall(self, name: str) -> Callable[[int, bool], None]:
-        """What a decode worker is to call after each step."""
-        steps, loop = itertools.count(), asyncio.get_running_loop()
-
-        def on_step(running: int, ended: bool) -> None:
-            if self.armed and running and next(steps) >= STEPS and self.stalled in ("", name):
-                self.stalled = name
-                loop.call_soon_threadsafe(self.has_stalled.set)
-                self.go_on.wait(60)
-
-        return on_step
-
     async def kill(self, name: str) -> None:
         """The worker ends, and with it all that it held."""
         task = self.workers.pop(name)
         task.cancel()
         self.go_on.set()
         await end_task(task)
+
+
+class Stall:
+    """See `Alongside`: computes nothing, and one worker no more after a few steps."""
+
+    def __init__(self, mesh: DyingMesh, name: str) -> None:
+        self._mesh = mesh
+        self._name = name
+        self._steps = itertools.count()
+        self._loop = asyncio.get_running_loop()
+
+    def start_step(self, batch: object) -> bool:
+        """Nothing goes with it."""
+        return False
+
+    def stepped(self, running: int, ended: bool) -> None:
+        """Wait, if it is time."""
+        mesh = self._mesh
+        if mesh.armed and running and next(self._steps) >= STEPS and mesh.stalled in ("", self._name):
+            mesh.stalled = self._name
+            self._loop.call_soon_threadsafe(mesh.has_stalled.set)
+            mesh.go_on.wait(60)
+
+    def abandoned(self) -> None:
+        """Nothing to do."""
 
 
 async def _for_ever() -> None:
@@ -95,19 +108,22 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool
                 ):
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
                     with ThreadPoolExecutor(1) as thread:
-                        turns = OwnDevice(64)
-                        worker = PrefillWorker(node, engine, thread, layout, turns, 8, own.lease_seconds, lines, "auto")
+                        turns = OwnDevice(engine, thread, 64)
+                        worker = PrefillWorker(node, engine, layout, turns, 8, own.lease_seconds, lines, "auto")
                         await worker.run(_for_ever(), 0.0)
 
         async def decoding(name: str, own: Settings) -> None:
             async with worker_endpoint(own, "decode") as endpoint, data_listener("127.0.0.1", None) as listener:
                 mesh.endpoints[name] = endpoint
                 engine = tiny_engine(folder, PAGES)
-                async with join_mesh(own, "decode", identity, listener.address, endpoint) as node:
+                async with (
+                    join_mesh(own, "decode", identity, listener.address, endpoint) as node,
+                    DataLines(node.registry, None) as lines,
+                ):
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
                     with ThreadPoolExecutor(1) as thread:
-                        on_step = mesh.stall(name) if stalls else lambda running, ended: None
-                        worker = DecodeWorker(node, engine, thread, layout, 16, listener, on_step=on_step)
+                        stall = Stall(mesh, name) if stalls else None
+                        worker = DecodeWorker(node, engine, thread, layout, 16, listener, lines, alongside=stall)
                         await worker.run(_for_ever(), 0.0)
 
         for name, run in [("prefill-0", prefill), *((f"decode-{index}", decoding) for index in range(decode))]:
