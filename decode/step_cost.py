@@ -93,9 +93,10 @@ class _Curve:
         share = min(share, 1.0)
         drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
         drifts[right] += stride * min(2.0 * share, 1.0)
-        for point in range(len(drifts)):
-            if self._seen[point] == 0 and point not in (left, right):
-                drifts[point] += stride
+        if 0 in self._seen:
+            for point in range(len(drifts)):
+                if self._seen[point] == 0 and point not in (left, right):
+                    drifts[point] += stride
         return drifts[left] * (1.0 - share) + drifts[right] * share
 
     def seconds(self) -> list[float]:
