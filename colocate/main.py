@@ -106,7 +106,7 @@ async def serve(
 async def _turns(model: LoadedModel, target: float, fewest: int, most: int) -> TakingTurns | SharedSteps:
     engine, device_thread = model.engine, model.device_thread
     if engine.graph_decoder is None:
-        return TakingTurns(ChunkSize(target, fewest, most), engine.prefill, device_thread)
+        return TakingTurns(ChunkSize(target, fewest, most), engine, device_thread)
     from headrace.colocate.row_budget import RowBudget, measurable, time_passes
     from headrace.colocate.shared_steps import SharedSteps
 

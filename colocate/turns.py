@@ -16,12 +16,10 @@ from typing import Any
 from headrace.colocate.chunk_size import ChunkSize
 from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import RunningBatch
-from headrace.engine.engine import PrefillChunk, PrefillOutput
+from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 
 TURN_SECONDS = 1.0
 """The longest that a prompt waits for a decode step to end."""
-
-Prefill = Callable[[Sequence[PrefillChunk], LayerAnnounced | None], list[PrefillOutput]]
 
 
 @dataclass
@@ -34,19 +32,19 @@ class _Chunk:
 
 
 class TakingTurns:
-    """See `Turns` and `Alongside`; `prefill` runs on `device_thread`, as decode steps do."""
+    """See `Turns` and `Alongside`."""
 
     depth = 1
 
     def __init__(
         self,
         size: ChunkSize,
-        prefill: Prefill,
+        engine: Engine,
         device_thread: ThreadPoolExecutor,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._size = size
-        self._prefill = prefill
+        self._engine = engine
         self._device_thread = device_thread
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -82,7 +80,7 @@ class TakingTurns:
             self._learn()
             self._chunk = chunk
         try:
-            return self._prefill(chunks, on_layer)
+            return self._engine.prefill(chunks, on_layer)
         finally:
             with self._lock:
                 chunk.ended = self._clock()
