@@ -356,20 +356,24 @@ class PrefillWorker:
             loop.call_soon_threadsafe(self._layer_computed, layer, ready, parts)
 
         announce = on_layer if any(job.wants_layers for job, _ in parts) else None
-        return self._turns.start([job.chunk(chunk) for job, chunk in parts], announce)
+        computing = self._turns.start([job.chunk(chunk) for job, chunk in parts], announce)
+        computing.add_done_callback(lambda _: self._retire(step))
+        return computing
+
+    def _retire(self, step: _Step) -> None:
+        self._steps.remove(step)
+        for pages in step.retired:
+            self._engine.pool.release(pages)
 
     async def _end(self, step: _Step, computing: asyncio.Future[list[PrefillOutput]]) -> None:
         try:
-            outputs = await computing
+            outputs = await asyncio.shield(computing)  # to end this worker does not end what the device writes
         except Exception as error:
             log.exception("a prefill step failed")
             self._fail_jobs([job for job, _ in step.parts], error)
         else:
             self._apply(step.parts, outputs)
             self._measure(step)
-        self._steps.remove(step)
-        for pages in step.retired:
-            self._engine.pool.release(pages)
 
     def _measure(self, step: _Step) -> None:
         """Steps in flight overlap: each counts from the end of the one before."""
