@@ -13,6 +13,7 @@ from headrace.node import DEFAULT_REDIS
 from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
 from headrace.registry import Member
+from headrace.registry_store import RegistryStore
 from headrace.settings import Settings, SettingsError
 from headrace.wire import Decoder, WireError
 
@@ -27,33 +28,31 @@ class MeshWatch:
         self._keys = Keys(namespace)
         self._queue = RequestQueue(client, self._keys)
         self._finished = FinishedLog(client, self._keys)
-        self._decode: Decoder[Member] = Decoder(Member)
         self._before: Moment | None = None
 
     async def look(self) -> MeshView:
         """The mesh now."""
-        now = Moment.now(await self._members())
+        members, unreadable = await read_members(self._client, self._keys)
+        self.unreadable = list(unreadable)
+        now = Moment.now(members)
         gateways = [member.id for member in now.members if member.tier == "gateway"]
         queued, finished = await self._queue.depth(), await self._finished.read(gateways)
         view = view_mesh(now, self._before, queued=queued, requests=finished)
         self._before = now
         return view
 
-    async def _members(self) -> list[Member]:
-        ids: set[bytes] = await self._client.smembers(self._keys.members)  # type: ignore[assignment]
-        names = sorted(id.decode() for id in ids)
-        values: list[bytes | None] = []
-        if names:
-            values = await self._client.mget([self._keys.member(name) for name in names])  # type: ignore[assignment]
-        members, self.unreadable = [], []
-        for name, value in zip(names, values, strict=True):
-            if value is None:  # its lease has ended
-                continue
-            try:
-                members.append(self._decode(value))
-            except WireError:
-                self.unreadable.append(name)
-        return members
+
+async def read_members(client: redis.asyncio.Redis, keys: Keys) -> tuple[list[Member], dict[str, WireError]]:
+    """Who is registered, in order of id, and why others can't be read. Raises `RedisError`."""
+    decode: Decoder[Member] = Decoder(Member)
+    members, unreadable = [], {}
+    for name, value in (await RegistryStore(client, keys).look()).items():
+        try:
+            if value is not None:
+                members.append(decode(value))
+        except WireError as error:
+            unreadable[name] = error
+    return members, unreadable
 
 
 @asynccontextmanager

@@ -99,16 +99,22 @@ class RegistryStore:
         """Take a registration back and publish that."""
         await self._run(LEAVE, [self._keys.member(member_id), self._keys.members], member_id, left, self._keys.news)
 
-    async def read(self) -> dict[str, bytes]:
-        """All registrations by id. Ids without one are taken off the set: nobody may know them who would bury them."""
+    async def look(self) -> dict[str, bytes | None]:
+        """All registrations in order of id; None where the lease has ended. Changes nothing."""
         client: Any = self._client
         ids = sorted(member_id.decode() for member_id in await client.smembers(self._keys.members))
         if not ids:
             return {}
         values = await client.mget([self._keys.member(member_id) for member_id in ids])
-        if expired := [member_id for member_id, value in zip(ids, values, strict=True) if value is None]:
+        return dict(zip(ids, values, strict=True))
+
+    async def read(self) -> dict[str, bytes]:
+        """All registrations by id. Ids without one are taken off the set: nobody may know them who would bury them."""
+        client: Any = self._client
+        found = await self.look()
+        if expired := [member_id for member_id, value in found.items() if value is None]:
             await client.srem(self._keys.members, *expired)
-        return {member_id: value for member_id, value in zip(ids, values, strict=True) if value is not None}
+        return {member_id: value for member_id, value in found.items() if value is not None}
 
     @asynccontextmanager
     async def subscription(self) -> AsyncIterator[Subscription]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import redis.asyncio
 from redis.exceptions import ResponseError
 
+from headrace.mesh_watch import read_members
+from headrace.queue import RequestQueue
 from headrace.redis_client import Keys
 from headrace.registry import Member, Tier
 from headrace.scaling.policy import Signals
-from headrace.wire import Decoder, WireError
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +39,15 @@ class MeshReader:
         self._client = client
         self._keys = keys
         self._clock = clock
-        self._decode: Decoder[Member] = Decoder(Member)
+        self._queue = RequestQueue(client, keys)
 
     async def look(self) -> Look:
         """The mesh now."""
-        ids: set[bytes] = await self._client.smembers(self._keys.members)  # type: ignore[assignment]
-        members = []
-        for member_id in sorted(ids):
-            value: bytes | None = await self._client.get(self._keys.member(member_id.decode()))  # type: ignore[assignment]
-            if value is None:
-                continue  # its lease has ended
-            try:
-                members.append(self._decode(value))
-            except WireError as error:
-                log.warning("%s registered in a form that this version can't read: %s", member_id.decode(), error)
+        members, unreadable = await read_members(self._client, self._keys)
+        for name, error in unreadable.items():
+            log.warning("%s registered in a form that this version can't read: %s", name, error)
         try:
-            queued = int(await self._client.xlen(self._keys.queue))
+            queued = await self._queue.depth()
         except ResponseError as error:
             log.warning("the queue's length can't be read: %s", error)
             queued = 0
