@@ -6,8 +6,9 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +98,43 @@ def in_turn(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.stack(blocks, axis=1).reshape(-1, gate.shape[1])
 
 
+def kernel_weights(
+    records: Mapping[str, np.ndarray], norms: Mapping[str, np.ndarray], frequencies: np.ndarray, pages: np.ndarray
+) -> Weights:
+    """What the kernels read, by the names that models and draft heads share; `pages`: int16, the cache in one row."""
+    return Weights(
+        input_norms=norms["input_norms"],
+        qkv=records["qkv"],
+        output=records["output"],
+        mlp_norms=norms["mlp_norms"],
+        gate_up=records["gate_up"],
+        down=records["down"],
+        norm=norms["norm"],
+        head=records["head"],
+        inverse_frequencies=frequencies,
+        pages=pages,
+    )
+
+
+def kernel_shape(config: ModelConfig, cache: KVCache, longest: int, **own: Any) -> Shape:
+    """Sizes for requests of `longest` tokens; `own`: the fields of `Shape` that config and cache leave open."""
+    page_size = cache.layout.page_size
+    table_width = -(-longest // page_size) + 1
+    return Shape(
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_pages=cache.num_pages,
+        page_size=page_size,
+        table_width=table_width,
+        longest=-(-table_width * page_size // LANES) * LANES,
+        eps=config.norm_eps,
+        **own,
+    )
+
+
 class PackedDecoder:
     """See `Model`. Its batches' plans are `PagedPlan`s."""
 
@@ -168,42 +206,21 @@ class PackedDecoder:
         if self._team is None or rows > self._rows or cache is not self._cache:
             self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
             self._cache = cache
-            weights, shape = self._kernel_weights(cache), self._shape(cache)
+            pages = cache.pages.view(torch.int16).view(-1).numpy()
+            weights = kernel_weights(self._weights.records, self._weights.norms, self._frequencies, pages)
+            shape = self._shape(cache)
             self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
         return self._team
 
-    def _kernel_weights(self, cache: KVCache) -> Weights:
-        records, norms = self._weights.records, self._weights.norms
-        return Weights(
-            input_norms=norms["input_norms"],
-            qkv=records["qkv"],
-            output=records["output"],
-            mlp_norms=norms["mlp_norms"],
-            gate_up=records["gate_up"],
-            down=records["down"],
-            norm=norms["norm"],
-            head=records["head"],
-            inverse_frequencies=self._frequencies,
-            pages=cache.pages.view(torch.int16).view(-1).numpy(),
-        )
-
     def _shape(self, cache: KVCache) -> Shape:
-        config, page_size = self._config, cache.layout.page_size
-        table_width = -(-self._longest // page_size) + 1
-        return Shape(
+        config = self._config
+        return kernel_shape(
+            config,
+            cache,
+            self._longest,
             layers=config.num_layers,
-            hidden=config.hidden_size,
-            inner=config.intermediate_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
             vocabulary=config.vocab_size,
             head_copies=self._weights.head_copies,
-            num_pages=cache.num_pages,
-            page_size=page_size,
-            table_width=table_width,
-            longest=-(-table_width * page_size // LANES) * LANES,
-            eps=config.norm_eps,
             qkv_inputs=config.hidden_size,
             num_features=len(self.feature_layers) * config.hidden_size,
             feature_layers=self._kept_layers(),

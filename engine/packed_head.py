@@ -12,13 +12,12 @@ from headrace.engine.draft_head import HeadWeights, likeliest
 from headrace.engine.errors import EngineError
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
-from headrace.engine.packed_decoder import FIRST_ROWS, Team, in_turn
+from headrace.engine.packed_decoder import FIRST_ROWS, Team, in_turn, kernel_shape, kernel_weights
 from headrace.kernels import packed_decoder as kernels
 from headrace.kernels.packed_linear import aligned, pack
-from headrace.kernels.packed_state import Shape, Weights
+from headrace.kernels.packed_state import Shape
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.round_weights import round_to_4_bits
-from headrace.kernels.simd import LANES
 
 LAST_NORM = kernels.PHASES_OF_LAYER + kernels.LAST_NORM
 
@@ -105,42 +104,21 @@ class PackedHead:
         assert self._cache is not None, "attach comes first"
         if self._team is None or rows > self._rows:
             self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
-            weights, shape = self._kernel_weights(self._cache), self._shape(self._cache)
+            pages = self._cache.layer(self._config.num_layers).view(torch.int16).view(-1).numpy()
+            weights = kernel_weights(self._records, self._norms, self._frequencies, pages)
+            shape = self._shape(self._cache)
             self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
         return self._team
 
-    def _kernel_weights(self, cache: KVCache) -> Weights:
-        records, norms = self._records, self._norms
-        return Weights(
-            input_norms=norms["input_norms"],
-            qkv=records["qkv"],
-            output=records["output"],
-            mlp_norms=norms["mlp_norms"],
-            gate_up=records["gate_up"],
-            down=records["down"],
-            norm=norms["norm"],
-            head=records["head"],
-            inverse_frequencies=self._frequencies,
-            pages=cache.layer(self._config.num_layers).view(torch.int16).view(-1).numpy(),
-        )
-
     def _shape(self, cache: KVCache) -> Shape:
-        config, page_size = self._config, cache.layout.page_size
-        table_width = -(-self._longest // page_size) + 1
-        return Shape(
+        config = self._config
+        return kernel_shape(
+            config,
+            cache,
+            self._longest,
             layers=1,
-            hidden=config.hidden_size,
-            inner=config.intermediate_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
             vocabulary=len(self._vocabulary),
             head_copies=1,
-            num_pages=cache.num_pages,
-            page_size=page_size,
-            table_width=table_width,
-            longest=-(-table_width * page_size // LANES) * LANES,
-            eps=config.norm_eps,
             qkv_inputs=2 * config.hidden_size,
             num_features=len(self.feature_layers) * config.hidden_size,
             feature_layers=(-1, -1, -1),
