@@ -110,9 +110,11 @@ class GatewayApp:
         return _json({"status": "ok"})
 
     async def ready(self, request: web.Request) -> web.Response:
-        """GET /ready: whether an answer can be had."""
+        """GET /ready: whether an answer can be had, and of which model. Needs no key."""
         reason = self.readiness.reason
-        return _json({"ready": True}) if reason is None else _json({"ready": False, "reason": reason}, status=503)
+        if reason is not None:
+            return _json({"ready": False, "reason": reason}, status=503)
+        return _json({"ready": True, "model": self._model_card()["id"]})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: this process and all workers, or with `?scope=process` this process alone."""

@@ -85,16 +85,13 @@ async def _redis(settings: Settings, folder: Path) -> AsyncIterator[str]:
 async def _until_ready(settings: Settings) -> str:
     """Wait for the warm-up through the whole path; returns the served model's name. Raises `StartError`."""
     base = f"http://{settings.host}:{settings.port}"
-    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     deadline = time.monotonic() + READY_TIMEOUT_SECONDS
-    async with aiohttp.ClientSession(headers=headers) as session:
+    async with aiohttp.ClientSession() as session:
         while time.monotonic() < deadline:
             try:
                 async with session.get(f"{base}/ready") as response:
-                    ready = response.status == 200
-                if ready:
-                    async with session.get(f"{base}/v1/models") as response:
-                        return str((await response.json())["data"][0]["id"])
+                    if response.status == 200:
+                        return str((await response.json())["model"])
             except (aiohttp.ClientError, OSError):
                 pass
             await asyncio.sleep(POLL_SECONDS)
@@ -103,7 +100,7 @@ async def _until_ready(settings: Settings) -> str:
 
 def _welcome(settings: Settings, model: str, seconds: float) -> str:
     base = f"http://{settings.host}:{settings.port}"
-    key = ' -H "Authorization: Bearer $HEADRACE_API_KEY"' if settings.api_key else ""
+    key = ' -H "Authorization: Bearer $HEADRACE_API_KEY"' if settings.api_key or settings.api_keys_file else ""
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Tell me a story."}}]}}'
     return escape(
         f"\nready in {seconds:.1f} s: {base}/v1 serves {model}. Ctrl-C stops it. Try:\n\n"

@@ -220,21 +220,23 @@ async def test_a_sane_request_id_is_returned_and_others_are_replaced(open_gatewa
 
 
 async def test_ready_follows_the_tiers(open_gateway: OpenGateway) -> None:
-    """False without workers, true once a warm-up went through both tiers, false when a tier is empty again."""
-    async with open_gateway() as gateway:
-        await _until_ready(gateway, True)
+    """False without workers, true once a warm-up went through both tiers, false when a tier is empty again. Whoever
+    starts a mesh learns the model's name without a key.
+    """
+    async with open_gateway(api_key="secret") as gateway:
+        assert (await _until_ready(gateway, True))["model"] == MODEL
         await gateway.workers.leave("d0")
-        assert "decode" in await _until_ready(gateway, False)
+        assert "decode" in (await _until_ready(gateway, False))["reason"]
 
 
-async def _until_ready(gateway: Gateway, ready: bool) -> str:
+async def _until_ready(gateway: Gateway, ready: bool) -> dict[str, Any]:
     async with asyncio.timeout(10):
         while True:
             async with gateway.http.get(f"{gateway.url}/ready") as response:
                 body = await response.json()
                 assert body["ready"] == (response.status == 200)
                 if body["ready"] == ready:
-                    return str(body.get("reason"))
+                    return dict(body)
             await asyncio.sleep(0.02)
 
 
