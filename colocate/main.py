@@ -110,7 +110,7 @@ async def _turns(model: LoadedModel, target: float, fewest: int, most: int) -> T
     from headrace.colocate.row_budget import RowBudget, measurable, time_passes
     from headrace.colocate.shared_steps import SharedSteps
 
-    sizes = measurable(engine, most)
+    sizes = measurable(engine, engine.graph_decoder.sizes("shared"), most)
     pages = engine.pool.allocate(engine.pool.pages_for(max(sizes, default=0)))
     seconds = await asyncio.get_running_loop().run_in_executor(device_thread, time_passes, engine, sizes, pages)
     engine.pool.release(pages)

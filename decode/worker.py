@@ -161,6 +161,9 @@ class DecodeWorker:
         while True:
             await self._work.wait()
             started = loop.time()
+            if self._alongside is not None:
+                requests = self._scheduler.num_running + self._scheduler.num_ready
+                await self._alongside.before_step(min(requests, self._max_num_seqs))
             plan = self._schedule()
             running = self._scheduler.num_running
             try:

@@ -39,7 +39,7 @@ class StepRows:
     """Up to `max_rows` rows. The host fills `layout` [3, rows], the others follow from it and the requests' state."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self.layout = torch.zeros(3, max_rows, dtype=torch.int32, device=device)
+        self.layout = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
         """Owners and first rows as `DraftRows` has them, and each row's drafted token (0 in first rows)."""
         self.drafted = DraftRows(self.layout[0], self.layout[1])
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)

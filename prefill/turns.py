@@ -18,8 +18,11 @@ class Turns(Protocol):
     def depth(self) -> int:
         """How many steps may have been started and not ended."""
 
-    async def turn(self, handing_over: bool) -> int:
-        """Wait for the next step's turn; returns how many prompt tokens it may compute.
+    async def turn(self) -> None:
+        """Wait for the next step's turn. What it computes is to be decided without a wait after that."""
+
+    def tokens(self, waiting: int, handing_over: bool) -> int:
+        """How many prompt tokens it may compute, of so many that wait.
 
         `handing_over`: there are requests whose prompts are computed and that no decode worker has acknowledged.
         """
@@ -40,7 +43,10 @@ class OwnDevice:
         self._device_thread = device_thread
         self._token_budget = token_budget
 
-    async def turn(self, handing_over: bool) -> int:
+    async def turn(self) -> None:
+        """See `Turns`."""
+
+    def tokens(self, waiting: int, handing_over: bool) -> int:
         """See `Turns`."""
         return self._token_budget
 

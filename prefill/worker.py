@@ -336,7 +336,8 @@ class PrefillWorker:
             while True:
                 await self._work.wait()
                 await places.acquire()
-                budget = await self._turns.turn(self._is_handing_over())
+                await self._turns.turn()
+                budget = self._turns.tokens(self._scheduler.num_tokens, self._is_handing_over())
                 chunks = self._scheduler.schedule(budget)
                 if not chunks:
                     self._work.clear()
