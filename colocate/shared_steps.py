@@ -21,6 +21,7 @@ from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import RunningBatch
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedPrefill
 from headrace.engine.graph_batch import GraphBatch
+from headrace.kvtransfer.messages import Commit
 
 START_AHEAD = 0.002
 """Seconds before the end of a step at which the next one is scheduled: what the host takes to start it, and how far
@@ -86,6 +87,8 @@ class SharedSteps:
         self._engine = engine
         self._device_thread = device_thread
         self._loop = asyncio.get_running_loop()
+        self.decode: Callable[[Commit], None] | None = None
+        """Takes requests into the next step."""
         self._turn: asyncio.Future[None] | None = None
         """The prefill worker waits for it."""
         self._requests = 0
@@ -98,6 +101,11 @@ class SharedSteps:
         self._last_step: float | None = None
         self._due = 0.0
         """When the next step is to be started, by the clock."""
+
+    @property
+    def join(self) -> Callable[[Commit], None] | None:
+        """See `Turns`. A draft head's K and V of the last token would be missing."""
+        return self.decode if self._running and self._engine.head is None else None
 
     async def turn(self) -> None:
         """See `Turns`."""

@@ -288,14 +288,20 @@ class DecodeWorker:
         ended(self._node.telemetry, sequence, "finished", reason)
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
-        """The receiver's hand-over: the first token is on its way to the client before any step runs."""
+        """The receiver's hand-over: the first token, where it is drawn, goes to the client before any step runs."""
         offer = received.offer
         sequence = Sequence(offer, received.token_ids, received.pages, received.generated)
         self._moved_here += offer.coming > 0
         self._scheduler.add(sequence)
-        self._add_tokens([(sequence, SampledToken(received.commit.token_id, received.commit.logprobs))])
+        commit = received.commit
+        if commit.token_id is not None:
+            self._add_tokens([(sequence, SampledToken(commit.token_id, commit.logprobs))])
         self._wake()
         self._publish()
+
+    def join(self, sender: str, commit: Commit) -> None:
+        """Take a request of the prefill worker beside into the next step, which computes its last prompt token."""
+        self._receiver.handle(sender, commit)
 
     def _wake(self) -> None:
         if self._scheduler.has_work:

@@ -259,29 +259,26 @@ class GraphDecoder:
     def _attend(self, step: _Step, index: int, qkv: torch.Tensor) -> torch.Tensor:
         layer, attended = self._weights.layers[index], self._attended[: step.size]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        eps, pages, prompts = self._config.norm_eps, self._cache.layer(index), step.prompts
+        if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
+            places = [prompts[name][: step.size] for name in ("positions", "pages", "offsets")]
+            queries = rope_cache(qkv, places[0], self._rope, norms, eps, pages, *places[1:])
         fused_decode_attention(
             qkv,
-            self._cache.layer(index),
+            pages,
             step.block_table,
             step.positions,
             self._rope,
             norms,
-            self._config.norm_eps,
+            eps,
             attended,
             self._heads,
             step.workspace,
             step.drafted,
         )
-        if step.prompts is not None:
-            self._attend_prompts(step.prompts, index, qkv, attended)
+        if prompts is not None:
+            attend_paged(queries, pages, prompts.plan(step.size), self._heads.head_dim**-0.5, out=attended)
         return attended
-
-    def _attend_prompts(self, prompts: PromptRows, index: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
-        layer, pages, size = self._weights.layers[index], self._cache.layer(index), len(qkv)
-        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        slots = prompts["pages"][:size], prompts["offsets"][:size]
-        queries = rope_cache(qkv, prompts["positions"][:size], self._rope, norms, self._config.norm_eps, pages, *slots)
-        attend_paged(queries, pages, prompts.plan(size), self._heads.head_dim**-0.5, out=attended)
 
     def _forward_wide(self, step: _Step) -> torch.Tensor:
         """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns final hidden states."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from headrace.engine.base import LayerAnnounced
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
+from headrace.kvtransfer.messages import Commit
 
 
 class Turns(Protocol):
     """Asked before each step, and given it; belongs on the event loop."""
+
+    @property
+    def join(self) -> Callable[[Commit], None] | None:
+        """Takes requests into the decode step that is to be started with the next chunks, and computes their last
+        tokens. None where there is none.
+        """
 
     @property
     def depth(self) -> int:
@@ -37,6 +44,7 @@ class OwnDevice:
     """There is nobody to take turns with."""
 
     depth = 1
+    join = None
 
     def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, token_budget: int) -> None:
         self._engine = engine

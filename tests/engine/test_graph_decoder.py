@@ -181,16 +181,18 @@ def generate(sampling: list[SamplingParams], known: list[list[SampledToken]]) ->
 
 @pytest.mark.parametrize("long", [19, 90])
 def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
-    """Three running requests beside two prompts, one of them after a prefix: logits and the cache."""
+    """Running requests beside two prompts, one of them after a prefix: logits and the cache. The last request begins
+    with the last token of that prompt.
+    """
     torch.manual_seed(1)
     cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 36, torch.device("cpu"))
     cache.pages.normal_()
     model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
     decoder = GraphDecoder(config(), model.weights, cache, 5, 96)
     decoder.state.tokens.copy_(torch.tensor([5, 17, 80, 1, 2]))
-    decoder.state.positions.copy_(torch.tensor([40, 0, 15, -1, -1]))
+    decoder.state.positions.copy_(torch.tensor([40, 0, 15, 23, -1]))
     table = torch.randperm(35).view(5, 7) + 1
-    decoder.block_table[:3, :7] = table[:3]
+    decoder.block_table[:4, :7] = table[[0, 1, 2, 4]]
     sampling = SamplingParams(max_tokens=1)
     tokens = torch.randint(VOCABULARY, (2, 96)).tolist()
     chunks = [
@@ -203,11 +205,11 @@ def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
     prompts = ForwardBatch(*map(torch.from_numpy, rows), plan)
     before = cache.pages.clone()
     after_prompts = model.logits(model.forward(prompts, cache, None))[[long - 1, long + 6]]
-    after_step = decoder.step(3).clone()
+    after_step = decoder.step(4).clone()
     after, cache.pages = cache.pages.clone(), before
-    assert decoder.can_share(3, chunks)
+    assert decoder.can_share(4, chunks)
     for wanted in ([0, 1], [1]):  # the second time, over what the first has left
-        got_prompts, got_step = decoder.step_shared(3, chunks, wanted)
+        got_prompts, got_step = decoder.step_shared(4, chunks, wanted)
         torch.testing.assert_close(got_prompts, after_prompts[wanted], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got_step, after_step, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
