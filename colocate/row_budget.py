@@ -26,7 +26,7 @@ class RowBudget:
     """Not thread-safe."""
 
     def __init__(self, target_seconds: float, fewest: int, most: int, seconds: Mapping[int, float]) -> None:
-        """A pass has `fewest` rows or more, for prompts have to go on; `most` is for prompts alone.
+        """Half of `fewest` are prompts' in any case, for they have to go on; `most` is for prompts alone.
 
         `seconds` a pass, by captured sizes.
         """
@@ -40,7 +40,7 @@ class RowBudget:
     def tokens(self, running: int, waiting: int) -> int:
         """Of prompts, in a pass with so many running requests; `waiting` are to be computed in all."""
         fitting = [rows for rows, took in self._seconds.items() if took + self._extra <= self._target_seconds]
-        room = max(max(fitting, default=0), self._fewest) - min(running, self._fewest // 2)
+        room = max(max(fitting, default=0) - running, self._fewest // 2)
         passes = max(-(-waiting // room), 1)
         size = next((size for size in fitting if size >= -(-waiting // passes) + running), 0)
         return min(size - running, room) if size else room

@@ -190,10 +190,10 @@ def test_rows_are_as_many_as_the_target_allows() -> None:
     assert budget.expected(200, True) == pytest.approx(0.0124, abs=1e-4)
     for _ in range(30):
         budget.saw(256, True, 0.02)
-    assert budget.tokens(20, 5000) == 108
+    assert budget.tokens(20, 5000) == 64
     for _ in range(60):
         budget.saw(128, True, 0.008)
-    assert budget.tokens(20, 5000) == 492
+    assert [budget.tokens(running, 5000) for running in (20, 400, 500)] == [492, 112, 64]
     budget.saw(128, True, 5.0)  # a machine that was asleep
     assert budget.tokens(20, 5000) == 492
 
