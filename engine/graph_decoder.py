@@ -261,8 +261,8 @@ class GraphDecoder:
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         eps, pages, prompts = self._config.norm_eps, self._cache.layer(index), step.prompts
         if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
-            places = [prompts[name][: step.size] for name in ("positions", "pages", "offsets")]
-            queries = rope_cache(qkv, places[0], self._rope, norms, eps, pages, *places[1:])
+            at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
+            queries = rope_cache(qkv, at, self._rope, norms, eps, pages, slots, offsets)
         fused_decode_attention(
             qkv,
             pages,
