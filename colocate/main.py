@@ -8,6 +8,7 @@ Both run on one thread and, on a GPU, one stream. On a CPU a chunk of prompts an
 computes them in one forward pass. So device work is in the order in which it was asked for, and pages need no events
 between the tiers: a prefill worker keeps the pages of a job that was given up until the chunk that writes to
 them has ended, and a decode worker those of an ended request until the steps that write to them have been collected.
+And a request can join the very pass that has the last chunk of its prompt: the last token is a row of the decode step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.colocate.chunk_size import ChunkSize
@@ -97,6 +99,8 @@ async def serve(
             beside=Beside(prefill_node.id, prefill.pages_of),
             alongside=turns,
         )
+        if not isinstance(turns, TakingTurns):
+            turns.decode = partial(decode.join, prefill_node.id)
         async with asyncio.TaskGroup() as group:
             prefilling = group.create_task(prefill.run(stopped, settings.drain_timeout))
             # decode stops last: what the other one still holds is handed over to it
@@ -110,7 +114,7 @@ async def _turns(model: LoadedModel, target: float, fewest: int, most: int) -> T
     from headrace.colocate.row_budget import RowBudget, measurable, time_passes
     from headrace.colocate.shared_steps import SharedSteps
 
-    sizes = measurable(engine, most)
+    sizes = measurable(engine, engine.graph_decoder.sizes("shared"), most)
     pages = engine.pool.allocate(engine.pool.pages_for(max(sizes, default=0)))
     seconds = await asyncio.get_running_loop().run_in_executor(device_thread, time_passes, engine, sizes, pages)
     engine.pool.release(pages)

@@ -1,8 +1,9 @@
 """How many rows a forward pass with prompts and decode steps may have.
 
-A GPU's products take whole waves of tiles, so time rises in steps: some sizes are measured at the start, and the
-largest is taken whose pass keeps the gap between two tokens of a stream within the target. What such a gap takes more
-than the pass (attention over long contexts, the host) is followed.
+Captured passes take what their size takes, however few rows are filled. All sizes are measured at the start, and the
+largest is taken that keeps the gap between two tokens of a stream within the target; of those with which what waits
+needs as many passes, the smallest. What such a gap takes more than the pass (attention over long contexts, the host) is
+followed.
 """
 
 from __future__ import annotations
@@ -14,53 +15,75 @@ from collections.abc import Mapping, Sequence
 from headrace.engine.engine import Engine, PrefillChunk
 from headrace.messages.request import SamplingParams
 
-SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
 REPEATS = 3
-EXTRA_WEIGHT = 0.1
-"""Of a new measurement."""
+STRIDE = 0.1
+"""Of what a measurement differs from what was expected."""
+FARTHEST = 0.002
+"""Seconds that a measurement is taken to differ at most: one that took long for some other reason counts little."""
 
 
 class RowBudget:
     """Not thread-safe."""
 
     def __init__(self, target_seconds: float, fewest: int, most: int, seconds: Mapping[int, float]) -> None:
-        """A pass has `fewest` rows or more, for prompts have to go on; `most` is for prompts alone.
+        """Half of `fewest` are prompts' in any case, for they have to go on; `most` is for prompts alone.
 
-        `seconds` a pass, by rows.
+        `seconds` a pass, by captured sizes.
         """
         self.most = most
         self._target_seconds = target_seconds
         self._fewest = min(fewest, most)
         self._seconds = dict(sorted((rows, took) for rows, took in seconds.items() if rows <= most))
         self._extra = 0.0
+        self._step_seconds: float | None = None
 
-    def tokens(self, running: int) -> int:
-        """Of prompts, in a pass with so many running requests."""
+    def tokens(self, running: int, waiting: int) -> int:
+        """Of prompts, in a pass with so many running requests; `waiting` are to be computed in all."""
         fitting = [rows for rows, took in self._seconds.items() if took + self._extra <= self._target_seconds]
-        return max(max(fitting, default=0), self._fewest) - min(running, self._fewest // 2)
+        room = max(max(fitting, default=0) - running, self._fewest // 2)
+        passes = max(-(-waiting // room), 1)
+        size = next((size for size in fitting if size >= -(-waiting // passes) + running), 0)
+        return min(size - running, room) if size else room
 
-    def saw_pass(self, rows: int, gap: float) -> None:
-        """A pass of so many rows, and the time from the end of the one before to its end."""
-        took = next((took for size, took in self._seconds.items() if size >= rows), None)
-        if took is not None:
-            self._extra += EXTRA_WEIGHT * (max(gap - took, 0.0) - self._extra)
+    def expected(self, rows: int, shared: bool) -> float:
+        """Seconds that such a step is expected to take, with prompts or without; 0 where that is not known."""
+        if not shared:
+            return self._step_seconds or 0.0
+        return self._measured(rows) + self._extra
+
+    def saw(self, rows: int, shared: bool, gap: float) -> None:
+        """Seconds from the end of the step before to the end of this one."""
+        if not shared:
+            self._step_seconds = gap if self._step_seconds is None else _followed(self._step_seconds, gap)
+        elif self._measured(rows):
+            self._extra = max(_followed(self._extra, gap - self._measured(rows)), 0.0)
+
+    def _measured(self, rows: int) -> float:
+        return next((took for size, took in self._seconds.items() if size >= rows), 0.0)
 
 
-def measurable(engine: Engine, most: int) -> list[int]:
-    """The sizes that `time_passes` can measure with this engine."""
+def _followed(expected: float, seen: float) -> float:
+    return expected + STRIDE * min(max(seen - expected, -FARTHEST), FARTHEST)
+
+
+def measurable(engine: Engine, sizes: Sequence[int], most: int) -> list[int]:
+    """Those that `time_passes` can measure with this engine."""
     longest = min(most, engine.max_model_len, engine.pool.num_pages * engine.layout.page_size)
-    return [size for size in SIZES if size <= longest]
+    return [size for size in sizes if size <= longest]
 
 
 def time_passes(engine: Engine, sizes: Sequence[int], pages: Sequence[int]) -> dict[int, float]:
-    """Seconds of a forward pass by rows, on the device's thread; `pages` hold the largest."""
+    """Seconds of a forward pass by rows, on the device's thread; `pages` hold the largest. Captures what was not.
+
+    The largest goes first, whose memory the others then share.
+    """
     sampling = SamplingParams(max_tokens=1, temperature=0)
     seconds = {}
-    for size in sizes:
+    for size in sorted(sizes, reverse=True):
         times = []
         for _ in range(REPEATS):
             started = time.perf_counter()
-            engine.prefill([PrefillChunk([0] * size, 0, size, pages, sampling)])
+            engine.start_shared([PrefillChunk([0] * size, 0, size, pages, sampling)], None, 0).outputs()
             times.append(time.perf_counter() - started)
         seconds[size] = min(statistics.median(times), times[-1])
     return seconds

@@ -1,6 +1,8 @@
 """Chunks of prompts in the same forward pass as decode steps, which so read the weights once for both.
 
-A chunk waits in one place for the next step to take it along; where no request is decoded, it is computed alone.
+A step is started just before the one ahead of it ends, so that what comes meanwhile is in it: the decode worker waits
+in `before_step`, which then gives the prefill worker its turn. The chunk waits in one place for the step to take it
+along; where no request is decoded, it is computed alone.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,11 @@ from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import RunningBatch
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedPrefill
 from headrace.engine.graph_batch import GraphBatch
+from headrace.kvtransfer.messages import Commit
+
+START_AHEAD = 0.002
+"""Seconds before the end of a step at which the next one is scheduled: what the host takes to start it, and how far
+timers and what is expected of steps are off."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,11 @@ class _Prompts:
     chunks: Sequence[PrefillChunk]
     on_layer: LayerAnnounced | None
     outputs: asyncio.Future[list[PrefillOutput]]
+
+    @property
+    def tokens(self) -> int:
+        """In all chunks."""
+        return sum(chunk.length for chunk in self.chunks)
 
     def resolve(self, outputs: list[PrefillOutput]) -> None:
         """On the device's thread."""
@@ -50,7 +62,7 @@ class _Prompts:
 class _Step:
     """A step in flight and the prompts in it, if any."""
 
-    running: int
+    rows: int
     prompts: _Prompts | None = None
     started: StartedPrefill | None = None
 
@@ -63,27 +75,63 @@ class SharedSteps:
 
     depth = 3
 
-    def __init__(self, budget: RowBudget, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        budget: RowBudget,
+        engine: Engine,
+        device_thread: ThreadPoolExecutor,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._budget = budget
+        self._clock = clock
         self._engine = engine
         self._device_thread = device_thread
         self._loop = asyncio.get_running_loop()
-        self._taken = asyncio.Event()
+        self.decode: Callable[[Commit], None] | None = None
+        """Takes requests into the next step."""
+        self._turn: asyncio.Future[None] | None = None
+        """The prefill worker waits for it."""
+        self._requests = 0
+        """In the next step."""
         self._lock = threading.Lock()
         self._waiting: _Prompts | None = None
         self._running = 0
         self._steps: deque[_Step] = deque()
         """On the device's thread."""
         self._last_step: float | None = None
+        self._due = 0.0
+        """When the next step is to be started, by the clock."""
 
-    async def turn(self, handing_over: bool) -> int:
+    @property
+    def join(self) -> Callable[[Commit], None] | None:
+        """See `Turns`. A draft head's K and V of the last token would be missing."""
+        return self.decode if self._running and self._engine.head is None else None
+
+    async def turn(self) -> None:
         """See `Turns`."""
-        while self._waiting is not None:
-            self._taken.clear()
-            await self._taken.wait()
+        if self._running or self._waiting is not None:
+            self._turn = self._loop.create_future()
+            await self._turn
+
+    def tokens(self, waiting: int, handing_over: bool) -> int:
+        """See `Turns`."""
         if self._running or handing_over:
-            return self._budget.tokens(self._running)
+            return self._budget.tokens(self._requests, waiting)
         return self._budget.most
+
+    def _give_turn(self) -> None:
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+
+    async def before_step(self, requests: int) -> None:
+        """See `Alongside`."""
+        early = self._due - self._clock()
+        if early > 0:
+            await asyncio.sleep(early)
+        self._requests = requests
+        if self._waiting is None:
+            self._give_turn()
+            await asyncio.sleep(0)  # who waits for the turn goes on first, up to where the chunk is started
 
     def start(
         self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None
@@ -110,18 +158,23 @@ class SharedSteps:
         except Exception as error:
             prompts.reject(error)
             raise
-        self._steps.append(_Step(len(batch), prompts, started))
+        self._steps.append(_Step(len(batch) + prompts.tokens, prompts, started))
         return True
 
     def stepped(self, running: int, ended: bool) -> None:
         """See `Alongside`."""
+        now = self._clock()
         if ended:
-            self._ended(self._steps.popleft())
+            self._ended(self._steps.popleft(), now)
+        ahead = self._steps[0] if self._steps else None
+        takes = self._budget.expected(ahead.rows, ahead.prompts is not None) if ahead is not None else 0.0
+        self._due = now + takes - START_AHEAD if ended else now
         with self._lock:
             self._running = running
         if not running:
             self._last_step = None
             self._compute_alone()
+            self._loop.call_soon_threadsafe(self._give_turn)
 
     def abandoned(self) -> None:
         """See `Alongside`."""
@@ -134,28 +187,24 @@ class SharedSteps:
                 step.prompts.reject(RuntimeError("the decode step that computed this prompt, too, failed"))
         self.stepped(0, False)
 
-    def _ended(self, step: _Step) -> None:
-        now, before = time.perf_counter(), self._last_step
-        self._last_step = now
-        if step.prompts is None or step.started is None:
-            return
-        step.prompts.resolve(step.started.outputs())
+    def _ended(self, step: _Step, now: float) -> None:
+        before, self._last_step = self._last_step, now
+        if step.prompts is not None and step.started is not None:
+            step.prompts.resolve(step.started.outputs())
         if before is not None:
-            rows = step.running + sum(chunk.length for chunk in step.prompts.chunks)
-            self._budget.saw_pass(rows, now - before)
+            self._budget.saw(step.rows, step.prompts is not None, now - before)
 
     def _take(self) -> _Prompts | None:
         with self._lock:
             prompts, self._waiting = self._waiting, None
-        if prompts is not None:
-            self._loop.call_soon_threadsafe(self._taken.set)
         return prompts
 
     def _compute_alone(self) -> None:
         prompts = self._take()
         if prompts is None:
             return
+        self._loop.call_soon_threadsafe(self._give_turn)
         try:
-            prompts.resolve(self._engine.prefill(prompts.chunks, prompts.on_layer))
+            prompts.resolve(self._engine.start_shared(prompts.chunks, prompts.on_layer, 0).outputs())
         except Exception as error:
             prompts.reject(error)

@@ -35,6 +35,7 @@ class TakingTurns:
     """See `Turns` and `Alongside`."""
 
     depth = 1
+    join = None
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class TakingTurns:
         """When the last step ended; None where another one does not follow it at once."""
         self._chunk: _Chunk | None = None
 
-    async def turn(self, handing_over: bool) -> int:
+    async def turn(self) -> None:
         """See `Turns`."""
         if self._running:
             try:
@@ -64,6 +65,9 @@ class TakingTurns:
             except TimeoutError:
                 pass
         self._stepped.clear()
+
+    def tokens(self, waiting: int, handing_over: bool) -> int:
+        """See `Turns`."""
         with self._lock:
             return self._size.tokens if self._running or handing_over else self._size.most
 
@@ -85,6 +89,9 @@ class TakingTurns:
             with self._lock:
                 chunk.ended = self._clock()
                 self._size.saw_chunk_alone(chunk.tokens, chunk.ended - started)
+
+    async def before_step(self, requests: int) -> None:
+        """See `Alongside`."""
 
     def start_step(self, batch: RunningBatch[Any]) -> bool:
         """See `Alongside`."""

@@ -125,7 +125,8 @@ class Mover:
             for sequence in self._scheduler.sequences():
                 if len(self._moves) >= MAX_MOVES:
                     break
-                if sequence.key not in self._moves and sequence.tokens_left > COMING_TOKENS:
+                is_computed = sequence.generated > sequence.offer.generated
+                if is_computed and sequence.key not in self._moves and sequence.tokens_left > COMING_TOKENS:
                     self._begin(sequence)
 
     def _begin(self, sequence: Sequence) -> None:

@@ -11,7 +11,10 @@ from headrace.engine.sampler import SampledToken
 
 
 class Alongside(Protocol):
-    """What else is computed on the decode worker's device; told on the device's thread, but for `abandoned`."""
+    """What else is computed on the decode worker's device. `start_step` and `stepped` are called on its thread."""
+
+    async def before_step(self, requests: int) -> None:
+        """Wait until the next step, of so many requests, is to be scheduled."""
 
     def start_step(self, batch: RunningBatch[Key]) -> bool:
         """Start the batch's next step together with something else; False: the batch is to start it as usual."""

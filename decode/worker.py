@@ -161,6 +161,9 @@ class DecodeWorker:
         while True:
             await self._work.wait()
             started = loop.time()
+            if self._alongside is not None:
+                requests = self._scheduler.num_running + self._scheduler.num_ready
+                await self._alongside.before_step(min(requests, self._max_num_seqs))
             plan = self._schedule()
             running = self._scheduler.num_running
             try:
@@ -223,30 +226,22 @@ class DecodeWorker:
         if drafted:
             self._apply_drafted(tokens)
             return
-        running = self._scheduler.running
-        made = [(sequence, token) for key, token in tokens if (sequence := running(key)) is not None]
-        for sequence, _ in made:
+        outbox, longest, running = self._outbox, self._engine.max_model_len, self._scheduler.running
+        for key, token in tokens:  # spelled out: a call for each token would take as long as its event
+            sequence = running(key)
+            if sequence is None:
+                continue
             sequence.in_flight -= 1
-        self._add_tokens(made)
-
-    def _add_tokens(self, made: list[tuple[Sequence, SampledToken]]) -> None:
-        """Take one more token of each of these requests and queue it for its gateway. Those that end are let go of."""
-        outbox, longest = self._outbox, self._engine.max_model_len
-        for sequence, token in made:
             token_id, logprobs, reason = token.token_id, token.logprobs, None
-            sequence.append(token_id)
-            sequence.newest_logprobs = logprobs
-            generated = sequence.generated
-            # Looked at here, as it is seldom so: a call for each token would take as long as its event.
-            if (
-                token_id in sequence.stop_token_ids
-                or generated >= sequence.max_tokens
-                or len(sequence.token_ids) >= longest
-            ):
+            token_ids = sequence.token_ids
+            token_ids.append(token_id)
+            generated = sequence.generated = sequence.generated + 1
+            if logprobs is not None:
+                sequence.newest_logprobs = logprobs
+            if token_id in sequence.stop_token_ids or generated >= sequence.max_tokens or len(token_ids) >= longest:
                 reason = sequence.finish_reason(longest)
-            request_id, attempt = sequence.key
             scores = None if logprobs is None else [logprobs]
-            outbox[sequence.gateway].append(TokenEvent(request_id, attempt, generated - 1, [token_id], scores, reason))
+            outbox[sequence.gateway].append(TokenEvent(key[0], key[1], generated - 1, [token_id], scores, reason))
             if reason is not None:
                 self._finish(sequence, reason)
 
@@ -285,14 +280,22 @@ class DecodeWorker:
         ended(self._node.telemetry, sequence, "finished", reason)
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
-        """The receiver's hand-over: the first token is on its way to the client before any step runs."""
+        """The receiver's hand-over: the first token, where it is drawn, goes to the client before any step runs."""
         offer = received.offer
         sequence = Sequence(offer, received.token_ids, received.pages, received.generated)
         self._moved_here += offer.coming > 0
         self._scheduler.add(sequence)
-        self._add_tokens([(sequence, SampledToken(received.commit.token_id, received.commit.logprobs))])
+        commit = received.commit
+        if commit.token_id is not None:
+            sequence.newest_logprobs = commit.logprobs
+            reason = sequence.take([commit.token_id], self._engine.max_model_len)
+            self._queue(sequence, [SampledToken(commit.token_id, commit.logprobs)], reason)
         self._wake()
         self._publish()
+
+    def join(self, sender: str, commit: Commit) -> None:
+        """Take a request of the prefill worker beside into the next step, which computes its last prompt token."""
+        self._receiver.handle(sender, commit)
 
     def _wake(self) -> None:
         if self._scheduler.has_work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -44,17 +43,3 @@ class ForwardBatch:
         if isinstance(self.plan, VerifyPlan):
             return verify_attention(queries, layer_pages, self.plan, scaling)
         return prefill_attention(queries, layer_pages, self.plan, scaling, qkv=qkv)
-
-
-class RunningRows(Protocol):
-    """The newest tokens of running requests, for a forward pass that computes them beside prompts."""
-
-    @property
-    def token_ids(self) -> torch.Tensor:
-        """[R] int64."""
-
-    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """Rotate packed projections [R, (heads + 2 kv_heads) * head_dim], write to the cache and attend.
-
-        Returns [R, heads * head_dim], which the next layer overwrites.
-        """

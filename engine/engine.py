@@ -13,7 +13,7 @@ import torch
 
 from headrace.engine.arriving import ArrivingTokens
 from headrace.engine.base import LayerAnnounced, Model, Ready
-from headrace.engine.batch import ForwardBatch, RunningRows
+from headrace.engine.batch import ForwardBatch
 from headrace.engine.cpu_share import CpuShare
 from headrace.engine.device import available_memory, can_pack, choose_device, choose_dtype
 from headrace.engine.draft_head import DraftHead, TorchHead, load_head
@@ -23,6 +23,7 @@ from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
+from headrace.engine.prompt_rows import lay_out
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
 from headrace.engine.weights import Progress, load_decoder
 from headrace.kernels.paged_attention import PagedPlan
@@ -97,8 +98,8 @@ class StartedPrefill:
 
     outputs: Callable[[], list[PrefillOutput]]
     """Waits for its end, on the thread that started it."""
-    running_logits: torch.Tensor | None
-    """float32 [R, vocabulary], of the running requests that were computed with the chunks."""
+    running_logits: torch.Tensor | None = None
+    """float32 [R, vocabulary], of the running requests whose step was computed with the chunks."""
 
 
 class Engine:
@@ -203,13 +204,8 @@ class Engine:
         return self.start_prefill(chunks, on_layer).outputs()
 
     @torch.inference_mode()
-    def start_prefill(
-        self,
-        chunks: Sequence[PrefillChunk],
-        on_layer: LayerAnnounced | None = None,
-        running: RunningRows | None = None,
-    ) -> StartedPrefill:
-        """The same without a wait for the device; with `running`, these rows' decode step is computed, too."""
+    def start_prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> StartedPrefill:
+        """The same without a wait for the device."""
 
         def layer_done(layer: int) -> None:
             self.cpu_share.adjust()
@@ -218,19 +214,14 @@ class Engine:
 
         self.cpu_share.adjust()
         batch = self._pack(chunks)
-        if running is None:
-            hidden = self.model.forward(batch, self.cache, layer_done)
-        else:
-            assert isinstance(self.model, FusedDecoder)
-            hidden = self.model.forward(batch, self.cache, layer_done, running)
+        hidden = self.model.forward(batch, self.cache, layer_done)
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
-        last = [row for row, chunk in enumerate(chunks) if chunk.is_last and chunk.sampling.max_tokens > 0]
-        wanted = np.array([*(ends[row] - 1 for row in last), *range(ends[-1], len(hidden))], np.int64)
-        logits = self.model.logits(hidden.index_select(0, upload([wanted], self.device)[0])) if len(wanted) else None
+        last = _rows_with_tokens(chunks)
         first = None
         if last:
-            assert logits is not None
-            first = self._sample_first([chunks[row] for row in last], logits[: len(last)])
+            wanted = upload([np.array([ends[row] - 1 for row in last], np.int64)], self.device)[0]
+            logits = self.model.logits(hidden.index_select(0, wanted))
+            first = self._sample_first([chunks[row] for row in last], logits)
         if self.head is not None:
             sampled = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
             self._prefill_head(self.head, chunks, sampled, batch)
@@ -245,7 +236,34 @@ class Engine:
                 for row, chunk in enumerate(chunks)
             ]
 
-        return StartedPrefill(outputs, None if running is None or logits is None else logits[len(last) :])
+        return StartedPrefill(outputs)
+
+    @torch.inference_mode()
+    def start_shared(
+        self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None, running: int
+    ) -> StartedPrefill:
+        """The same and a decode step of the graph decoder's first `running` requests: in one captured forward pass,
+        but where chunks are too many or want more than their K and V and first tokens.
+        """
+        decoder = self.graph_decoder
+        assert decoder is not None
+        wants_states = self.head is not None or any(chunk.sampling.prompt_logprobs is not None for chunk in chunks)
+        if wants_states or not decoder.can_share(running, chunks):
+            started = self.start_prefill(chunks, on_layer)
+            return replace(started, running_logits=decoder.step(running)) if running else started
+        last = _rows_with_tokens(chunks)
+        logits, running_logits = decoder.step_shared(running, chunks, last)
+        if on_layer is not None:
+            ready = self._recorded_event()
+            for layer in range(self.layout.num_layers):
+                on_layer(layer, ready)
+        first = self._sample_first([chunks[row] for row in last], logits) if last else None
+
+        def outputs() -> list[PrefillOutput]:
+            tokens = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
+            return [PrefillOutput(tokens.get(row), []) for row in range(len(chunks))]
+
+        return StartedPrefill(outputs, running_logits)
 
     def _prefill_head(
         self, head: DraftHead, chunks: Sequence[PrefillChunk], tokens: Mapping[int, SampledToken], batch: ForwardBatch
@@ -278,17 +296,9 @@ class Engine:
         return event
 
     def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:
-        page_size = self.layout.page_size
-        table = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int64)
-        tokens, positions, slot_pages = [], [], []
-        for row, chunk in enumerate(chunks):
-            table[row, : len(chunk.pages)] = chunk.pages
-            own = np.arange(chunk.start, chunk.start + chunk.length)
-            tokens.append(np.array(chunk.token_ids[chunk.start : chunk.start + chunk.length], np.int64))
-            positions.append(own)
-            slot_pages.append(table[row, own // page_size])
-        at = np.concatenate(positions)
-        packed = (np.concatenate(tokens), at, np.concatenate(slot_pages), at % page_size, table.reshape(-1))
+        laid_out = lay_out(chunks, self.layout.page_size)
+        table = laid_out.table
+        packed = (laid_out.token_ids, laid_out.positions, laid_out.slot_pages, laid_out.slot_offsets, table.reshape(-1))
         token_ids, at_positions, pages, offsets, flat_table = upload(packed, self.device)
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
@@ -323,6 +333,11 @@ class Engine:
             logits = self.model.logits(hidden[first : first + len(part)])
             found += describe_logprobs(logits, part, [count] * len(part))
         return found
+
+
+def _rows_with_tokens(chunks: Sequence[PrefillChunk]) -> list[int]:
+    """The chunks that a token is drawn after."""
+    return [row for row, chunk in enumerate(chunks) if chunk.is_last and chunk.sampling.max_tokens > 0]
 
 
 def _load_model(

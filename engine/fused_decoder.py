@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import embedding
 
 from headrace.engine.base import OnLayer
-from headrace.engine.batch import ForwardBatch, RunningRows
+from headrace.engine.batch import ForwardBatch
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.parallel import ParallelGroup
@@ -43,13 +43,10 @@ class FusedDecoder:
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
         self._scale = config.head_dim**-0.5
 
-    def forward(
-        self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None, running: RunningRows | None = None
-    ) -> torch.Tensor:
-        """See `Model.forward`. The hidden states of `running`'s R rows follow the batch's: [T + R, H]."""
-        config, weights, prompts = self._config, self.weights, len(batch.token_ids)
-        token_ids = batch.token_ids if running is None else torch.cat((batch.token_ids, running.token_ids))
-        residual = embedding(token_ids, weights.embedding)
+    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+        """See `Model.forward`."""
+        config, weights = self._config, self.weights
+        residual = embedding(batch.token_ids, weights.embedding)
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
         write = self._writer(batch, residual.dtype)
@@ -57,16 +54,13 @@ class FusedDecoder:
         hidden = rms_norm(residual, weights.layers[0].input_norm, config.norm_eps)
         for index, layer in enumerate(weights.layers):
             if index in self.feature_layers:
-                features.append(residual[:prompts].clone())
+                features.append(residual.clone())
             pages = cache.layer(index)
             qkv = layer.qkv(hidden)
-            queries = write(layer, qkv[:prompts], pages)
+            queries = write(layer, qkv, pages)
             if on_layer is not None:
                 on_layer(index)
-            attended = batch.attend(queries, pages, self._scale, qkv[:prompts])
-            if running is not None:
-                attended = torch.cat((attended, running.attend(index, qkv[prompts:])))
-            hidden = self._group.all_reduce(layer.output(attended))
+            hidden = self._group.all_reduce(layer.output(batch.attend(queries, pages, self._scale, qkv)))
             hidden = add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
             last = index + 1 == len(weights.layers)

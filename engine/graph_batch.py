@@ -176,7 +176,7 @@ class GraphBatch(Generic[K]):
     ) -> StartedPrefill:
         """Start a step that computes these chunks in the same forward pass, which reads the weights once for both."""
         self._send_changes()
-        prompts = self._engine.start_prefill(chunks, on_layer, self._decoder.running(len(self._keys)))
+        prompts = self._engine.start_shared(chunks, on_layer, len(self._keys))
         assert prompts.running_logits is not None
         self._sample(prompts.running_logits)
         return prompts

@@ -1,15 +1,16 @@
-"""Decode steps of the fused decoder on a GPU: one CUDA graph a number of rows, with drafts and without."""
+"""Decode steps of the fused decoder on a GPU: a CUDA graph a number of rows, with drafts, prompts or neither."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from headrace.engine.batch import RunningRows
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
+from headrace.engine.prompt_rows import MAX_PROMPTS, PromptRows
 from headrace.engine.weights import DecoderWeights, Progress
 from headrace.kernels.decode_attention import (
     MAX_STEP_ROWS,
@@ -26,13 +27,22 @@ from headrace.kernels.epilogue import Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.linear import Projection
+from headrace.kernels.prefill_attention import attend_paged
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
 from headrace.kernels.rope import RopeTables
+from headrace.kernels.rope_cache import rope_cache
 
+if TYPE_CHECKING:
+    from headrace.engine.engine import PrefillChunk
+
+Kind = Literal["plain", "drafted", "shared"]
+"""Of a step: one row a request, or with drafts, or with rows of prompts."""
 MAX_DRAFTED_ROWS = 256
 """Of a step with drafts: their logits take memory, and further rows never paid."""
 DRAFTED_SIZES = (16, 32, 64, 128, 192, 256)
 """Captured numbers of rows of steps with drafts. Fewer rows than these cost projections as much."""
+SHARED_SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""Captured numbers of rows of steps with prompts, those of running requests among them."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -53,6 +63,8 @@ class _Step:
     drafted: DraftRows | None
     block_table: torch.Tensor
     workspace: AttentionWorkspace
+    prompts: PromptRows | None = None
+    """Behind the rows of the requests that `positions` has."""
 
 
 class GraphDecoder:
@@ -83,9 +95,10 @@ class GraphDecoder:
         positions = torch.arange(max_model_len, device=device)
         self._rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
         self._linear_workspace = Workspace(device)
-        most = min(max_batch * MAX_STEP_ROWS, max(MAX_DRAFTED_ROWS, max_batch)) if drafts else max_batch
+        decoded = min(max_batch * MAX_STEP_ROWS, max(MAX_DRAFTED_ROWS, max_batch)) if drafts else max_batch
+        most = max(decoded, SHARED_SIZES[-1])
         self._attention_workspace = AttentionWorkspace(self._heads, max_batch, device)
-        self._drafted_workspace = AttentionWorkspace(self._heads, most, device, drafted=True)
+        self._drafted_workspace = AttentionWorkspace(self._heads, decoded, device, drafted=True)
         width = -(-max_model_len // cache.layout.page_size)
         # one page more than the longest request has: kernels look up whole blocks of tokens
         width += -(-self._attention_workspace.block // cache.layout.page_size)
@@ -94,83 +107,112 @@ class GraphDecoder:
             torch.full((max_batch,), -1, dtype=torch.int32, device=device),
             torch.zeros(max_batch, dtype=torch.int32, device=device),
         )
-        self.rows = StepRows(most, device)
+        self.rows = StepRows(decoded, device)
         """Of a step with drafts, see `step_drafted`."""
         self.block_table = torch.zeros(max_batch, width, dtype=torch.int32, device=device)
+        heads = self._heads.group, self._heads.head_dim
+        self._prompts = PromptRows(SHARED_SIZES[-1], width, heads, cache.pages.dtype, device)
+        self._shared_tokens = torch.zeros(SHARED_SIZES[-1], dtype=torch.int64, device=device)
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._squares = torch.zeros(2 * config.num_layers + 1, most, dtype=torch.int64, device=device)
         self._residual = torch.zeros(most, config.hidden_size, dtype=dtype, device=device)
         self._max_narrow = max_rows(device)
-        self._qkv = torch.zeros(min(most, self._max_narrow), qkv_size, dtype=dtype, device=device)
+        self._qkv = torch.zeros(self._max_narrow, qkv_size, dtype=dtype, device=device)
         self._attended = torch.zeros(most, config.num_heads * config.head_dim, dtype=dtype, device=device)
         self._activated = torch.zeros(len(self._qkv), config.intermediate_size, dtype=dtype, device=device)
-        self._logits = torch.zeros(most, config.vocab_size, dtype=torch.float32, device=device)
-        self._sizes = {False: batch_sizes(max_batch)}
-        """By whether there are drafts."""
+        self._logits = torch.zeros(
+            max(decoded, MAX_PROMPTS + max_batch), config.vocab_size, dtype=torch.float32, device=device
+        )
+        self._sizes: dict[Kind, list[int]] = {"plain": batch_sizes(max_batch), "shared": list(SHARED_SIZES)}
         if drafts:
-            self._sizes[True] = [size for size in DRAFTED_SIZES if size < most] + [most]
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+            self._sizes["drafted"] = [size for size in DRAFTED_SIZES if size < decoded] + [decoded]
+        self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph] = {}
 
-    def sizes(self, *, drafted: bool = False) -> list[int]:
+    def sizes(self, kind: Kind = "plain") -> list[int]:
         """The numbers of rows that are captured, in order."""
-        return self._sizes[drafted]
+        return self._sizes[kind]
 
     def capture_all(self, progress: Progress) -> None:
         """Compile the kernels and capture every size, the largest first, whose memory the others then share.
 
-        On a CPU, where tests run this, there is nothing to capture.
+        Steps with prompts are captured when they first run. On a CPU, where tests run this, there is nothing to
+        capture.
         """
         if not self.block_table.is_cuda:
             return
-        wanted = sorted(((size, drafted) for drafted, sizes in self._sizes.items() for size in sizes), reverse=True)
-        for done, (size, drafted) in enumerate(wanted):
-            self._graph(size, drafted)
+        own: tuple[Kind, ...] = ("plain", "drafted")
+        wanted = sorted(((size, kind) for kind in own for size in self._sizes.get(kind, ())), reverse=True)
+        for done, (size, kind) in enumerate(wanted):
+            self._graph(size, kind)
             progress("capturing decode steps", (done + 1) / len(wanted))
 
     def step(self, rows: int) -> torch.Tensor:
         """Start the step of the first `rows` requests; returns their logits, float32 [rows, vocabulary]."""
-        return self._run(rows, drafted=False)
+        self._run(rows, "plain")
+        return self._logits[:rows]
 
     def step_drafted(self, rows: int) -> torch.Tensor:
         """Start a step of `rows` rows as `self.rows.layout` has them, which must be -1 beyond; returns their logits.
 
         What follows from the layout is filled in `self.rows`; `accept_rows` brings `state` up to date afterwards.
         """
-        return self._run(rows, drafted=True)
-
-    def _run(self, rows: int, drafted: bool) -> torch.Tensor:
-        size = next(size for size in self._sizes[drafted] if size >= rows)
-        if self.block_table.is_cuda:
-            self._graph(size, drafted).replay()
-        else:
-            self._forward(size, drafted)
+        self._run(rows, "drafted")
         return self._logits[:rows]
 
-    def _graph(self, size: int, drafted: bool) -> torch.cuda.CUDAGraph:
-        if (size, drafted) not in self._graphs:
-            self._forward(size, drafted)  # compiles what was not
+    def step_shared(
+        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start the step of the first `rows` requests and these chunks of prompts, which `can_share`.
+
+        Returns the logits after the last tokens of the `wanted` chunks and those of the requests.
+        """
+        self._prompts.fill(chunks, rows, wanted, self._cache.layout.page_size)
+        self._run(rows + sum(chunk.length for chunk in chunks), "shared")
+        return self._logits[: len(wanted)], self._logits[MAX_PROMPTS : MAX_PROMPTS + rows]
+
+    def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
+        """Whether a step of so many requests can have these chunks beside it."""
+        return len(chunks) <= MAX_PROMPTS and rows + sum(chunk.length for chunk in chunks) <= SHARED_SIZES[-1]
+
+    def _run(self, rows: int, kind: Kind) -> None:
+        size = next(size for size in self._sizes[kind] if size >= rows)
+        if self.block_table.is_cuda:
+            self._graph(size, kind).replay()
+        else:
+            self._forward(size, kind)
+
+    def _graph(self, size: int, kind: Kind) -> torch.cuda.CUDAGraph:
+        if (size, kind) not in self._graphs:
+            self._forward(size, kind)  # compiles what was not
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
             # a graph's kernels keep the priority of the stream that they were captured on
             with torch.cuda.graph(graph, pool=pool):
-                self._forward(size, drafted)
-            self._graphs[size, drafted] = graph
-        return self._graphs[size, drafted]
+                self._forward(size, kind)
+            self._graphs[size, kind] = graph
+        return self._graphs[size, kind]
 
-    def _step(self, size: int, drafted: bool) -> _Step:
-        if drafted:
+    def _step(self, size: int, kind: Kind) -> _Step:
+        if kind == "drafted":
             rows, workspace = self.rows, self._drafted_workspace
             return _Step(
                 size, rows.tokens[:size], rows.positions[:size], rows.drafted.up_to(size), self.block_table, workspace
             )
         tokens, positions, table = self.state.tokens, self.state.positions, self.block_table
-        return _Step(size, tokens[:size], positions[:size], None, table[:size], self._attention_workspace)
+        plain = _Step(size, tokens[:size], positions[:size], None, table[:size], self._attention_workspace)
+        if kind == "plain":
+            return plain
+        return replace(plain, tokens=self._shared_tokens[:size], prompts=self._prompts)
 
-    def _forward(self, size: int, drafted: bool) -> None:
-        if drafted:
+    def _forward(self, size: int, kind: Kind) -> None:
+        if kind == "drafted":
             expand_rows(self.state, self.rows)
-        step = self._step(size, drafted)
+        step = self._step(size, kind)
+        if step.prompts is not None:
+            given, newest = step.prompts["tokens"][:size], self.state.tokens[:size]
+            step.tokens.copy_(given.clamp(min=0))
+            step.tokens[: len(newest)].copy_(torch.where(given[: len(newest)] < 0, newest, given[: len(newest)]))
         plan_decode_attention(step.positions, step.workspace, step.drafted)
         begin_decode(
             step.tokens,
@@ -179,13 +221,17 @@ class GraphDecoder:
             self._residual[:size],
             self._squares[:, :size],
         )
-        if size <= self._max_narrow:
-            self._forward_narrow(step)
+        hidden = self._forward_narrow(step) if size <= self._max_narrow else self._forward_wide(step)
+        if step.prompts is not None:
+            hidden = torch.cat((hidden.index_select(0, step.prompts["ends"]), hidden[: len(step.positions)]))
+        logits = self._logits[: len(hidden)]
+        if len(hidden) <= self._max_narrow:
+            decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self._linear_workspace)
         else:
-            self._forward_wide(step)
+            self._weights.head.to_float32(hidden, logits)
 
-    def _forward_narrow(self, step: _Step) -> None:
-        """Few rows: every projection at the memory's speed, with what surrounds it."""
+    def _forward_narrow(self, step: _Step) -> torch.Tensor:
+        """Few rows: every projection at the memory's speed, with what surrounds it. Returns final hidden states."""
         size = step.size
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv = self._qkv[:size]
@@ -200,8 +246,7 @@ class GraphDecoder:
             self._project(residual, layer.gate_up, activated, squares=sums, eps=eps, activation=activation)
             sums = next(squares)
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
-        hidden = rms_norm(residual, self._weights.norm, eps)
-        decode_linear(hidden, self._weights.head.weight, self._logits[:size], Epilogue(), self._linear_workspace)
+        return rms_norm(residual, self._weights.norm, eps)
 
     def _project(self, x: torch.Tensor, projection: Projection, out: torch.Tensor, **epilogue: Any) -> None:
         """One projection with its surroundings, see `Epilogue`."""
@@ -211,32 +256,32 @@ class GraphDecoder:
         surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
         decode_linear(x, projection.weight, out, surroundings, self._linear_workspace)
 
-    def running(self, requests: int) -> RunningRows:
-        """The first `requests` ones, for a forward pass that computes prompts, too, instead of a step."""
-        step = self._step(requests, drafted=False)
-        plan_decode_attention(step.positions, step.workspace)
-        return _Running(self, step)
-
     def _attend(self, step: _Step, index: int, qkv: torch.Tensor) -> torch.Tensor:
         layer, attended = self._weights.layers[index], self._attended[: step.size]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        eps, pages, prompts = self._config.norm_eps, self._cache.layer(index), step.prompts
+        if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
+            at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
+            queries = rope_cache(qkv, at, self._rope, norms, eps, pages, slots, offsets)
         fused_decode_attention(
             qkv,
-            self._cache.layer(index),
+            pages,
             step.block_table,
             step.positions,
             self._rope,
             norms,
-            self._config.norm_eps,
+            eps,
             attended,
             self._heads,
             step.workspace,
             step.drafted,
         )
+        if prompts is not None:
+            attend_paged(queries, pages, prompts.plan(step.size), self._heads.head_dim**-0.5, out=attended)
         return attended
 
-    def _forward_wide(self, step: _Step) -> None:
-        """Many rows: bound by arithmetic, so the projections are cuBLAS's."""
+    def _forward_wide(self, step: _Step) -> torch.Tensor:
+        """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns final hidden states."""
         size = step.size
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
@@ -246,19 +291,4 @@ class GraphDecoder:
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             last = index + 1 == len(weights.layers)
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
-        weights.head.to_float32(hidden, self._logits[:size])
-
-
-@dataclass(frozen=True)
-class _Running:
-    """See `RunningRows`."""
-
-    decoder: GraphDecoder
-    step: _Step
-
-    @property
-    def token_ids(self) -> torch.Tensor:
-        return self.step.tokens
-
-    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        return self.decoder._attend(self.step, layer, qkv)
+        return hidden

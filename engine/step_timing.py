@@ -67,7 +67,7 @@ def time_steps(engine: Engine) -> StepSeconds:
 
 def _drafted_rows(decoder: GraphDecoder) -> list[int]:
     """The least and the most rows of each captured step with drafts."""
-    sizes = decoder.sizes(drafted=True)
+    sizes = decoder.sizes("drafted")
     return sorted({2, *sizes, *[size + 1 for size in sizes[:-1]]})
 
 

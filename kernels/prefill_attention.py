@@ -52,7 +52,8 @@ class TilePlan:
     """A plan for the Triton kernel; int32 tensors on the device."""
 
     tiles: torch.Tensor
-    """[tiles, 2]: a request, and the first of the tile's queries among that request's."""
+    """[tiles, 2]: a request, and the first of the tile's queries among that request's. Those of requests without any
+    queries compute nothing."""
     query_starts: torch.Tensor
     """[B + 1]: where each request's queries start in the packed rows."""
     context_lengths: torch.Tensor
@@ -142,14 +143,8 @@ def plan_tiles(
 ) -> TilePlan:
     """Cut the queries into tiles, longest context first. Nothing waits for the device."""
     lengths, contexts = np.asarray(query_lengths, np.int32), np.asarray(context_lengths, np.int32)
-    tokens = tiling.block_m // group
-    counts = -(-lengths // tokens)
-    requests = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
-    ordinals = np.arange(counts.sum(), dtype=np.int32) - np.repeat(counts.cumsum() - counts, counts)
-    first = (ordinals * tokens).astype(np.int32)
-    order = np.argsort(-(first + (contexts - lengths)[requests]), kind="stable")
+    tiles = cut_tiles(lengths, contexts, tiling.block_m // group).reshape(-1)
     starts = np.concatenate((np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)))
-    tiles = np.stack((requests, first), axis=1)[order].reshape(-1)
     on_device = upload((tiles, starts, contexts), block_table.device)
     return TilePlan(
         tiles=on_device[0].view(-1, 2),
@@ -159,6 +154,16 @@ def plan_tiles(
         tiling=tiling,
         has_prefix=bool((contexts != lengths).any()),
     )
+
+
+def cut_tiles(lengths: np.ndarray, contexts: np.ndarray, tokens: int) -> np.ndarray:
+    """Tiles of so many tokens as `TilePlan` has them, int32 [tiles, 2], of requests' query and context lengths."""
+    counts = -(-lengths // tokens)
+    requests = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
+    ordinals = np.arange(counts.sum(), dtype=np.int32) - np.repeat(counts.cumsum() - counts, counts)
+    first = (ordinals * tokens).astype(np.int32)
+    order = np.argsort(-(first + (contexts - lengths)[requests]), kind="stable")
+    return np.stack((requests, first), axis=1)[order]
 
 
 def prefill_attention(
@@ -207,15 +212,17 @@ def attend_paged(
     plan: TilePlan,
     scaling: float,
     cache_scales: tuple[float, float] = (1.0, 1.0),
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from queries [T, heads, head_dim] over pages [pages, 2, kv_heads, page_size, head_dim].
 
-    `cache_scales` multiply what is in the cache, K and V, where it is float8. Returns [T, heads * head_dim].
+    `cache_scales` multiply what is in the cache, K and V, where it is float8. Returns [T, heads * head_dim], in `out`
+    where that is given; rows that are in no tile are left alone.
     """
     kv_heads, page_size, head_dim = layer_pages.shape[2:]
     places = (0, kv_heads * page_size * head_dim, layer_pages.stride(0))
     key_scale, value_scale = cache_scales
-    return _launch(queries, layer_pages, plan, scaling * key_scale, value_scale, kv_heads, places, page_size)
+    return _launch(queries, layer_pages, plan, scaling * key_scale, value_scale, kv_heads, places, page_size, out)
 
 
 def _launch(
@@ -227,10 +234,12 @@ def _launch(
     kv_heads: int,
     places: tuple[int, int, int],
     page_size: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`places`: the first key and the first value in `kv`, and the stride of its tokens (or pages), in numbers."""
     tokens, heads, head_dim = queries.shape
-    out = queries.new_empty(tokens, heads * head_dim)
+    if out is None:
+        out = queries.new_empty(tokens, heads * head_dim)
     tiles, tiling = len(plan.tiles), plan.tiling
     if tiles == 0:
         return out
@@ -341,7 +350,7 @@ def _attention_kernel(
         acc, weight, highest = _attend_block(
             q, k.to(q.dtype), v.to(q.dtype), acc, weight, highest, scale, last, at, True, PRECISION
         )
-    out = acc * (value_scale / weight)[:, None]
+    out = acc * (value_scale / tl.where(weight > 0, weight, 1.0))[:, None]  # 0: a tile of a request without queries
     tl.store(out_ptr + place * (KV_HEADS * GROUP * DIM) + column, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 

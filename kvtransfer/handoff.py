@@ -212,6 +212,28 @@ class Handoff:
         self.timings.computed = time.monotonic()
         self._changed.set()
 
+    def commit_undrawn(self) -> Commit | None:
+        """A Commit without a next token, where the receiver shares this pool: the caller delivers it, before the step
+        that computes the last token. None where the pages have a way to go, or nobody has granted yet.
+        """
+        if self.state is not State.GRANTED or self.transport != "local":
+            return None
+        self.timings.computed = time.monotonic()
+        return self._committed(None, None, [])
+
+    def _committed(self, token_id: int | None, logprobs: TokenLogprobs | None, came: list[int]) -> Commit:
+        self.state = State.COMMITTED
+        request_id, attempt = self.key
+        self._commit = Commit(
+            request_id=request_id,
+            attempt=attempt,
+            sequence=self._sequence,
+            token_id=token_id,
+            logprobs=logprobs,
+            came=came,
+        )
+        return self._commit
+
     def handle(self, message: ToSender) -> None:
         """Apply a message of the receiver. One that doesn't fit the state is late or repeated, and is dropped."""
         match message:
@@ -334,18 +356,7 @@ class Handoff:
             return self._outgoing(segment, first, stop, size)
         if self._next_token is None:
             return None
-        self.state = State.COMMITTED
-        token_id, logprobs, came = self._next_token
-        request_id, attempt = self.key
-        self._commit = Commit(
-            request_id=request_id,
-            attempt=attempt,
-            sequence=self._sequence,
-            token_id=token_id,
-            logprobs=logprobs,
-            came=came,
-        )
-        return self._commit
+        return self._committed(*self._next_token)
 
     def _has_room(self, size: int) -> bool:
         """Whether so much more may be on the way. What is larger than a bound travels alone."""

@@ -200,7 +200,8 @@ class Commit(Message, frozen=True, kw_only=True):
     request_id: RequestId
     attempt: Attempt
     sequence: Count
-    token_id: TokenId
+    token_id: TokenId | None
+    """None: it is not drawn yet. The receiver computes the last token before it once more, or for the first time."""
     logprobs: TokenLogprobs | None
     came: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_COMING)] = []
     """The tokens before it that were coming when it was offered."""

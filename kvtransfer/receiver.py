@@ -365,7 +365,7 @@ class Receiver:
     def _problem_with_tokens(self, offer: Offer, commit: Commit) -> str | None:
         if len(commit.came) != offer.coming:
             return f"committed {len(commit.came)} tokens where {offer.coming} were coming"
-        newest = max([commit.token_id, *commit.came])
+        newest = max([commit.token_id or 0, *commit.came])
         if newest >= self._layout.vocab_size:
             return f"committed token {newest}, which must be below {self._layout.vocab_size}"
         return None
@@ -395,8 +395,9 @@ class Receiver:
             offer = incoming.offer
             token_ids = [*offer.token_ids, *commit.came]
             hashes = self._pool.hashes(token_ids) if commit.came else incoming.hashes
-            for page, page_hash in zip(incoming.pages, hashes, strict=False):
-                self._pool.publish(page, page_hash)
+            if commit.token_id is not None:  # or not all is computed
+                for page, page_hash in zip(incoming.pages, hashes, strict=False):
+                    self._pool.publish(page, page_hash)
             self._send(incoming.sender, Ack(request_id=commit.request_id, attempt=commit.attempt))
             generated = offer.generated + offer.coming
             self._on_received(ReceivedRequest(offer, incoming.pages, commit, token_ids, generated))

@@ -2,7 +2,8 @@
 
 `local` needs nothing of what an Offer says: both ends hold references of their own on the prompt's pages, in the one
 pool that counts them, so each may end, in whatever order, as with pages of two pools. What was computed is complete
-when the Commit comes, since the first token, which follows from all of it, has been read by then.
+when the Commit comes, since the first token, which follows from all of it, has been read by then; where the Commit has
+no token, it is when the next decode step runs.
 
 | transport  | when                                          | what a page goes through                       |
 | ---------- | --------------------------------------------- | ---------------------------------------------- |

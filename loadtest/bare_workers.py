@@ -144,11 +144,13 @@ class BareDecode:
         if request is None:
             return
         assert self._next_token(request) == token_id, "somebody wrote into pages that are in use"
+        first = request.commit.token_id
+        assert first is not None
         event = TokenEvent(
             request_id=key[0],
             attempt=key[1],
             position=request.offer.generated,
-            token_ids=[request.commit.token_id, token_id],
+            token_ids=[first, token_id],
             finish_reason="length",
         )
         self._post(request.offer.gateway, TokenBatch(events=[event]))

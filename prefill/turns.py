@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from headrace.engine.base import LayerAnnounced
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
+from headrace.kvtransfer.messages import Commit
 
 
 class Turns(Protocol):
     """Asked before each step, and given it; belongs on the event loop."""
 
     @property
+    def join(self) -> Callable[[Commit], None] | None:
+        """Takes requests into the decode step that is to be started with the next chunks, and computes their last
+        tokens. None where there is none.
+        """
+
+    @property
     def depth(self) -> int:
         """How many steps may have been started and not ended."""
 
-    async def turn(self, handing_over: bool) -> int:
-        """Wait for the next step's turn; returns how many prompt tokens it may compute.
+    async def turn(self) -> None:
+        """Wait for the next step's turn. What it computes is to be decided without a wait after that."""
+
+    def tokens(self, waiting: int, handing_over: bool) -> int:
+        """How many prompt tokens it may compute, of so many that wait.
 
         `handing_over`: there are requests whose prompts are computed and that no decode worker has acknowledged.
         """
@@ -34,13 +44,17 @@ class OwnDevice:
     """There is nobody to take turns with."""
 
     depth = 1
+    join = None
 
     def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, token_budget: int) -> None:
         self._engine = engine
         self._device_thread = device_thread
         self._token_budget = token_budget
 
-    async def turn(self, handing_over: bool) -> int:
+    async def turn(self) -> None:
+        """See `Turns`."""
+
+    def tokens(self, waiting: int, handing_over: bool) -> int:
         """See `Turns`."""
         return self._token_budget
 

@@ -8,11 +8,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headrace.data_lines import DataLines
 from headrace.engine.base import Ready
-from headrace.engine.engine import Engine, PrefillOutput
+from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 from headrace.engine.page_pool import page_hashes
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures
@@ -317,11 +317,13 @@ class PrefillWorker:
                     group.create_task(self._sender.deliver(job.handoff, choose))
                 token = await job.computed
                 job.first_token_at = first_token_at = time.time()
-                for page, page_hash in zip(job.pages, job.page_hashes, strict=False):
-                    self._engine.pool.publish(page, page_hash)
-                if job.handoff is not None:
-                    assert token is not None, job.key
+                hashes = job.page_hashes
+                if job.handoff is not None and token is not None:
                     job.handoff.finish(token.token_id, token.logprobs)
+                elif job.handoff is not None:  # the decode step that has the last token may be yet to come
+                    hashes = hashes[: (len(job.entry.token_ids) - 1) // self._layout.page_size]
+                for page, page_hash in zip(job.pages, hashes, strict=False):
+                    self._engine.pool.publish(page, page_hash)
         except ExceptionGroup as failures:
             error = failures.exceptions[0]
             if isinstance(error, HandoffFailed):
@@ -336,7 +338,8 @@ class PrefillWorker:
             while True:
                 await self._work.wait()
                 await places.acquire()
-                budget = await self._turns.turn(self._is_handing_over())
+                await self._turns.turn()
+                budget = self._turns.tokens(self._scheduler.num_tokens, self._is_handing_over())
                 chunks = self._scheduler.schedule(budget)
                 if not chunks:
                     self._work.clear()
@@ -356,9 +359,22 @@ class PrefillWorker:
             loop.call_soon_threadsafe(self._layer_computed, layer, ready, parts)
 
         announce = on_layer if any(job.wants_layers for job, _ in parts) else None
-        computing = self._turns.start([job.chunk(chunk) for job, chunk in parts], announce)
+        computing = self._turns.start([self._engine_chunk(job, chunk) for job, chunk in parts], announce)
         computing.add_done_callback(lambda _: self._retire(step))
         return computing
+
+    def _engine_chunk(self, job: Job, chunk: Chunk) -> PrefillChunk:
+        """All of a chunk, but for a last token that the decode step beside it computes."""
+        of_engine, join = job.chunk(chunk), self._turns.join
+        if join is None or not chunk.is_last or chunk.length == 1:
+            return of_engine
+        if job.handoff is None or job.entry.sampling.prompt_logprobs is not None:
+            return of_engine
+        commit = job.handoff.commit_undrawn()
+        if commit is None:
+            return of_engine
+        join(commit)
+        return replace(of_engine, length=chunk.length - 1)
 
     def _retire(self, step: _Step) -> None:
         self._steps.remove(step)

@@ -18,7 +18,7 @@ from headrace.engine.engine import PrefillChunk, PrefillOutput, StartedPrefill
 from headrace.engine.graph_batch import GraphBatch
 from headrace.messages.request import SamplingParams
 
-COSTS = {128: 0.008, 256: 0.01, 512: 0.013, 640: 0.02}
+COSTS = {128: 0.008, 256: 0.01, 384: 0.012, 512: 0.013, 640: 0.02}
 OUTPUT = [PrefillOutput(None, [])]
 
 
@@ -37,7 +37,7 @@ class Batch(GraphBatch[Any]):
         if self.fails:
             raise RuntimeError("broken")
         self.chunks += chunks
-        return StartedPrefill(lambda: OUTPUT, None)
+        return StartedPrefill(lambda: OUTPUT)
 
     def start(self, drafts: Any = ()) -> None:
         """Remember them."""
@@ -50,13 +50,16 @@ class Device:
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self.alone: list[PrefillChunk] = []
         self.batch = Batch()
-        self.steps = SharedSteps(RowBudget(0.014, 256, 2048, COSTS), self, thread)  # type: ignore[arg-type]
+        self.now = 0.0
+        engine: Any = self
+        self.steps = SharedSteps(RowBudget(0.014, 256, 2048, COSTS), engine, thread, lambda: self.now)
         self._thread = thread
 
-    def prefill(self, chunks: list[PrefillChunk], on_layer: Any) -> list[PrefillOutput]:
+    def start_shared(self, chunks: list[PrefillChunk], on_layer: Any, running: int) -> StartedPrefill:
         """As an engine's."""
+        assert running == 0
         self.alone += chunks
-        return OUTPUT
+        return StartedPrefill(lambda: OUTPUT)
 
     def start(self, tokens: int = 8) -> asyncio.Future[list[PrefillOutput]]:
         """Give a chunk."""
@@ -121,20 +124,42 @@ async def test_where_nothing_is_decoded_a_chunk_is_computed_alone(thread: Thread
     assert len(device.alone) == 2
 
 
-async def test_a_turn_comes_when_the_place_is_free(thread: ThreadPoolExecutor) -> None:
-    """Large chunks where nothing is decoded."""
+async def test_a_turn_comes_with_a_step_when_the_place_is_free(thread: ThreadPoolExecutor) -> None:
+    """At once, and for large chunks, where nothing is decoded."""
     device = Device(thread)
-    assert await device.steps.turn(False) == 2048
-    assert await device.steps.turn(True) == 512
+    await device.steps.turn()
+    assert device.steps.tokens(4096, handing_over=False) == 2048
     await device.step(ended=False)
     computing = device.start()
-    turn = asyncio.create_task(device.steps.turn(False))
-    await asyncio.wait([turn], timeout=0.01)
+    turn = asyncio.create_task(device.steps.turn())
+    await device.steps.before_step(3)
     assert not turn.done()
     await device.step()
-    assert await asyncio.wait_for(turn, 1) == 512 - 3
+    assert not turn.done()
+    await device.steps.before_step(3)
+    assert turn.done()
+    assert device.steps.tokens(4096, handing_over=False) == 512 - 3
+    turn = asyncio.create_task(device.steps.turn())
     await device.step()
+    assert not turn.done()
+    await device.step(running=0)
+    await asyncio.wait_for(turn, 1)
     await computing
+
+
+async def test_a_step_starts_just_before_the_one_ahead_ends(thread: ThreadPoolExecutor) -> None:
+    """As long as that is expected to take."""
+    device = Device(thread)
+    await device.step(ended=False)
+    await device.steps.before_step(3)  # nothing has ended yet
+    device.start(100)
+    await device.step()
+    waiting = asyncio.create_task(device.steps.before_step(3))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await asyncio.wait_for(waiting, 1)
+    device.now = 0.007
+    await asyncio.wait_for(device.steps.before_step(3), 1)
 
 
 async def test_a_failed_step_fails_its_chunk_alone(thread: ThreadPoolExecutor) -> None:
@@ -158,13 +183,30 @@ async def test_a_failed_step_fails_its_chunk_alone(thread: ThreadPoolExecutor) -
 def test_rows_are_as_many_as_the_target_allows() -> None:
     """Gaps that take longer than their passes, by contexts or the host, make them fewer, and more again."""
     budget = RowBudget(0.014, 128, 2048, COSTS)
-    assert budget.tokens(20) == 492
+    assert budget.tokens(20, 5000) == 492
     for _ in range(30):
-        budget.saw_pass(512, 0.0155)
-    assert budget.tokens(20) == 236
+        budget.saw(512, True, 0.0155)
+    assert budget.tokens(20, 5000) == 236
+    assert budget.expected(200, True) == pytest.approx(0.0124, abs=1e-4)
     for _ in range(30):
-        budget.saw_pass(256, 0.02)
-    assert budget.tokens(20) == 108
+        budget.saw(256, True, 0.02)
+    assert budget.tokens(20, 5000) == 64
     for _ in range(60):
-        budget.saw_pass(128, 0.008)
-    assert budget.tokens(20) == 492
+        budget.saw(128, True, 0.008)
+    assert [budget.tokens(running, 5000) for running in (20, 400, 500)] == [492, 112, 64]
+    budget.saw(128, True, 5.0)  # a machine that was asleep
+    assert budget.tokens(20, 5000) == 492
+
+
+def test_what_waits_is_cut_into_equal_parts() -> None:
+    """Of as many passes as the largest would need."""
+    budget = RowBudget(0.014, 128, 2048, COSTS)
+    assert [budget.tokens(20, waiting) for waiting in (50, 300, 492, 700, 1100)] == [108, 364, 492, 364, 492]
+
+
+def test_steps_without_prompts_are_expected_to_take_what_they_took() -> None:
+    """Whatever their rows."""
+    budget = RowBudget(0.014, 128, 2048, COSTS)
+    assert budget.expected(20, False) == 0.0
+    budget.saw(20, False, 0.007)
+    assert budget.expected(30, False) == 0.007

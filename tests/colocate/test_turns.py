@@ -51,7 +51,8 @@ class Device:
     async def turn(self) -> int:
         """The next chunk's tokens; a step has ended before."""
         async with asyncio.timeout(0.5):
-            return await self.turns.turn(False)
+            await self.turns.turn()
+        return self.turns.tokens(10_000, False)
 
 
 async def alternate(device: Device, rounds: int, step: float, fixed: float, a_token: float, noise: float = 0) -> float:
@@ -125,8 +126,9 @@ async def test_a_chunk_that_makes_steps_too_long_shrinks_until_it_does_not() -> 
 async def test_without_decoding_a_chunk_is_as_large_as_may_be() -> None:
     """Until requests are about to be decoded."""
     device = Device()
-    assert await device.turns.turn(False) == 512
-    assert await device.turns.turn(True) == 16
+    await device.turns.turn()
+    assert device.turns.tokens(10_000, False) == 512
+    assert device.turns.tokens(10_000, True) == 16
 
 
 async def test_one_chunk_begins_between_two_steps() -> None:
@@ -135,7 +137,7 @@ async def test_one_chunk_begins_between_two_steps() -> None:
     device.step(0.01)
     await device.turn()
     for running in (4, 0):
-        second = asyncio.create_task(device.turns.turn(False))
+        second = asyncio.create_task(device.turns.turn())
         await asyncio.wait([second], timeout=0.01)
         assert not second.done()
         device.step(0.01, running)

@@ -31,6 +31,7 @@ from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 from headrace.tasks import end_task
+from tests.e2e.plain_decoder import PlainDecoder
 
 MODEL = "tiny"
 VOCABULARY = 49152
@@ -61,6 +62,17 @@ class TinyMesh:
             await end_task(running)
             await own.aclose()
             running.result()
+
+    async def until_no_page_is_used(self) -> None:
+        """What was under way when the last token left ends within a step or two."""
+        for engine in self.engines.values():
+            freed = asyncio.Event()
+            engine.pool.on_freed.append(freed.set)
+            async with asyncio.timeout(10):
+                while engine.pool.num_in_use:
+                    await freed.wait()
+                    freed.clear()
+            engine.pool.check_integrity()
 
     async def stop_all(self) -> None:
         """Those that still run."""
@@ -107,10 +119,14 @@ async def tiny_mesh(
     prefill_pages: Sequence[int] = (),
     decode_pages: Sequence[int] = (),
     colocate_pages: Sequence[int] = (),
+    shares_passes: bool = False,
     speculates: bool = False,
     drain_timeout: float = 5.0,
 ) -> AsyncIterator[TinyMesh]:
-    """A worker for each number of pages. All share one thread that computes."""
+    """A worker for each number of pages. All share one thread that computes.
+
+    `shares_passes`: colocated workers do, as on a GPU.
+    """
     values: dict[str, Any] = {"redis": redis_url, "namespace": f"tiny-{next(_namespaces)}", "port": 0}
     settings = Settings(**values, lease_seconds=LEASE_SECONDS, max_ttft=600.0)
     identity = ModelIdentity(MODEL, "0" * 16, MAX_MODEL_LEN)
@@ -160,6 +176,9 @@ async def tiny_mesh(
         for index, num_pages in enumerate(colocate_pages):
             name = f"colocate-{index}"
             engine = mesh.engines[name] = tiny_engine(folder, num_pages)
+            if shares_passes:
+                decoder: Any = PlainDecoder(engine, settings.max_num_seqs)
+                engine.graph_decoder = decoder
             model = LoadedModel(ModelFolder(folder, MODEL, "tiny"), engine, device_thread, identity)
             values = {"worker_id": f"c{index}", "drain_timeout": drain_timeout}
             speculator = mesh.speculator() if speculates else None

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from headrace.engine.batch import ForwardBatch
+from headrace.engine.engine import PrefillChunk
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.graph_decoder import GraphDecoder, batch_sizes
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig, RopeConfig
 from headrace.engine.parallel import ParallelGroup
+from headrace.engine.prompt_rows import lay_out
 from headrace.engine.sampler import SampledToken, SamplingRow
 from headrace.engine.weights import DecoderWeights, LayerWeights
 from headrace.kernels.linear import Linear
@@ -177,32 +179,40 @@ def generate(sampling: list[SamplingParams], known: list[list[SampledToken]]) ->
     return [tokens[:TOKENS] for tokens in outputs], steps
 
 
-def test_prompts_in_the_same_pass_change_nothing() -> None:
-    """Three running requests beside two prompts, one of them after a prefix: hidden states and the cache."""
+@pytest.mark.parametrize("long", [19, 90])
+def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
+    """Running requests beside two prompts, one of them after a prefix: logits and the cache. The last request begins
+    with the last token of that prompt.
+    """
     torch.manual_seed(1)
-    layout = CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE)
-    cache = KVCache(layout, 21, torch.device("cpu"))
+    cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 36, torch.device("cpu"))
     cache.pages.normal_()
     model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
-    decoder = GraphDecoder(config(), model.weights, cache, 3, 64)
-    decoder.state.tokens.copy_(torch.tensor([5, 17, 80]))
-    decoder.state.positions.copy_(torch.tensor([40, 0, 15]))
-    table = torch.randperm(20).view(5, 4) + 1
-    decoder.block_table[:, :4] = table[:3]
-    lengths, contexts = [19, 7], [19, 23]
-    positions = torch.cat([torch.arange(end - length, end) for length, end in zip(lengths, contexts, strict=True)])
-    rows = torch.tensor([3] * 19 + [4] * 7)
-    plan = plan_prefill(cache.layer(0), table[3:], lengths, contexts, HEADS)
-    pages, offsets = table[rows, positions // PAGE], positions % PAGE
-    prompts = ForwardBatch(torch.randint(VOCABULARY, (26,)), positions, pages, offsets, plan)
+    decoder = GraphDecoder(config(), model.weights, cache, 5, 96)
+    decoder.state.tokens.copy_(torch.tensor([5, 17, 80, 1, 2]))
+    decoder.state.positions.copy_(torch.tensor([40, 0, 15, 23, -1]))
+    table = torch.randperm(35).view(5, 7) + 1
+    decoder.block_table[:4, :7] = table[[0, 1, 2, 4]]
+    sampling = SamplingParams(max_tokens=1)
+    tokens = torch.randint(VOCABULARY, (2, 96)).tolist()
+    chunks = [
+        PrefillChunk(tokens[0][:long], 0, long, table[3].tolist(), sampling),
+        PrefillChunk(tokens[1][:23], 16, 7, table[4].tolist(), sampling),
+    ]
+    laid_out = lay_out(chunks, PAGE)
+    plan = plan_prefill(cache.layer(0), table[3:], [long, 7], [long, 23], HEADS)
+    rows = (laid_out.token_ids, laid_out.positions, laid_out.slot_pages, laid_out.slot_offsets)
+    prompts = ForwardBatch(*map(torch.from_numpy, rows), plan)
     before = cache.pages.clone()
-    expected = model.logits(model.forward(prompts, cache, None)), decoder.step(3).clone()
+    after_prompts = model.logits(model.forward(prompts, cache, None))[[long - 1, long + 6]]
+    after_step = decoder.step(4).clone()
     after, cache.pages = cache.pages.clone(), before
-    layers: list[int] = []
-    got = model.logits(model.forward(prompts, cache, layers.append, decoder.running(3)))
-    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
-    assert layers == [0, 1]
+    assert decoder.can_share(4, chunks)
+    for wanted in ([0, 1], [1]):  # the second time, over what the first has left
+        got_prompts, got_step = decoder.step_shared(4, chunks, wanted)
+        torch.testing.assert_close(got_prompts, after_prompts[wanted], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got_step, after_step, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
 
 
 def test_captured_batch_sizes_are_dense_where_rows_are_dear() -> None:

@@ -133,7 +133,7 @@ def test_prompts_beside_a_step_give_the_exact_logits(engine: Engine, exact: torc
         decoder.block_table[row, :7] = torch.tensor(tables[row])
     for start, length in ((0, 48), (48, 52)):
         chunk = PrefillChunk(PROMPT, start, length, tables[3], sampling)
-        started = engine.start_prefill([chunk], None, decoder.running(3))
+        started = engine.start_shared([chunk], None, 3)
         assert started.running_logits is not None
         assert error(started.running_logits, exact[ends]) < 0.03
     (output,) = started.outputs()

@@ -1,0 +1,62 @@
+"""What a graph decoder computes, by the plain model, so that a CPU's mesh can share passes as a GPU's does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.engine import Engine, PrefillChunk
+from headrace.kernels.draft_rows import RequestState, StepRows
+from headrace.kernels.paged_attention import plan_decode
+
+SIZES = [16, 32, 64]
+
+
+class PlainDecoder:
+    """See `GraphDecoder`. A step comes after the prompts beside it, as it does in a layer of the real one."""
+
+    def __init__(self, engine: Engine, requests: int) -> None:
+        self._engine = engine
+        self.state = RequestState(
+            torch.zeros(requests, dtype=torch.int64),
+            torch.full((requests,), -1, dtype=torch.int32),
+            torch.zeros(requests, dtype=torch.int32),
+        )
+        self.rows = StepRows(requests, torch.device("cpu"))
+        self.block_table = torch.zeros(requests, engine.pool.pages_for(engine.max_model_len), dtype=torch.int32)
+        self.shared = 0
+        """Steps that had prompts beside them."""
+
+    def sizes(self, kind: str = "plain") -> list[int]:
+        """Of shared steps."""
+        assert kind == "shared"
+        return SIZES
+
+    def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
+        """See `GraphDecoder`."""
+        return rows + sum(chunk.length for chunk in chunks) <= SIZES[-1]
+
+    def step(self, rows: int) -> torch.Tensor:
+        """See `GraphDecoder`."""
+        engine, positions = self._engine, self.state.positions[:rows].long()
+        assert (positions >= 0).all()
+        table, page_size = self.block_table[:rows].long(), engine.layout.page_size
+        pages = table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1)
+        plan = plan_decode(engine.cache.layer(0), table, (positions + 1).tolist())
+        batch = ForwardBatch(self.state.tokens[:rows].clone(), positions, pages, positions % page_size, plan)
+        return engine.model.logits(engine.model.forward(batch, engine.cache, None))
+
+    def step_shared(
+        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `GraphDecoder`."""
+        engine, ends = self._engine, list(accumulate(chunk.length for chunk in chunks))
+        hidden = engine.model.forward(engine._pack(chunks), engine.cache, None)
+        logits = engine.model.logits(hidden[[ends[index] - 1 for index in wanted]])
+        if rows == 0:
+            return logits, logits[:0]
+        self.shared += 1
+        return logits, self.step(rows)
