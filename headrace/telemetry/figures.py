@@ -31,6 +31,8 @@ FIGURES: dict[str, str] = {
     "inter_token_steps_total": "Decode steps that followed another one at once",
     "inter_token_step_requests_total": "Requests of these steps",
     "inter_token_step_seconds_total": "Time between the ends of these steps and those before",
+    "prompts_steered_total": "Prompts taken from the queue and passed on to the prefill worker that holds their prefix",
+    "prompts_not_steered_total": "Prompts whose prefix another prefill worker holds that has too much to do",
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hits_total": "Prompt tokens found there",
     "generation_tokens_total": "Tokens made by decode steps",
