@@ -297,6 +297,7 @@ async def chaos(series: str, extent: Extent, seed: int, folder: Path) -> Finding
         started = time.monotonic()
         if series == "network":
             failing = asyncio.create_task(faults.befall_network(extent.network_fault_seconds))
+            failing.add_done_callback(lambda _: faults.had_all.set())
         else:
             failing = asyncio.create_task(faults.befall_workers())
             faults.had_all.set()
