@@ -102,6 +102,19 @@ class Landing:
             tell = self._must_notify()
         self._tell(tell)
 
+    def begin(self) -> bool:
+        """The receiver is about to write to the pages itself, until `end`; False where they are not wanted any more."""
+        with self._lock:
+            self._writers += not self._closed
+            return not self._closed
+
+    def end(self) -> None:
+        """It has."""
+        with self._lock:
+            self._writers -= 1
+            tell = self._must_notify()
+        self._tell(tell)
+
     def _must_notify(self) -> bool:
         """Whether there is something to do now, and nobody has been told yet."""
         if self._closed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
@@ -67,14 +67,21 @@ class Placement:
 
     def best(self, handoff: Handoff, page_hashes: Sequence[bytes] = ()) -> str | None:
         """The same without waiting; None where nobody is left to ask."""
-        willing = [worker for worker in self._workers() if worker.id not in handoff.refused]
+        found = self.likely(page_hashes, handoff.refused)
+        if found is None:
+            return None
+        self.place(found[0], len(handoff.offer.token_ids), page_hashes)
+        return found[0].id
+
+    def likely(self, page_hashes: Sequence[bytes], refused: Container[str] = ()) -> tuple[Member, int] | None:
+        """Who would be chosen now, and how many of the pages it was given before."""
+        willing = [worker for worker in self._workers() if worker.id not in refused]
         if not willing:
             return None
         holder, pages = self._holders.longest(page_hashes)
         held = pages / max(len(page_hashes), 1)
         chosen = min(willing, key=lambda worker: self._rank(worker, held if worker.id == holder else 0.0))
-        self._remember(chosen, len(handoff.offer.token_ids), page_hashes)
-        return chosen.id
+        return chosen, pages if chosen.id == holder else 0
 
     def _workers(self) -> list[Member]:
         return [worker for worker in self._registry.tier("decode") if not worker.draining]
@@ -93,7 +100,8 @@ class Placement:
             placed = self._placed[worker.id] = _Placed(worker.stats, time.monotonic())
         return placed
 
-    def _remember(self, worker: Member, tokens: int, page_hashes: Sequence[bytes]) -> None:
+    def place(self, worker: Member, tokens: int, page_hashes: Sequence[bytes]) -> None:
+        """A prompt goes to this worker."""
         placed = self._placed_since(worker)
         placed.requests += 1
         placed.tokens += tokens

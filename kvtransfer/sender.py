@@ -88,7 +88,8 @@ class Sender:
                 await self._let_go(handoff)
             finally:
                 del self._open[handoff.key]
-                self.stats.count(handoff)
+                if not handoff.offer.in_place:
+                    self.stats.count(handoff)
 
     async def _send_what_is_ready(self, handoff: Handoff) -> None:
         while (item := handoff.next_message()) is not None:

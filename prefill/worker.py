@@ -26,6 +26,7 @@ from headrace.messages.control import MAX_HELD_PAGES, Cancel, Flushed, GivenBack
 from headrace.messages.request import QueueEntry
 from headrace.messages.stream import PrefillReport, RequestFailed
 from headrace.node import Node
+from headrace.prefill.in_place import Backlog, InPlaceChoice
 from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
@@ -94,6 +95,7 @@ class PrefillWorker:
         self._wire_dtype: WireDtype = wire_dtype
         self._placement = Placement(node.registry, beside)
         self._steering = Steering(node.registry, layout.page_size)
+        self._in_place = InPlaceChoice(self._placement, self._sender.stats, layout.page_size)
         self._room = asyncio.Semaphore(max_jobs)
         self._room_for_passed = asyncio.Semaphore(max_jobs)
         """What others pass on has places of its own: the loop that takes from the queue holds one while it waits."""
@@ -257,6 +259,8 @@ class PrefillWorker:
         entry, taken_at = delivery.entry, time.time()
         self._check(delivery)
         hashes = page_hashes(entry.token_ids, self._layout.page_size)
+        if (report := await self._prefill_in_place(delivery, hashes, taken_at)) is not None:
+            return report
         pages, cached_tokens = await self._get_pages(delivery, hashes)
         try:
             watch.job = job = self._make_job(delivery, pages, hashes, cached_tokens)
@@ -275,6 +279,44 @@ class PrefillWorker:
             handoff_ms=max(time.time() - first_token_at, 0.0) * 1000,
             cached_tokens=cached_tokens,
             prompt_logprobs=job.prompt_logprobs if entry.sampling.prompt_logprobs is not None else None,
+        )
+
+    async def _prefill_in_place(self, delivery: Delivery, hashes: list[bytes], taken_at: float) -> PrefillReport | None:
+        """Have a decode worker compute the prompt, where that is faster and it does; None where it does not."""
+        entry, wants = delivery.entry, delivery.entry.sampling
+        if delivery.attempt or not wants.max_tokens or wants.prompt_logprobs is not None:
+            return None
+        reusable, tokens, now = hashes[: self._num_reusable(entry)], len(entry.token_ids), time.monotonic()
+        running = [(sum(chunk.length for _, chunk in step.parts), now - step.started) for step in self._steps]
+        backlog = Backlog(self._scheduler.num_tokens, running)
+        chosen = self._in_place.choose(reusable, tokens, self._engine.pool.num_matching(reusable), backlog)
+        if chosen is None:
+            return None
+        worker, missing = chosen
+        handoff = Handoff(self._offer(delivery, in_place=True), [], self._engine.cache)
+
+        async def choose(handoff: Handoff) -> str:
+            if handoff.refused:
+                raise HandoffFailed(f"{worker.id} would not compute it: {handoff.refused[worker.id]}")
+            return worker.id
+
+        self._begun.add((entry.request_id, delivery.attempt))
+        try:
+            with self._in_place.under_way(worker, missing):
+                await self._sender.deliver(handoff, choose)
+        except HandoffFailed as error:
+            if handoff.refused:
+                return None
+            raise RequestRejected("worker_error", f"the prompt was not computed in place: {error}", True) from error
+        self._placement.place(worker, tokens, hashes)
+        return PrefillReport(
+            request_id=entry.request_id,
+            attempt=delivery.attempt,
+            decode_worker=worker.id,
+            queue_ms=max(taken_at - entry.enqueued_at, 0.0) * 1000,
+            prefill_ms=max(time.time() - taken_at, 0.0) * 1000,
+            handoff_ms=0.0,
+            cached_tokens=handoff.held_pages * self._layout.page_size,
         )
 
     def pages_of(self, request_id: str, attempt: int) -> list[int] | None:
@@ -327,28 +369,33 @@ class PrefillWorker:
         entry = delivery.entry
         handoff = None
         if entry.sampling.max_tokens > 0:
-            offer = Offer(
-                request_id=entry.request_id,
-                attempt=delivery.attempt,
-                gateway=entry.gateway,
-                layout=self._layout,
-                token_ids=entry.token_ids,
-                generated=entry.generated,
-                sampling=entry.sampling,
-                deadline=entry.deadline,
-                host=self._exports.host,
-                cuda_ipc=self._exports.cuda_ipc,
-                shm=self._exports.shm,
-                wire_dtype=self._wire_dtype,
-                traceparent=entry.traceparent,
-            )
-            handoff = Handoff(offer, pages, self._engine.cache)
+            handoff = Handoff(self._offer(delivery), pages, self._engine.cache)
         computed = asyncio.get_running_loop().create_future()
         job = Job(entry, delivery.attempt, pages, hashes, cached_tokens, handoff, computed)
         if cached_tokens:
             for layer in range(self._layout.num_layers):
                 job.layer_computed(layer, 0, cached_tokens, self._layout.page_size)
         return job
+
+    def _offer(self, delivery: Delivery, in_place: bool = False) -> Offer:
+        entry = delivery.entry
+        return Offer(
+            request_id=entry.request_id,
+            attempt=delivery.attempt,
+            gateway=entry.gateway,
+            layout=self._layout,
+            token_ids=entry.token_ids,
+            generated=entry.generated,
+            sampling=entry.sampling,
+            deadline=entry.deadline,
+            host=self._exports.host,
+            cuda_ipc=self._exports.cuda_ipc,
+            shm=self._exports.shm,
+            wire_dtype=self._wire_dtype,
+            traceparent=entry.traceparent,
+            may_wait=not in_place,
+            in_place=in_place,
+        )
 
     async def _compute_and_hand_over(self, job: Job) -> float:
         """Returns the time at which the first token was known."""
@@ -429,6 +476,7 @@ class PrefillWorker:
         tokens, seconds = sum(chunk.length for chunk in chunks), now - max(step.started, self._step_ended)
         self._gauge.ran(tokens, sum(chunk.is_last for chunk in chunks), seconds)
         self._step_rate.observe(tokens, step.budget, seconds)
+        self._in_place.cost.observe(tokens, seconds)
         self._step_ended = now
 
     def _is_handing_over(self) -> bool:
