@@ -105,7 +105,8 @@ class Landing:
     def begin(self) -> bool:
         """The receiver is about to write to the pages itself, until `end`; False where they are not wanted any more."""
         with self._lock:
-            self._writers += not self._closed
+            if not self._closed:
+                self._writers += 1
             return not self._closed
 
     def end(self) -> None:

@@ -8,13 +8,13 @@ prompt, and that pass once more for each stream that runs there, since all of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.engine.prompt_cost import CostLine, PromptCost
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.placement import Placement
-from headrace.kvtransfer.transfer_stats import TransferStats
+from headrace.kvtransfer.sender import Sender
 from headrace.registry import Member
 
 SURE = 0.8
@@ -33,11 +33,11 @@ class Backlog:
 class InPlaceChoice:
     """What one prefill worker knows of its own speed and of the decode workers'."""
 
-    def __init__(self, placement: Placement, transfers: TransferStats, page_size: int) -> None:
+    def __init__(self, placement: Placement, sender: Sender, page_size: int) -> None:
         self.cost = PromptCost()
         """Of passes here."""
         self._placement = placement
-        self._transfers = transfers
+        self._sender = sender
         self._page_size = page_size
         self._under_way: Counter[str] = Counter()
         """Tokens that are computed in place for this worker, by decode worker."""
@@ -62,7 +62,7 @@ class InPlaceChoice:
     def _seconds_here(self, tokens: int, held: int, backlog: Backlog, line: CostLine) -> float:
         left = sum(max(line.seconds(running) - elapsed, 0.0) for running, elapsed in backlog.running)
         to_compute = backlog.waiting_tokens + tokens - held * self._page_size
-        return left + line.seconds(to_compute) + self._transfers.exposed_mean
+        return left + line.seconds(to_compute) + self._sender.stats.exposed_mean
 
     def _seconds_there(self, worker: Member, missing: int, line: CostLine) -> float:
         stats = worker.stats
@@ -70,16 +70,30 @@ class InPlaceChoice:
             line = CostLine(stats["in_place_pass_seconds"], stats["in_place_token_seconds"])
         waiting = max(stats.get("in_place_tokens_waiting", 0.0), self._under_way[worker.id])
         until_step_ends = stats.get("inter_token_seconds", 0.0) / 2
-        before = self._transfers.grant_wait_mean + until_step_ends + line.per_token * waiting
+        before = self._sender.stats.grant_wait_mean + until_step_ends + line.per_token * waiting
         return before + line.seconds(missing) * (1 + stats.get("requests_running", 0.0))
 
-    @contextmanager
-    def under_way(self, worker: Member, missing: int) -> Iterator[None]:
-        """Inside the block so many tokens are computed there."""
+    async def have_computed(self, handoff: Handoff, page_hashes: Sequence[bytes], worker: Member, missing: int) -> bool:
+        """Offer a prompt in place to the worker that was chosen; False where it would not compute it.
+
+        Returns when it has. Raises `HandoffFailed` where it began and did not end.
+        """
+
+        async def choose(handoff: Handoff) -> str:
+            if handoff.refused:
+                raise HandoffFailed(f"{worker.id} would not compute it: {handoff.refused[worker.id]}")
+            return worker.id
+
         self._under_way[worker.id] += missing
         try:
-            yield
+            await self._sender.deliver(handoff, choose)
+        except HandoffFailed:
+            if handoff.refused:
+                return False
+            raise
         finally:
             self._under_way[worker.id] -= missing
             if not self._under_way[worker.id]:
                 del self._under_way[worker.id]
+        self._placement.place(worker, len(handoff.offer.token_ids), page_hashes)
+        return True

@@ -95,7 +95,7 @@ class PrefillWorker:
         self._wire_dtype: WireDtype = wire_dtype
         self._placement = Placement(node.registry, beside)
         self._steering = Steering(node.registry, layout.page_size)
-        self._in_place = InPlaceChoice(self._placement, self._sender.stats, layout.page_size)
+        self._in_place = InPlaceChoice(self._placement, self._sender, layout.page_size)
         self._room = asyncio.Semaphore(max_jobs)
         self._room_for_passed = asyncio.Semaphore(max_jobs)
         """What others pass on has places of its own: the loop that takes from the queue holds one while it waits."""
@@ -292,27 +292,17 @@ class PrefillWorker:
         chosen = self._in_place.choose(reusable, tokens, self._engine.pool.num_matching(reusable), backlog)
         if chosen is None:
             return None
-        worker, missing = chosen
         handoff = Handoff(self._offer(delivery, in_place=True), [], self._engine.cache)
-
-        async def choose(handoff: Handoff) -> str:
-            if handoff.refused:
-                raise HandoffFailed(f"{worker.id} would not compute it: {handoff.refused[worker.id]}")
-            return worker.id
-
         self._begun.add((entry.request_id, delivery.attempt))
         try:
-            with self._in_place.under_way(worker, missing):
-                await self._sender.deliver(handoff, choose)
-        except HandoffFailed as error:
-            if handoff.refused:
+            if not await self._in_place.have_computed(handoff, hashes, *chosen):
                 return None
+        except HandoffFailed as error:
             raise RequestRejected("worker_error", f"the prompt was not computed in place: {error}", True) from error
-        self._placement.place(worker, tokens, hashes)
         return PrefillReport(
             request_id=entry.request_id,
             attempt=delivery.attempt,
-            decode_worker=worker.id,
+            decode_worker=handoff.receiver,
             queue_ms=max(taken_at - entry.enqueued_at, 0.0) * 1000,
             prefill_ms=max(time.time() - taken_at, 0.0) * 1000,
             handoff_ms=0.0,

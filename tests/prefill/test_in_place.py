@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from headrace.engine.page_pool import page_hashes
+from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.prefill.in_place import Backlog, InPlaceChoice
@@ -41,9 +43,9 @@ def _choice(**stats: float) -> InPlaceChoice:
         def tier(self, tier: str) -> list[Member]:
             return [worker]
 
-    transfers = TransferStats()
-    transfers.exposed_mean = EXPOSED
-    choice = InPlaceChoice(Placement(Registry()), transfers, PAGE)  # type: ignore[arg-type]
+    sender = SimpleNamespace(stats=TransferStats(), deliver=None)
+    sender.stats.exposed_mean = EXPOSED
+    choice = InPlaceChoice(Placement(Registry()), sender, PAGE)  # type: ignore[arg-type]
     for tokens in (10, 100, 500):
         choice.cost.observe(tokens, BASE + PER_TOKEN * tokens)
     return choice
@@ -79,13 +81,30 @@ def test_what_either_holds_need_not_be_computed() -> None:
     assert choice.choose(HASHES, len(PROMPT), 0, IDLE) == (worker, len(PROMPT) - 4 * PAGE)
 
 
-def test_what_is_under_way_there_counts_before_its_figures_say_so() -> None:
-    """A burst does not all go there."""
+async def test_what_is_under_way_there_counts_before_its_figures_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst does not all go there; who would not is told of, and who fails, too."""
     choice = _choice()
     chosen = choice.choose(HASHES, len(PROMPT), 0, IDLE)
     assert chosen is not None
-    with choice.under_way(*chosen):
+    handoff: Any = SimpleNamespace(refused={}, offer=SimpleNamespace(token_ids=PROMPT))
+
+    async def deliver(handoff: Any, choose: Any) -> None:
+        assert await choose(handoff) == "d"
         assert not _is_in_place(choice)
+
+    monkeypatch.setattr(choice._sender, "deliver", deliver)
+    assert await choice.have_computed(handoff, HASHES, *chosen)
+    assert _is_in_place(choice)
+
+    async def fail(handoff: Any, choose: Any) -> None:
+        await choose(handoff)
+        raise HandoffFailed("it is gone")
+
+    monkeypatch.setattr(choice._sender, "deliver", fail)
+    with pytest.raises(HandoffFailed, match="gone"):
+        await choice.have_computed(handoff, HASHES, *chosen)
+    handoff.refused["d"] = "full"
+    assert not await choice.have_computed(handoff, HASHES, *chosen)
     assert _is_in_place(choice)
 
 
