@@ -17,7 +17,8 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,15 @@ SHAPE: dict[str, Any] = TINY | {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 2048,
 }
-OF_WORKERS = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
+ON_GPU: dict[str, Any] = SHAPE | {
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""That of Llama 3.2 1B, but for the vocabulary. All workers share the GPU."""
+OF_WORKERS: dict[str, Any] = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
 CONVERSATIONS = 6
 TURNS = 5
 FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 512, 96, 8
@@ -132,20 +141,28 @@ async def ask_short(
     side.chosen += (await count(mesh, "in_place_prompts_total"))[0] - before[0]
 
 
-async def measure_steering(rounds: int) -> list[Figure]:
-    """The first part."""
-    steered, unsteered = Side(), Side()
+@asynccontextmanager
+async def mesh_on(device: str, prefill: int) -> AsyncIterator[tuple[ChaosMesh, StreamClient]]:
+    """So many prefill workers and a decode worker inside the block, and who asks them."""
+    of_workers = OF_WORKERS | ({} if device == "cpu" else {"device": device, "dtype": "bfloat16"})
+    shape = SHAPE if device == "cpu" else ON_GPU
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"shape": SHAPE, "serve": serve_either_way, "of_workers": OF_WORKERS}
         async with (
-            chaos_mesh(Path(folder), 2, 1, **options) as mesh,
+            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=serve_either_way, of_workers=of_workers) as mesh,
             StreamClient(mesh.local.url, mesh.model) as client,
         ):
-            await converse(mesh, client, range(CONVERSATIONS), Side())
-            for turn, chooses in enumerate([True, False] * rounds, start=1):
-                await have_choose(mesh, chooses)
-                numbers = range(turn * CONVERSATIONS, (turn + 1) * CONVERSATIONS)
-                await converse(mesh, client, numbers, steered if chooses else unsteered)
+            yield mesh, client
+
+
+async def measure_steering(device: str, rounds: int) -> list[Figure]:
+    """The first part."""
+    steered, unsteered = Side(), Side()
+    async with mesh_on(device, 2) as (mesh, client):
+        await converse(mesh, client, range(CONVERSATIONS), Side())
+        for turn, chooses in enumerate([True, False] * rounds, start=1):
+            await have_choose(mesh, chooses)
+            numbers = range(turn * CONVERSATIONS, (turn + 1) * CONVERSATIONS)
+            await converse(mesh, client, numbers, steered if chooses else unsteered)
     rate, chance = steered.hits / steered.queries, unsteered.hits / unsteered.queries
     return [
         Figure("turns: prompts passed on", steered.chosen / steered.prompts, "of all"),
@@ -158,20 +175,15 @@ async def measure_steering(rounds: int) -> list[Figure]:
     ]
 
 
-async def measure_in_place(rounds: int, shorts: int) -> list[Figure]:
+async def measure_in_place(device: str, rounds: int, shorts: int) -> list[Figure]:
     """The second part."""
     chosen, handed_over = Side(), Side()
-    with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"shape": SHAPE, "serve": serve_either_way, "of_workers": OF_WORKERS}
-        async with (
-            chaos_mesh(Path(folder), 1, 1, **options) as mesh,
-            StreamClient(mesh.local.url, mesh.model) as client,
-        ):
-            numbers = itertools.count()
-            await ask_short(mesh, client, numbers, 2, Side())
-            for chooses in [True, False] * rounds:
-                await have_choose(mesh, chooses)
-                await ask_short(mesh, client, numbers, shorts, chosen if chooses else handed_over)
+    async with mesh_on(device, 1) as (mesh, client):
+        numbers = itertools.count()
+        await ask_short(mesh, client, numbers, 2, Side())
+        for chooses in [True, False] * rounds:
+            await have_choose(mesh, chooses)
+            await ask_short(mesh, client, numbers, shorts, chosen if chooses else handed_over)
     return [
         Figure("short prompts: computed by the decode worker", chosen.chosen / chosen.prompts, "of all"),
         Figure("short prompts: median time to first token", statistics.median(chosen.ttft) * 1000, "ms"),
@@ -190,9 +202,13 @@ def main() -> None:
     """Run both parts, print, write; exit with 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of each way instead of four")
-    rounds, shorts = (1, 8) if parser.parse_args().quick else (4, 20)
-    figures = [*asyncio.run(measure_steering(rounds)), *asyncio.run(measure_in_place(rounds, shorts))]
-    print(f"written to {publish('routing', figures)}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    rounds, shorts = (1, 8) if options.quick else (4, 20)
+    figures = asyncio.run(measure_steering(options.device, rounds))
+    figures += asyncio.run(measure_in_place(options.device, rounds, shorts))
+    name = "routing" if options.device == "cpu" else "routing_gpu"
+    print(f"written to {publish(name, figures)}")
     sys.exit(any(figure.met is False for figure in figures))
 
 

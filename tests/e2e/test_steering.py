@@ -15,21 +15,33 @@ from headrace.prefill.worker import PrefillWorker
 from tests.e2e import tiny_mesh as tiny
 from tests.e2e.tiny_mesh import MODEL, TinyMesh, tiny_mesh
 
-CONVERSATIONS, TURNS = 12, 4
+CONVERSATIONS, TURNS = 11, 4
 FIRST, MORE = 32, 16
 """Prompt tokens of a first turn, and how many each further one adds; 16 are a page."""
 
 
+def turns(number: int) -> list[list[int]]:
+    """The prompts of a conversation; each begins with the one before."""
+    prompt = unique_tokens(FIRST + MORE * (TURNS - 1), number)
+    return [prompt[: FIRST + MORE * turn] for turn in range(TURNS)]
+
+
 async def converse(mesh: TinyMesh, numbers: range) -> list[str]:
-    """Conversations at once, each of some turns; the texts of all of them."""
+    """Conversations at once; the texts of all of their turns."""
 
     async def one(client: StreamClient, number: int) -> list[str]:
-        prompt = unique_tokens(FIRST + MORE * (TURNS - 1), number)
-        turns = [prompt[: FIRST + MORE * turn] for turn in range(TURNS)]
-        return [(await client.complete(turn, 4)).text for turn in turns]
+        return [(await client.complete(turn, 4)).text for turn in turns(number)]
 
     async with StreamClient(mesh.url, MODEL) as client:
         return [text for texts in await asyncio.gather(*[one(client, number) for number in numbers]) for text in texts]
+
+
+async def converse_in_turns(mesh: TinyMesh, numbers: range) -> None:
+    """One request at a time, so that nobody is ever busy: the first turns of all, the second ones, and so on."""
+    async with StreamClient(mesh.url, MODEL) as client:
+        for turn in range(TURNS):
+            for number in numbers:
+                await client.complete(turns(number)[turn], 4)
 
 
 def prefills(mesh: TinyMesh) -> list[PrefillWorker]:
@@ -43,18 +55,19 @@ def hits(mesh: TinyMesh) -> float:
 
 
 async def test_turns_of_a_conversation_follow_their_prefix(redis_url: str, tmp_path: Path) -> None:
-    """All but the last page of each turn before is found; unsteered, only where chance takes it."""
+    """All of the turn before is found; unsteered, what chance leaves."""
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[400, 400], decode_pages=[400]) as mesh:
-        texts = await converse(mesh, range(CONVERSATIONS))
+        await converse_in_turns(mesh, range(CONVERSATIONS))
         steered = hits(mesh)
         assert sum(worker._steering.steered for worker in prefills(mesh)) > 0
         with mock.patch.object(Steering, "better", return_value=None):
-            await converse(mesh, range(100, 100 + CONVERSATIONS))
+            await converse_in_turns(mesh, range(100, 100 + CONVERSATIONS))
         unsteered = hits(mesh) - steered
+        texts = await converse(mesh, range(CONVERSATIONS))
         assert await converse(mesh, range(CONVERSATIONS)) == texts
     most = CONVERSATIONS * sum(FIRST + MORE * turn for turn in range(TURNS - 1))
     assert steered >= 0.9 * most
-    assert unsteered < 0.85 * steered
+    assert unsteered < 0.75 * steered
 
 
 async def test_a_worker_that_never_hears_of_what_it_was_passed_loses_nothing(
