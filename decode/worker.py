@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
+from headrace.decode.in_place import InPlacePrompts
 from headrace.decode.mover import Mover
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence, repeat_tokens
@@ -26,7 +27,7 @@ from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.messages import Abort, Commit, Layout, Offer, Renew, ToReceiver, ToSender, WireDtype
 from headrace.kvtransfer.placement import Placement
-from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import OwnPrompt, ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Beside, Transports, exports_of
 from headrace.mesh import PeerGone
@@ -65,7 +66,9 @@ class DecodeWorker:
         speculator: Speculator | None = None,
         beside: Beside | None = None,
         alongside: Alongside | None = None,
+        most_prompt_tokens: int = 0,
     ) -> None:
+        """`most_prompt_tokens`: of a pass of prompts that this worker computes itself; 0: it computes none."""
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
@@ -85,7 +88,10 @@ class DecodeWorker:
             choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
+            on_prompt=self._start_computing,
+            most_prompt_tokens=most_prompt_tokens,
         )
+        self._prompts = InPlacePrompts(engine, device_thread, most_prompt_tokens)
         self._listener = listener
         self._alongside = alongside
         departures = LineDepartures(
@@ -157,29 +163,35 @@ class DecodeWorker:
             await self._idle.wait()
 
     async def _step_loop(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            started = loop.time()
-            if self._alongside is not None:
-                requests = self._scheduler.num_running + self._scheduler.num_ready
-                await self._alongside.before_step(min(requests, self._max_num_seqs))
-            plan = self._schedule()
-            running = self._scheduler.num_running
-            try:
-                tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
-            except Exception:
-                log.exception("a decode step failed, giving its requests up")
-                self._give_up_running()
-            else:
-                self._gauge.ended(loop.time(), self._scheduler.num_running)
-                self._apply(tokens, plan is not None and bool(plan.drafts))
-                if tokens:
-                    self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
-                if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
-                    self._speculator.ran(plan.drafts, loop.time() - started)
-            self._mover.after_step()
+            if self._prompts:
+                await self._prompts.run_pass()
+            if self._scheduler.has_work:
+                await self._step()
             self._publish()
+
+    async def _step(self) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        if self._alongside is not None:
+            requests = self._scheduler.num_running + self._scheduler.num_ready
+            await self._alongside.before_step(min(requests, self._max_num_seqs))
+        plan = self._schedule()
+        running = self._scheduler.num_running
+        try:
+            tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
+        except Exception:
+            log.exception("a decode step failed, giving its requests up")
+            self._give_up_running()
+        else:
+            self._gauge.ended(loop.time(), self._scheduler.num_running)
+            self._apply(tokens, plan is not None and bool(plan.drafts))
+            if tokens:
+                self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
+            if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
+                self._speculator.ran(plan.drafts, loop.time() - started)
+        self._mover.after_step()
 
     def _schedule(self) -> Plan | None:
         speculator, runs_ahead = self._speculator, self._scheduler.in_flight > 0
@@ -297,8 +309,12 @@ class DecodeWorker:
         """Take a request of the prefill worker beside into the next step, which computes its last prompt token."""
         self._receiver.handle(sender, commit)
 
+    def _start_computing(self, prompt: OwnPrompt) -> None:
+        self._prompts.add(prompt)
+        self._wake()
+
     def _wake(self) -> None:
-        if self._scheduler.has_work:
+        if self._scheduler.has_work or self._prompts:
             self._work.set()
         self._idle.set()
 
@@ -312,7 +328,7 @@ class DecodeWorker:
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
         self._grant()
-        if not self._scheduler.has_work:
+        if not self._scheduler.has_work and not self._prompts:
             self._work.clear()
             self._engine.cpu_share.rest()
             self._gauge.rest()
@@ -449,7 +465,7 @@ class DecodeWorker:
             "handoff_moved_here_total": self._moved_here,
             "messages_refused_total": self._node.mesh.refused,
         }
-        stats |= self._gauge.stats()
+        stats |= self._gauge.stats() | self._prompts.figures()
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
         if self._speculator is not None:
             stats |= self._speculator.stats()

@@ -129,6 +129,10 @@ class PagePool:
             self._page_of[page_hash] = page
             self._hash_of[page] = page_hash
 
+    def num_matching(self, hashes: Sequence[bytes]) -> int:
+        """How many pages `match_prefix` would find."""
+        return next((count for count, page_hash in enumerate(hashes) if page_hash not in self._page_of), len(hashes))
+
     def match_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """The pages of the longest known prefix, with one more reference each."""
         pages = []

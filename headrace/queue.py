@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis.asyncio
@@ -39,6 +39,8 @@ class Delivery:
     attempt: int
     exhausted: bool = False
     """True where this was the last delivery allowed; the receiver fails the request instead of trying again."""
+    is_new: bool = False
+    """Nobody had it before."""
 
 
 class RequestQueue:
@@ -91,7 +93,8 @@ class RequestQueue:
             await self.create()  # the server was emptied
             return []
         entries = [entry for _, stream in _streams(reply) for entry in stream]
-        return [d for d in [await self._delivery(entry_id, fields, 1) for entry_id, fields in entries] if d]
+        taken = [await self._delivery(entry_id, fields, 1) for entry_id, fields in entries]
+        return [replace(delivery, is_new=True) for delivery in taken if delivery]
 
     async def claim(self, consumer: str, count: int, min_idle_ms: int) -> list[Delivery]:
         """Take over up to `count` entries that nobody renewed for `min_idle_ms`."""
@@ -158,6 +161,20 @@ class RequestQueue:
             retrycount=times - 1 if is_untouched else times,
             justid=True,
         )
+
+    async def pass_on(self, consumer: str, delivery: Delivery, to: str) -> bool:
+        """Have another consumer hold this entry, as if it had taken it; False where it is not `consumer`'s any more.
+
+        Where that one dies, or never hears of it, the entry is claimed as any other.
+        """
+        entry_id = delivery.entry_id
+        pending = await self._client.xpending_range(self._stream, GROUP, min=entry_id, max=entry_id, count=1)
+        if not pending or pending[0]["consumer"] != consumer.encode():
+            return False
+        claimed: Any = await self._client.xclaim(
+            self._stream, GROUP, to, min_idle_time=0, message_ids=[entry_id], justid=True
+        )
+        return bool(claimed)
 
     async def _delivery(self, entry_id: bytes, fields: dict[bytes, bytes], times: int) -> Delivery | None:
         try:

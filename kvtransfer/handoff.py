@@ -11,6 +11,7 @@
 | GRANTED    | all sent and next token known   | Commit                               | COMMITTED |
 | COMMITTED  | time to renew                   | Commit again: the Ack may be lost    | COMMITTED |
 | COMMITTED  | Ack                             | (the pages may be freed)             | DONE      |
+| GRANTED    | Ack of an Offer in place        |                                      | DONE      |
 | OFFERED, GRANTED | time to renew             | Renew: Grant or Credit may be lost   | same      |
 | any before | Abort, receiver gone            | stop (the pages may be freed)        | FAILED    |
 | any before | `fail`: the line broke          | stop                                 | FAILED    |
@@ -247,7 +248,7 @@ class Handoff:
                 self.state = State.UNPLACED
             case Credit() if self.state in (State.GRANTED, State.COMMITTED):
                 self._landed(message.sequence)
-            case Ack() if self.state is State.COMMITTED:
+            case Ack() if self.state is State.COMMITTED or (self.offer.in_place and self.state is State.GRANTED):
                 self.state = State.DONE
                 self.timings.acknowledged = time.monotonic()
                 self._let_go()

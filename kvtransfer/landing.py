@@ -102,6 +102,20 @@ class Landing:
             tell = self._must_notify()
         self._tell(tell)
 
+    def begin(self) -> bool:
+        """The receiver is about to write to the pages itself, until `end`; False where they are not wanted any more."""
+        with self._lock:
+            if not self._closed:
+                self._writers += 1
+            return not self._closed
+
+    def end(self) -> None:
+        """It has."""
+        with self._lock:
+            self._writers -= 1
+            tell = self._must_notify()
+        self._tell(tell)
+
     def _must_notify(self) -> bool:
         """Whether there is something to do now, and nobody has been told yet."""
         if self._closed:
@@ -135,6 +149,12 @@ class Landing:
         """Messages before the first that is missing."""
         with self._lock:
             return self._next
+
+    @property
+    def missing(self) -> int:
+        """Parts of pages, in all layers, that have not been written."""
+        with self._lock:
+            return self._missing
 
     def take_progress(self) -> bool:
         """Whether anything was written since this was last asked."""

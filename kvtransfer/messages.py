@@ -108,6 +108,10 @@ class Offer(Message, frozen=True, kw_only=True):
     """So many tokens the sender will have added when it commits; their KV travels, too."""
     may_wait: bool = True
     """Whether to queue for pages. A request that runs where it is need not: refuse it where there is no room now."""
+    in_place: bool = False
+    """The receiver is to compute the prompt itself: after the Grant nothing comes, and it acknowledges when it is
+    done.
+    """
 
 
 class Part(Record, frozen=True, kw_only=True):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
+from headrace.kvtransfer.prefix_holders import PrefixHolders
 from headrace.registry import Member, Registry
 
 RETRY_SECONDS = 0.2
@@ -17,7 +17,6 @@ FINAL_CAUSES = {"layout", "too_long", "invalid"}
 CROWDED = 0.9
 AFFINITY = 0.1
 """By how much more of its room a worker may have spoken for that holds the whole prompt already."""
-MAX_REMEMBERED_PAGES = 2**16
 STALE_SECONDS = 2.0
 """A worker's figures are believed after that, even if they are the same as before."""
 
@@ -43,8 +42,7 @@ class Placement:
         self._registry = registry
         self._beside = beside
         self._placed: dict[str, _Placed] = {}
-        self._holders: OrderedDict[bytes, str] = OrderedDict()
-        """By a page's hash: the worker that was given it last."""
+        self._holders = PrefixHolders()
         self._joined = asyncio.Event()
         registry.on_join.append(lambda _: self._joined.set())
         registry.on_leave.append(self._forget)
@@ -69,23 +67,24 @@ class Placement:
 
     def best(self, handoff: Handoff, page_hashes: Sequence[bytes] = ()) -> str | None:
         """The same without waiting; None where nobody is left to ask."""
-        willing = [worker for worker in self._workers() if worker.id not in handoff.refused]
+        found = self.likely(page_hashes, handoff.refused)
+        if found is None:
+            return None
+        self.place(found[0], len(handoff.offer.token_ids), page_hashes)
+        return found[0].id
+
+    def likely(self, page_hashes: Sequence[bytes], refused: Container[str] = ()) -> tuple[Member, int] | None:
+        """Who would be chosen now, and how many of the pages it was given before."""
+        willing = [worker for worker in self._workers() if worker.id not in refused]
         if not willing:
             return None
-        holder, held = self._holder_of(page_hashes)
+        holder, pages = self._holders.longest(page_hashes)
+        held = pages / max(len(page_hashes), 1)
         chosen = min(willing, key=lambda worker: self._rank(worker, held if worker.id == holder else 0.0))
-        self._remember(chosen, len(handoff.offer.token_ids), page_hashes)
-        return chosen.id
+        return chosen, pages if chosen.id == holder else 0
 
     def _workers(self) -> list[Member]:
         return [worker for worker in self._registry.tier("decode") if not worker.draining]
-
-    def _holder_of(self, page_hashes: Sequence[bytes]) -> tuple[str | None, float]:
-        """Who was given the longest prefix of a prompt, and how much of the prompt that is."""
-        for count in range(len(page_hashes), 0, -1):
-            if (holder := self._holders.get(page_hashes[count - 1])) is not None:
-                return holder, count / len(page_hashes)
-        return None, 0.0
 
     def _rank(self, worker: Member, held: float) -> tuple[bool, float, str]:
         stats, placed = worker.stats, self._placed_since(worker)
@@ -101,16 +100,13 @@ class Placement:
             placed = self._placed[worker.id] = _Placed(worker.stats, time.monotonic())
         return placed
 
-    def _remember(self, worker: Member, tokens: int, page_hashes: Sequence[bytes]) -> None:
+    def place(self, worker: Member, tokens: int, page_hashes: Sequence[bytes]) -> None:
+        """A prompt goes to this worker."""
         placed = self._placed_since(worker)
         placed.requests += 1
         placed.tokens += tokens
-        for page_hash in page_hashes:
-            self._holders[page_hash] = worker.id
-            self._holders.move_to_end(page_hash)
-        while len(self._holders) > MAX_REMEMBERED_PAGES:
-            self._holders.popitem(last=False)
+        self._holders.remember(worker.id, page_hashes)
 
     def _forget(self, member: Member) -> None:
         if self._placed.pop(member.id, None) is not None:
-            self._holders = OrderedDict((page, holder) for page, holder in self._holders.items() if holder != member.id)
+            self._holders.forget(member.id)

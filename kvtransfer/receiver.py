@@ -6,6 +6,8 @@
 | (none)     | Offer, pages free          | reserve, choose a transport, Grant               | RECEIVING  |
 | (none)     | Offer, pool full           | queue, first come first served                   | WAITING    |
 | (none)     | Offer that may not wait, no room | Refuse                                     | (none)     |
+| (none)     | Offer in place, short enough | reserve, Grant, have its prompt computed here  | RECEIVING  |
+| RECEIVING  | the prompt is computed here | hand over to the decoder, Ack                  | (none)     |
 | (none)     | Offer, unusable            | Refuse                                           | (none)     |
 | (none)     | Commit or Renew, taken before | Ack again                                     | (none)     |
 | (none)     | Commit or Renew, unknown   | Abort `unknown`                                  | (none)     |
@@ -19,7 +21,8 @@
 | RECEIVING  | Renew                      | Grant or Credit again                            | RECEIVING  |
 | WAITING, RECEIVING | Renew, all that was sent is here | start the lease again              | same       |
 | any        | Abort                      | (Released when drained)                          | DRAINING   |
-| any        | cancel, lease ended, sender gone | Abort to a living sender                   | DRAINING   |
+| any        | cancel, lease ended, sender gone, computing failed | Abort to a living sender | DRAINING   |
+| RECEIVING, COMMITTING | Renew, Commit again: what was sent does not come | Abort                | DRAINING   |
 | DRAINING   | no thread writes its pages | free them                                        | (none)     |
 
 The pages themselves land beside this, on threads (`arrivals.py`, `landing.py`), in any order, before the Commit or
@@ -28,6 +31,7 @@ after it. Nothing here waits or blocks: every method is called on the event loop
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -54,9 +58,12 @@ from headrace.kvtransfer.messages import (
     TransportName,
 )
 from headrace.kvtransfer.reshard import can_recut, plan_landings
+from headrace.messages.stream import TokenLogprobs
 from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
+STALL_SECONDS = 3.0
+"""What was sent and of which nothing has come for so long is lost: a line that is half open tells neither end."""
 WINDOW_BYTES = 64 * 2**20
 WINDOWS_IN_PLACE = 4
 """As much of what is not sent but read in place, and so takes up no buffer here."""
@@ -86,6 +93,31 @@ class ReceivedRequest:
     """Those whose KV it is: the offered ones and those that came since."""
     generated: int
     """How many of these are output."""
+
+
+@dataclass(eq=False)
+class OwnPrompt:
+    """A prompt that this worker is to compute itself: the last `missing` tokens, for the others' KV is in its pages."""
+
+    offer: Offer
+    pages: list[PageId]
+    missing: int
+    _landing: Landing
+    _ended: Callable[[Commit | None], None]
+
+    def begin(self) -> bool:
+        """Its pages are about to be written to, until `end`; False where nobody wants it any more."""
+        return self._landing.begin()
+
+    def end(self, token_id: int | None, logprobs: TokenLogprobs | None = None) -> None:
+        """It is computed, and this is the token that follows; None where that failed."""
+        request_id, attempt = self.offer.request_id, self.offer.attempt
+        self._landing.end()
+        if token_id is None:
+            self._ended(None)
+        else:
+            commit = Commit(request_id=request_id, attempt=attempt, sequence=0, token_id=token_id, logprobs=logprobs)
+            self._ended(commit)
 
 
 class Choice(Protocol):
@@ -132,6 +164,8 @@ class _Incoming:
     pages: list[PageId] = field(default_factory=list)
     landing: Landing | None = None
     commit: Commit | None = None
+    stall: tuple[tuple[int, int], float] | None = None
+    """Messages sent and parts missing, and since when these are the same; None where nothing is on the way."""
 
     @property
     def key(self) -> Key:
@@ -155,11 +189,14 @@ class Receiver:
         choice: Choice | None = None,
         call_soon: Callable[[Callable[[], None]], object] = _at_once,
         refuse: Callable[[str, str], None] = lambda sender, reason: None,
+        on_prompt: Callable[[OwnPrompt], None] = lambda prompt: None,
+        most_prompt_tokens: int = 0,
     ) -> None:
         """`stores`: the cache of each tensor-parallel rank; `pool` owns the pages of all of them.
 
         `call_soon` brings what a line's thread has to say to this object's own thread. `refuse(sender, reason)`
-        counts what no honest worker sends, and is called on any thread.
+        counts what no honest worker sends, and is called on any thread. `on_prompt` is told of prompts to be computed
+        here, of which at most `most_prompt_tokens` tokens are not here.
         """
         self.stopping = False
         self.reserve_pages = 0
@@ -186,6 +223,8 @@ class Receiver:
         self._choice = choice or TcpOnly()
         self._call_soon = call_soon
         self._refuse = refuse
+        self._on_prompt = on_prompt
+        self._most_prompt_tokens = most_prompt_tokens
         self._incoming: dict[Key, _Incoming] = {}
         self._waiting: OrderedDict[Key, _Incoming] = OrderedDict()
         self._draining: dict[_Incoming, bool] = {}
@@ -268,7 +307,28 @@ class Receiver:
             return "full", f"{MAX_WAITING} handoffs wait for pages"
         if not offer.may_wait and not self._has_room(offer):
             return "full", "it would wait here"
+        if offer.in_place:
+            return self._reason_not_to_compute(offer)
         return None
+
+    def _reason_not_to_compute(self, offer: Offer) -> tuple[RefuseCause, str] | None:
+        if (
+            offer.coming
+            or offer.may_wait
+            or not offer.sampling.max_tokens
+            or offer.sampling.prompt_logprobs is not None
+        ):
+            return "invalid", "such a request is not computed in place"
+        held = self._pool.match_prefix(self._reusable(offer, self._pool.hashes(offer.token_ids)))
+        self._pool.put_back(held)
+        missing = len(offer.token_ids) - len(held) * self._layout.page_size
+        if missing > self._most_prompt_tokens:
+            return "full", f"{missing} tokens of it are not here"
+        return None
+
+    def _reusable(self, offer: Offer, hashes: list[bytes]) -> list[bytes]:
+        """Of the pages that may be found here. The last token is computed in any case where the prompt is."""
+        return hashes[: (len(offer.token_ids) - 1) // self._layout.page_size] if offer.in_place else hashes
 
     def _has_room(self, offer: Offer) -> bool:
         pages_fit = self._pages_needed(offer) + self.reserve_pages <= self._pool.num_free
@@ -296,13 +356,16 @@ class Receiver:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""
         while self._waiting and (self.places is None or self.num_open - self.num_waiting < self.places):
             key, incoming = next(iter(self._waiting.items()))
-            held = self._pool.match_prefix(incoming.hashes)
+            held = self._pool.match_prefix(self._reusable(incoming.offer, incoming.hashes))
             missing = self._pages_needed(incoming.offer) - len(held)
             if missing + self.reserve_pages > self._pool.num_free:
                 self._pool.put_back(held)
                 return
             del self._waiting[key]
             incoming.pages = held + self._pool.allocate(missing)
+            if incoming.offer.in_place:
+                self._compute(incoming, len(held))
+                continue
             self._grant(incoming, len(held), *self._choice.choose(incoming.sender, incoming.offer))
 
     def _grant(self, incoming: _Incoming, held: int, transport: TransportName, source: Source | None) -> None:
@@ -332,6 +395,33 @@ class Receiver:
         )
         self._send(incoming.sender, incoming.grant)
 
+    def _compute(self, incoming: _Incoming, num_held: int) -> None:
+        """Grant, and have the prompt computed here."""
+        offer, page_size = incoming.offer, self._layout.page_size
+
+        def notify() -> None:
+            self._call_soon(lambda: self._landed(incoming, landing))
+
+        incoming.landing = landing = Landing(0, 0, self._layout.num_layers, notify)
+        incoming.grant = Grant(
+            request_id=offer.request_id,
+            attempt=offer.attempt,
+            held_pages=num_held * page_size // offer.layout.page_size,
+            window_bytes=0,
+        )
+        self._send(incoming.sender, incoming.grant)
+        missing = len(offer.token_ids) - num_held * page_size
+        self._on_prompt(OwnPrompt(offer, incoming.pages, missing, landing, functools.partial(self._computed, incoming)))
+
+    def _computed(self, incoming: _Incoming, commit: Commit | None) -> None:
+        if self._incoming.get(incoming.key) is not incoming:
+            return
+        if commit is None:
+            self._abort(incoming, "receiver_failed", "the prompt could not be computed")
+        else:
+            incoming.commit = commit
+            self._complete(incoming)
+
     def _landed(self, incoming: _Incoming, landing: Landing) -> None:
         """Pages of one handoff were written, or could not be."""
         credit = landing.take_credit()
@@ -351,13 +441,14 @@ class Receiver:
         incoming = self._incoming.get((commit.request_id, commit.attempt))
         if incoming is None:
             self._answer_over(sender, commit.request_id, commit.attempt)
-        elif incoming.sender != sender or incoming.landing is None:
+        elif incoming.sender != sender or incoming.landing is None or incoming.offer.in_place:
             self._refuse(sender, "it commits what was not granted to it")
         elif (problem := self._problem_with_tokens(incoming.offer, commit)) is not None:
             self._refuse(sender, problem)
             self._abort(incoming, "sequence", problem)
         elif incoming.commit == commit:
             self.late += 1
+            self._abort_if_stalled(incoming, commit.sequence)
         else:
             incoming.commit = commit
             self._complete(incoming)
@@ -405,7 +496,7 @@ class Receiver:
     def _take_out(self, incoming: _Incoming) -> None:
         self._waiting.pop(incoming.key, None)
         del self._incoming[incoming.key]
-        if incoming.landing is not None:
+        if incoming.landing is not None and not incoming.offer.in_place:
             self.arrivals.forget((incoming.sender, *incoming.key))
 
     def _renew(self, sender: str, renew: Renew) -> None:
@@ -418,11 +509,27 @@ class Receiver:
             else:
                 self._renew_one(incoming, num_sent)
 
+    def _abort_if_stalled(self, incoming: _Incoming, num_sent: int) -> bool:
+        """Give a handoff up of whose `num_sent` messages some are missing, where none came for `STALL_SECONDS`."""
+        landing, now = incoming.landing, self._clock()
+        if landing is None or landing.num_landed >= num_sent:
+            incoming.stall = None
+            return False
+        seen = num_sent, landing.missing
+        if incoming.stall is None or incoming.stall[0] != seen:
+            incoming.stall = seen, now
+        is_stalled = now - incoming.stall[1] >= STALL_SECONDS
+        if is_stalled:
+            self._abort(incoming, "lease", f"of {num_sent} messages {landing.num_landed} have come")
+        return is_stalled
+
     def _renew_one(self, incoming: _Incoming, num_sent: int) -> None:
         """Repeat what the sender may have missed, and start the lease again where nothing is on the way here.
 
         Pages that are on the way have one lease to come: they may be lost.
         """
+        if self._abort_if_stalled(incoming, num_sent):
+            return
         landed = incoming.landing.num_landed if incoming.landing is not None else 0
         if num_sent <= landed and incoming.commit is None:
             incoming.lease_ends = self._clock() + LEASE_SECONDS

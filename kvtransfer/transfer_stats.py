@@ -8,6 +8,8 @@ from collections import Counter, deque
 from headrace.kvtransfer.handoff import Handoff, State
 
 WINDOW_SECONDS = 10.0
+MEMORY = 0.1
+"""Weight of a new handoff in a moving mean."""
 
 
 class TransferStats:
@@ -24,6 +26,9 @@ class TransferStats:
         """From the Offer to the Grant."""
         self.exposed_seconds = 0.0
         """From the first token to the Ack: what the handoff adds to time to first token."""
+        self.exposed_mean = 0.0
+        """The same of one handoff, a moving mean."""
+        self.grant_wait_mean = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
 
     def count(self, handoff: Handoff) -> None:
@@ -32,10 +37,14 @@ class TransferStats:
         self.bytes += handoff.sent_bytes
         timings = handoff.timings
         if timings.granted:
-            self.grant_wait_seconds += timings.granted - timings.offered
+            waited = timings.granted - timings.offered
+            self.grant_wait_seconds += waited
+            self.grant_wait_mean += (MEMORY if self.grant_wait_mean else 1.0) * (waited - self.grant_wait_mean)
         if handoff.state is State.DONE:
             self.handoffs[handoff.transport] += 1
-            self.exposed_seconds += timings.acknowledged - timings.computed
+            exposed = timings.acknowledged - timings.computed
+            self.exposed_seconds += exposed
+            self.exposed_mean += (MEMORY if self.exposed_mean else 1.0) * (exposed - self.exposed_mean)
             self._recent.append((timings.acknowledged, handoff.sent_bytes))
         else:
             self.aborts[handoff.abort_cause or "other"] += 1

@@ -52,9 +52,10 @@ class Extent:
     """Different requests; each runs undisturbed first."""
     output_tokens: int = 200
     at_once: int = 48
+    network_fault_seconds: float = FAULT_SECONDS
 
 
-QUICK = Extent(requests=40, seconds=6.5, kinds=9, output_tokens=64, at_once=10)
+QUICK = Extent(requests=40, seconds=6.5, kinds=9, output_tokens=64, at_once=10, network_fault_seconds=1.5)
 
 
 @dataclass
@@ -196,6 +197,8 @@ class Faults:
         self._random = random.Random(seed)
         self._under_way: set[asyncio.Task[None]] = set()
         self._well = set(mesh.workers)
+        self.had_all = asyncio.Event()
+        """Everything has befallen the network once."""
 
     async def befall_workers(self) -> None:
         """Kill or stop one that runs, for ever."""
@@ -204,13 +207,16 @@ class Faults:
             name = self._random.choice(sorted(self._well))
             self.begin(self._random.choice([self._kill, self._stop])(name), name)
 
-    async def befall_network(self) -> None:
-        """Hurt the connections of one process, for ever."""
+    async def befall_network(self, seconds: float) -> None:
+        """Hurt the connections of one process every so many seconds, for ever, and no way again before all others."""
+        faults = [self._drop, self._delay, self._part, self._forget]
         while True:
-            await asyncio.sleep(FAULT_SECONDS)
-            name = self._random.choice(sorted(self._mesh.proxies))
-            faults = [self._drop, self._delay, self._part, self._forget]
-            self.begin(self._random.choice(faults)(name), name)
+            self._random.shuffle(faults)
+            for fault in faults:
+                await asyncio.sleep(seconds)
+                name = self._random.choice(sorted(self._mesh.proxies))
+                self.begin(fault(name), name)
+            self.had_all.set()
 
     def begin(self, fault: Awaitable[None], name: str) -> None:
         """Have something happen to a part; until it is over, the part is left alone otherwise."""
@@ -289,13 +295,19 @@ async def chaos(series: str, extent: Extent, seed: int, folder: Path) -> Finding
         await streams.run_undisturbed()
         faults = Faults(mesh, seed)
         started = time.monotonic()
-        failing = asyncio.create_task(faults.befall_network() if series == "network" else faults.befall_workers())
+        if series == "network":
+            failing = asyncio.create_task(faults.befall_network(extent.network_fault_seconds))
+            failing.add_done_callback(lambda _: faults.had_all.set())
+        else:
+            failing = asyncio.create_task(faults.befall_workers())
+            faults.had_all.set()
         emptied_at = {extent.requests // 3, 2 * extent.requests // 3} if series == "redis" else set()
         numbers = itertools.count()
 
         async def ask_some() -> None:
             for number in numbers:
-                if number >= extent.requests and time.monotonic() - started >= extent.seconds:
+                is_late = number >= extent.requests and time.monotonic() - started >= extent.seconds
+                if is_late and faults.had_all.is_set():
                     return
                 if number in emptied_at:
                     faults.begin(faults.empty_redis(), "redis")

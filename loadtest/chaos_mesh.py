@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -63,6 +63,9 @@ def serve(name: str, environment: dict[str, str], log: str, apart: bool) -> None
     uvloop.run(importlib.import_module(f"headrace.{name.partition('-')[0]}.main").run(settings))
 
 
+Serve = Callable[[str, dict[str, str], str, bool], None]
+
+
 def _end_with(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
@@ -82,6 +85,7 @@ class ChaosMesh:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the workers."""
     proxied: bool = False
+    serve: Serve = serve
     starts: int = 0
 
     def start(self, name: str) -> None:
@@ -94,7 +98,9 @@ class ChaosMesh:
             own["advertise"] = _own_address(self.starts)
         environment = {f"HEADRACE_{key.upper()}": str(value) for key, value in own.items()}
         log = str(self.folder / f"{name}.log")
-        process = context.Process(target=serve, args=(name, environment, log, self.proxied), name=name, daemon=True)
+        process = context.Process(
+            target=self.serve, args=(name, environment, log, self.proxied), name=name, daemon=True
+        )
         process.start()
         self.workers[name] = process
 
@@ -141,12 +147,22 @@ def _own_address(number: int) -> str:
 
 @asynccontextmanager
 async def chaos_mesh(
-    folder: Path, prefill: int, decode: int, *, proxied: bool = False, **settings: Any
+    folder: Path,
+    prefill: int,
+    decode: int,
+    *,
+    proxied: bool = False,
+    shape: dict[str, Any] = MODEL,
+    serve: Serve = serve,
+    of_workers: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[ChaosMesh]:
-    """A gateway, a Redis and workers inside the block. `proxied`: all that goes to a process passes a `FaultProxy`."""
+    """A gateway, a Redis and workers inside the block. `proxied`: all that goes to a process passes a `FaultProxy`.
+
+    `shape` is that of the model, `serve` a worker process's life, and `of_workers` are further settings of theirs.
+    """
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(redis_server())
-        model = servable_folder(MODEL, folder / "model")
+        model = servable_folder(shape, folder / "model")
         port = free_port()
         common = {
             "model": model,
@@ -154,12 +170,11 @@ async def chaos_mesh(
             "namespace": NAMESPACE,
             "log_level": "info",
             "max_model_len": 512,
-            **settings,
         }
         worker = {**common, "load_format": "dummy", "dtype": "float32", "device": "cpu", "cpu_threads": 1}
-        worker |= {"kv_cache_memory_bytes": 32 * 2**20, "drain_timeout": 2.0}
+        worker |= {"kv_cache_memory_bytes": 32 * 2**20, "drain_timeout": 2.0, **(of_workers or {})}
         local = LocalMesh(f"http://127.0.0.1:{port}")
-        mesh = ChaosMesh(folder, redis, local, model.name, settings=worker, proxied=proxied)
+        mesh = ChaosMesh(folder, redis, local, model.name, settings=worker, proxied=proxied, serve=serve)
         if proxied:
             listening = asyncio.create_task(_open_proxies(mesh, stack))
             stack.push_async_callback(end_task, listening)

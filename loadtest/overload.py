@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import operator
 import os
 import random
 import statistics
@@ -36,6 +37,11 @@ ITL_TARGET = 0.25
 """Seconds, the mean of a request."""
 OVERLOAD = 5
 GROWTH_MIB = 64.0
+STEADY_MIB = 4.0
+"""Growth below this, from one look to the next, is none."""
+STEADY_SECONDS = 5.0
+"""Between two looks: longer than it takes until workers begin (`engine/host_memory.py`)."""
+STEADY_TIMEOUT_SECONDS = 90.0
 RECOVERY_SECONDS = 20.0
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -130,6 +136,20 @@ class Memory:
         known = {pid: name for name, pid in mesh.pids.items()}
         return cls({parent: "up"} | {pid: known.get(pid, "redis") for pid in children if _parent(pid) == parent})
 
+    async def until_steady(self) -> None:
+        """Wait until nobody's has grown for a while: workers touch all of their KV cache soon after their start.
+
+        Raises `TimeoutError`.
+        """
+        async with asyncio.timeout(STEADY_TIMEOUT_SECONDS):
+            before: list[float] = []
+            while True:
+                now = [_resident(pid) for pid in self.names]
+                if before and max(map(operator.sub, now, before)) < STEADY_MIB:
+                    return
+                before = now
+                await asyncio.sleep(STEADY_SECONDS)
+
     async def watch(self) -> None:
         """Until cancelled."""
         while True:
@@ -162,13 +182,13 @@ async def bench(seconds_at_capacity: float, seconds: float) -> list[Figure]:
     """All figures."""
     flags = ("--max-num-seqs", str(PLACES), "--max-ttft", str(MAX_TTFT), "--log-level", "warning")
     async with local_mesh(*flags) as mesh:
-        clients = Clients(mesh.url, seed=0)
+        clients, memory = Clients(mesh.url, seed=0), Memory.of(mesh)
+        await memory.until_steady()
         try:
             await clients.closed_loop(PLACES, 2)
             alone = await _alone(clients)
             at_capacity = await clients.closed_loop(PLACES, seconds_at_capacity)
             capacity = len([outcome for outcome in at_capacity if outcome.tokens]) / seconds_at_capacity
-            memory = Memory.of(mesh)
             asked = await _beside(memory.watch, clients.open_loop(OVERLOAD * capacity, seconds))
             end = time.perf_counter()
             recovery = await _recovery(clients, alone)

@@ -51,13 +51,28 @@ class Intake:
             log.debug("the queue can't be read: %s", error)
             await asyncio.sleep(RETRY_SECONDS)
             return None
-        if delivery is None or delivery.entry_id in self._held:
-            return None
+        return delivery if delivery is not None and await self.accept(delivery) else None
+
+    async def accept(self, delivery: Delivery) -> bool:
+        """Keep hold of an entry that is this worker's in the queue; False where it is held already, or cancelled."""
+        if delivery.entry_id in self._held:
+            return False
         self._held.add(delivery.entry_id)
         if self._cancelled.get(delivery.entry.request_id, -1) >= delivery.attempt:
             await self.acknowledge(delivery)
-            return None
-        return delivery
+            return False
+        return True
+
+    async def pass_on(self, delivery: Delivery, worker: Member) -> bool:
+        """Make an entry another worker's, which is then to be told; False where it stays this one's."""
+        try:
+            is_passed = await self._queue.pass_on(self._consumer, delivery, _consumer(worker))
+        except RedisError as error:
+            log.debug("%s could not be passed on: %s", delivery.entry_id, error)
+            return False
+        if is_passed:
+            self.let_go(delivery)
+        return is_passed
 
     async def _claim_or_take(self) -> Delivery | None:
         while self._dead:

@@ -22,12 +22,15 @@ from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
 from headrace.kvtransfer.transports import exports_of
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel, Flushed, GivenBack
+from headrace.messages.control import MAX_HELD_PAGES, Cancel, Flushed, GivenBack, Holds, PassedOn
+from headrace.messages.request import QueueEntry
 from headrace.messages.stream import PrefillReport, RequestFailed
 from headrace.node import Node
+from headrace.prefill.in_place import Backlog, InPlaceChoice
 from headrace.prefill.intake import Intake
 from headrace.prefill.job import Job, RequestRejected
 from headrace.prefill.scheduler import Chunk, PrefillScheduler
+from headrace.prefill.steering import Steering
 from headrace.prefill.step_rate import StepRate
 from headrace.prefill.turns import Turns
 from headrace.prefill.watch import Watch, watching
@@ -41,6 +44,8 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 STOP_TAKING_SECONDS = 2.0
+MAX_PASSED = 1024
+"""Entries passed on and not looked at; what is beyond comes when others claim it."""
 
 
 @dataclass(eq=False)
@@ -89,7 +94,12 @@ class PrefillWorker:
         self._exports = exports_of(engine.cache)
         self._wire_dtype: WireDtype = wire_dtype
         self._placement = Placement(node.registry, beside)
+        self._steering = Steering(node.registry, layout.page_size)
+        self._in_place = InPlaceChoice(self._placement, self._sender, layout.page_size)
         self._room = asyncio.Semaphore(max_jobs)
+        self._room_for_passed = asyncio.Semaphore(max_jobs)
+        """What others pass on has places of its own: the loop that takes from the queue holds one while it waits."""
+        self._passed: asyncio.Queue[Delivery] = asyncio.Queue(MAX_PASSED)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._deliveries: dict[tuple[str, int], Delivery] = {}
         """What each of them serves."""
@@ -108,8 +118,8 @@ class PrefillWorker:
         self._step_ended = 0.0
         self._stopping = False
         self._farewell = Farewell(node)
-        self._decode: Decoder[ToSender | Cancel | Flushed | GivenBack] = Decoder(
-            ToSender | Cancel | Flushed | GivenBack
+        self._decode: Decoder[ToSender | Cancel | Flushed | GivenBack | Holds | PassedOn] = Decoder(
+            ToSender | Cancel | Flushed | GivenBack | Holds | PassedOn
         )
         node.registry.on_leave.append(self._member_left)
 
@@ -121,7 +131,7 @@ class PrefillWorker:
         self._publish_stats()
         async with asyncio.TaskGroup() as group:
             taking = group.create_task(self._take_loop(group))
-            loops = [self._mailbox_loop(), self._step_loop(), self._keep_alive_loop()]
+            loops = [self._mailbox_loop(), self._step_loop(), self._keep_alive_loop(), self._passed_loop(group)]
             running = [group.create_task(loop) for loop in loops]
             await stopped
             self._stopping = True
@@ -145,31 +155,63 @@ class PrefillWorker:
             return
         tasks = {self._tasks[key]: self._deliveries[key] for key in keys}
         await asyncio.gather(*[end_task(task) for task in tasks])
-        left = [delivery for task, delivery in tasks.items() if task.cancelled()]
-        await self._intake.give_back(left, is_untouched)
+        await self._to_others([delivery for task, delivery in tasks.items() if task.cancelled()], is_untouched)
+
+    async def _to_others(self, deliveries: list[Delivery], is_untouched: bool) -> None:
+        await self._intake.give_back(deliveries, is_untouched)
+        self._tell_tier(GivenBack())
+        log.info("gave %d entries back to the queue", len(deliveries))
+
+    def _tell_tier(self, message: Message) -> None:
         for worker in self._node.registry.tier("prefill"):
-            self._post(worker.id, GivenBack())
-        log.info("gave %d entries back to the queue", len(left))
+            self._post(worker.id, message)
 
     async def _take_loop(self, group: asyncio.TaskGroup) -> None:
         """Pull entries, only as many as there is room for."""
         while not self._stopping:
             await self._room.acquire()
             delivery = await self._intake.next()
-            if delivery is None:
+            if delivery is None or await self._passes_on(delivery):
                 self._room.release()
-                continue
-            key = delivery.entry.request_id, delivery.attempt
-            task = group.create_task(self._serve(delivery), name=f"serve {key}")
-            self._tasks[key] = task
-            self._deliveries[key] = delivery
-            task.add_done_callback(functools.partial(self._served, key, delivery))
+            else:
+                self._begin(group, delivery, self._room)
 
-    def _served(self, key: tuple[str, int], delivery: Delivery, _: asyncio.Task[None]) -> None:
+    async def _passed_loop(self, group: asyncio.TaskGroup) -> None:
+        """Serve what others of the tier have passed on; what there is no room for goes to whoever claims it."""
+        while True:
+            delivery = await self._passed.get()
+            if self._stopping or self._room_for_passed.locked():
+                await self._to_others([delivery], is_untouched=True)
+            elif await self._intake.accept(delivery):
+                await self._room_for_passed.acquire()
+                self._begin(group, delivery, self._room_for_passed)
+
+    async def _passes_on(self, delivery: Delivery) -> bool:
+        """Pass an entry on to a worker that had better compute it, if there is one. Nothing is passed on twice."""
+        entry = delivery.entry
+        if not delivery.is_new or not self._node.registry.tier("prefill"):
+            return False
+        hashes = page_hashes(entry.token_ids, self._layout.page_size)[: self._num_reusable(entry)]
+        held, tokens = self._engine.pool.num_matching(hashes), len(entry.token_ids)
+        worker = self._steering.better(hashes, tokens, held, self._scheduler.num_tokens)
+        if worker is None or not await self._intake.pass_on(delivery, worker):
+            return False
+        self._post(worker.id, PassedOn(entry_id=delivery.entry_id, entry=entry, attempt=delivery.attempt))
+        self._steering.passed_on(worker, hashes, tokens)
+        return True
+
+    def _begin(self, group: asyncio.TaskGroup, delivery: Delivery, room: asyncio.Semaphore) -> None:
+        key = delivery.entry.request_id, delivery.attempt
+        task = group.create_task(self._serve(delivery), name=f"serve {key}")
+        self._tasks[key] = task
+        self._deliveries[key] = delivery
+        task.add_done_callback(functools.partial(self._served, key, delivery, room))
+
+    def _served(self, key: tuple[str, int], delivery: Delivery, room: asyncio.Semaphore, _: asyncio.Task[None]) -> None:
         self._intake.let_go(delivery)
         del self._tasks[key], self._deliveries[key]
         self._begun.discard(key)
-        self._room.release()
+        room.release()
         self._publish_stats()
 
     async def _serve(self, delivery: Delivery) -> None:
@@ -217,6 +259,8 @@ class PrefillWorker:
         entry, taken_at = delivery.entry, time.time()
         self._check(delivery)
         hashes = page_hashes(entry.token_ids, self._layout.page_size)
+        if (report := await self._prefill_in_place(delivery, hashes, taken_at)) is not None:
+            return report
         pages, cached_tokens = await self._get_pages(delivery, hashes)
         try:
             watch.job = job = self._make_job(delivery, pages, hashes, cached_tokens)
@@ -235,6 +279,34 @@ class PrefillWorker:
             handoff_ms=max(time.time() - first_token_at, 0.0) * 1000,
             cached_tokens=cached_tokens,
             prompt_logprobs=job.prompt_logprobs if entry.sampling.prompt_logprobs is not None else None,
+        )
+
+    async def _prefill_in_place(self, delivery: Delivery, hashes: list[bytes], taken_at: float) -> PrefillReport | None:
+        """Have a decode worker compute the prompt, where that is faster and it does; None where it does not."""
+        entry, wants = delivery.entry, delivery.entry.sampling
+        if delivery.attempt or not wants.max_tokens or wants.prompt_logprobs is not None:
+            return None
+        reusable, tokens, now = hashes[: self._num_reusable(entry)], len(entry.token_ids), time.monotonic()
+        running = [(sum(chunk.length for _, chunk in step.parts), now - step.started) for step in self._steps]
+        backlog = Backlog(self._scheduler.num_tokens, running)
+        chosen = self._in_place.choose(reusable, tokens, self._engine.pool.num_matching(reusable), backlog)
+        if chosen is None:
+            return None
+        handoff = Handoff(self._offer(delivery, in_place=True), [], self._engine.cache)
+        self._begun.add((entry.request_id, delivery.attempt))
+        try:
+            if not await self._in_place.have_computed(handoff, hashes, *chosen):
+                return None
+        except HandoffFailed as error:
+            raise RequestRejected("worker_error", f"the prompt was not computed in place: {error}", True) from error
+        return PrefillReport(
+            request_id=entry.request_id,
+            attempt=delivery.attempt,
+            decode_worker=handoff.receiver,
+            queue_ms=max(taken_at - entry.enqueued_at, 0.0) * 1000,
+            prefill_ms=max(time.time() - taken_at, 0.0) * 1000,
+            handoff_ms=0.0,
+            cached_tokens=handoff.held_pages * self._layout.page_size,
         )
 
     def pages_of(self, request_id: str, attempt: int) -> list[int] | None:
@@ -267,8 +339,7 @@ class PrefillWorker:
     async def _get_pages(self, delivery: Delivery, hashes: list[bytes]) -> tuple[list[int], int]:
         """Pages for the prompt, those found in the prefix cache first, and how many tokens the latter hold."""
         entry, pool, page_size = delivery.entry, self._engine.pool, self._layout.page_size
-        # The last token is always computed: its logits give the first output token.
-        reusable = (len(entry.token_ids) - 1) // page_size if entry.sampling.prompt_logprobs is None else 0
+        reusable = self._num_reusable(entry)
         async with self._page_turn:
             while True:
                 held = pool.match_prefix(hashes[:reusable])
@@ -279,26 +350,16 @@ class PrefillWorker:
                 self._pages_freed.clear()
                 await self._pages_freed.wait()
 
+    def _num_reusable(self, entry: QueueEntry) -> int:
+        """Pages of a prompt that may come from the prefix cache."""
+        # The last token is always computed: its logits give the first output token.
+        return (len(entry.token_ids) - 1) // self._layout.page_size if entry.sampling.prompt_logprobs is None else 0
+
     def _make_job(self, delivery: Delivery, pages: list[int], hashes: list[bytes], cached_tokens: int) -> Job:
         entry = delivery.entry
         handoff = None
         if entry.sampling.max_tokens > 0:
-            offer = Offer(
-                request_id=entry.request_id,
-                attempt=delivery.attempt,
-                gateway=entry.gateway,
-                layout=self._layout,
-                token_ids=entry.token_ids,
-                generated=entry.generated,
-                sampling=entry.sampling,
-                deadline=entry.deadline,
-                host=self._exports.host,
-                cuda_ipc=self._exports.cuda_ipc,
-                shm=self._exports.shm,
-                wire_dtype=self._wire_dtype,
-                traceparent=entry.traceparent,
-            )
-            handoff = Handoff(offer, pages, self._engine.cache)
+            handoff = Handoff(self._offer(delivery), pages, self._engine.cache)
         computed = asyncio.get_running_loop().create_future()
         job = Job(entry, delivery.attempt, pages, hashes, cached_tokens, handoff, computed)
         if cached_tokens:
@@ -306,10 +367,31 @@ class PrefillWorker:
                 job.layer_computed(layer, 0, cached_tokens, self._layout.page_size)
         return job
 
+    def _offer(self, delivery: Delivery, in_place: bool = False) -> Offer:
+        entry = delivery.entry
+        return Offer(
+            request_id=entry.request_id,
+            attempt=delivery.attempt,
+            gateway=entry.gateway,
+            layout=self._layout,
+            token_ids=entry.token_ids,
+            generated=entry.generated,
+            sampling=entry.sampling,
+            deadline=entry.deadline,
+            host=self._exports.host,
+            cuda_ipc=self._exports.cuda_ipc,
+            shm=self._exports.shm,
+            wire_dtype=self._wire_dtype,
+            traceparent=entry.traceparent,
+            may_wait=not in_place,
+            in_place=in_place,
+        )
+
     async def _compute_and_hand_over(self, job: Job) -> float:
         """Returns the time at which the first token was known."""
         self._scheduler.add(job.key, len(job.entry.token_ids), job.cached_tokens)
         self._work.set()
+        self._publish_stats()  # others of the tier want to know how busy this one is
         try:
             async with asyncio.TaskGroup() as group:
                 if job.handoff is not None:
@@ -324,6 +406,8 @@ class PrefillWorker:
                     hashes = hashes[: (len(job.entry.token_ids) - 1) // self._layout.page_size]
                 for page, page_hash in zip(job.pages, hashes, strict=False):
                     self._engine.pool.publish(page, page_hash)
+                if computed := hashes[job.cached_tokens // self._layout.page_size :]:
+                    self._tell_tier(Holds(page_hashes=computed[:MAX_HELD_PAGES]))
         except ExceptionGroup as failures:
             error = failures.exceptions[0]
             if isinstance(error, HandoffFailed):
@@ -398,6 +482,7 @@ class PrefillWorker:
         tokens, seconds = sum(chunk.length for chunk in chunks), now - max(step.started, self._step_ended)
         self._gauge.ran(tokens, sum(chunk.is_last for chunk in chunks), seconds)
         self._step_rate.observe(tokens, step.budget, seconds)
+        self._in_place.cost.observe(tokens, seconds)
         self._step_ended = now
 
     def _is_handing_over(self) -> bool:
@@ -433,10 +518,20 @@ class PrefillWorker:
                     self._node.mesh.refuse(inbound.sender, "only a gateway may cancel, and say what it has taken")
                 case GivenBack(), "prefill":
                     self._intake.hurry()
-                case GivenBack(), _:
-                    self._node.mesh.refuse(inbound.sender, "only prefill workers give entries back")
+                case Holds(), "prefill":
+                    self._steering.heard(inbound.sender.id, message.page_hashes)
+                case PassedOn(), "prefill":
+                    self._take_passed(message)
+                case ((GivenBack() | Holds() | PassedOn()), _):
+                    self._node.mesh.refuse(inbound.sender, "only prefill workers share the queue")
                 case _:
                     self._sender.handle(inbound.sender.id, message)
+
+    def _take_passed(self, message: PassedOn) -> None:
+        try:
+            self._passed.put_nowait(Delivery(message.entry_id, message.entry, message.attempt))
+        except asyncio.QueueFull:
+            log.warning("%s was passed on to this worker, which has no room left", message.entry.request_id)
 
     def _cancel(self, message: Cancel) -> None:
         self._intake.cancel(message.request_id, message.attempt)
@@ -477,6 +572,7 @@ class PrefillWorker:
                 "messages_refused_total": self._node.mesh.refused,
             }
             | self._step_rate.figures()
+            | self._steering.figures()
             | self._sender.stats.figures()
             | self._node.telemetry.stats()
             | self._gauge.stats()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
+from headrace.messages.request import QueueEntry
 from headrace.wire import Attempt, Count, Message, RequestId
+
+MAX_HELD_PAGES = 2**18
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -18,6 +25,21 @@ class Flushed(Message, frozen=True):
 
 class GivenBack(Message, frozen=True):
     """From one prefill worker to the others: it stops, and there are entries of its in the queue to be claimed now."""
+
+
+class PassedOn(Message, frozen=True, kw_only=True):
+    """From one prefill worker to another: this queue entry is yours now, for you hold more of its prompt."""
+
+    entry_id: Annotated[str, msgspec.Meta(max_length=64)]
+    """In the queue."""
+    entry: QueueEntry
+    attempt: Attempt
+
+
+class Holds(Message, frozen=True, kw_only=True):
+    """From one prefill worker to the others: it has computed these pages of a prompt, named by their hashes."""
+
+    page_hashes: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=MAX_HELD_PAGES)]
 
 
 class Repeat(Message, frozen=True, kw_only=True):

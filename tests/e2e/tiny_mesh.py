@@ -121,6 +121,7 @@ async def tiny_mesh(
     colocate_pages: Sequence[int] = (),
     shares_passes: bool = False,
     speculates: bool = False,
+    most_prompt_tokens: int = 0,
     drain_timeout: float = 5.0,
 ) -> AsyncIterator[TinyMesh]:
     """A worker for each number of pages. All share one thread that computes.
@@ -157,6 +158,7 @@ async def tiny_mesh(
                         listener=listener,
                         lines=await own.enter_async_context(DataLines(node.registry, None)),
                         speculator=mesh.speculator() if speculates else None,
+                        most_prompt_tokens=most_prompt_tokens,
                     )
                 else:
                     joining = join_mesh(settings.model_copy(update=values), "prefill", identity)

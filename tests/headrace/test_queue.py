@@ -96,3 +96,25 @@ async def test_a_removed_entry_is_gone_whoever_holds_it(queue: RequestQueue) -> 
     await queue.remove(held)
     assert await queue.claim("w2", 1, 0) == []
     assert await queue.depth() == 0
+
+
+async def test_an_entry_that_was_passed_on_is_the_others_with_the_same_attempt_number(queue: RequestQueue) -> None:
+    """Only its holder can pass it on; it is claimed from the other as if that one had taken it, should it be dead."""
+    await queue.put(entry("a"))
+    (taken,) = await queue.take("w1", 1, 100)
+    assert taken.is_new
+    assert not await queue.pass_on("w2", taken, "w3")
+    assert await queue.pass_on("w1", taken, "dead")
+    assert not await queue.pass_on("w1", taken, "w3")
+    assert await queue.claim_from("w1", "w2", 0) is None
+    claimed = await queue.claim_from("dead", "w2", 0)
+    assert claimed is not None
+    assert (claimed.attempt, claimed.is_new) == (taken.attempt + 1, False)
+
+
+async def test_a_cancelled_entry_is_not_passed_on(queue: RequestQueue) -> None:
+    """Nor one that the server forgot: whoever took it goes on with it."""
+    entry_id = await queue.put(entry("a"))
+    (taken,) = await queue.take("w1", 1, 100)
+    await queue.remove(entry_id)
+    assert not await queue.pass_on("w1", taken, "w2")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from headrace.engine.page_pool import page_hashes
-from headrace.kvtransfer import placement
+from headrace.kvtransfer import prefix_holders
 from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.placement import Placement
 from headrace.registry import Member
@@ -92,12 +92,12 @@ async def test_a_prefix_draws_requests_unless_its_worker_is_much_fuller(monkeypa
 
 async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest pages are forgotten."""
-    monkeypatch.setattr(placement, "MAX_REMEMBERED_PAGES", 5)
+    monkeypatch.setattr(prefix_holders, "MAX_REMEMBERED_PAGES", 5)
     registry = _Registry(a={}, b={})
     chooser = Placement(registry)  # type: ignore[arg-type]
     for start in range(20):
         await chooser.choose(_handoff(), page_hashes([start] * PAGE * 3, PAGE))
-    assert len(chooser._holders) == 5
+    assert len(chooser._holders._holders) == 5
 
 
 async def test_the_worker_beside_comes_first_and_who_refused_not_again() -> None:

@@ -9,7 +9,7 @@ import xxhash
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Released, Renew
-from headrace.kvtransfer.receiver import LEASE_SECONDS, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import LEASE_SECONDS, STALL_SECONDS, OwnPrompt, ReceivedRequest, Receiver
 from headrace.kvtransfer.transports import Beside, Transports
 from headrace.wire import Message, encode
 from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, BytesPayload, MemoryStore, make_offer
@@ -26,6 +26,7 @@ class Bench:
         self.sent: list[tuple[str, Message]] = []
         self.received: list[ReceivedRequest] = []
         self.refused: list[tuple[str, str]] = []
+        self.prompts: list[OwnPrompt] = []
         self.now = 0.0
         self.receiver = Receiver(
             LAYOUT,
@@ -36,7 +37,14 @@ class Bench:
             self.received.append,
             lambda: self.now,
             refuse=lambda sender, reason: self.refused.append((sender, reason)),
+            on_prompt=self.prompts.append,
+            most_prompt_tokens=5,
         )
+
+    def offer_in_place(self, tokens: list[int], attempt: int = 0) -> None:
+        """Have a prompt computed here."""
+        offer = make_offer(tokens, "r", attempt)
+        self.receiver.handle(PREFILL, msgspec.structs.replace(offer, may_wait=False, in_place=True))
 
     def offer(self, tokens: int, request_id: str = "r", attempt: int = 0, sender: str = PREFILL) -> Offer:
         """Offer a prompt that shares no page with others'."""
@@ -480,15 +488,36 @@ def test_a_renewal_is_answered_with_what_may_be_lost(bench: Bench) -> None:
     assert bench.last == Credit(request_id="r", attempt=0, sequence=1)
 
 
-def test_lost_pages_are_waited_for_no_longer_than_a_lease(bench: Bench) -> None:
-    """Renew does not help what is on the way; pages that come do."""
+def test_lost_pages_are_waited_for_until_two_renewals_find_none_come(bench: Bench) -> None:
+    """Pages that come start that time again, however few."""
     bench.offer(4)
     for sequence in (0, 1):
         bench.pages(sequence, sequence)
-        bench.receiver.reap()  # as its timer does every second: it sees that pages came
-        bench.now += LEASE_SECONDS
         bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 3)]))
-        bench.receiver.reap()
+        bench.now += STALL_SECONDS - 0.1
+        bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 3)]))
+    assert bench.receiver.num_open == 1
+    bench.now += 0.2
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 3)]))
+    assert bench.receiver.aborts == {"lease": 1}
+    bench.assert_empty()
+
+
+def test_a_commit_that_comes_again_finds_lost_pages_as_a_renewal_does(bench: Bench) -> None:
+    """COMMITTING: the sender repeats its Commit, and renews nothing."""
+    bench.offer(4)
+    for _ in range(3):
+        bench.commit(3)
+        bench.now += STALL_SECONDS
+    assert bench.receiver.aborts == {"lease": 1}
+
+
+def test_who_says_nothing_of_lost_pages_keeps_its_lease(bench: Bench) -> None:
+    """Once it has ended, they are no longer waited for."""
+    bench.offer(4)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 3)]))
+    bench.now += LEASE_SECONDS
+    bench.receiver.reap()
     assert bench.receiver.num_open == 1
     bench.now += 0.1
     bench.receiver.reap()
@@ -569,3 +598,77 @@ def test_a_worker_that_stops_sends_those_away_who_wait(bench: Bench) -> None:
     assert (bench.receiver.num_waiting, bench.receiver.num_open) == (0, 1)
     bench.deliver()
     assert len(bench.received) == 1
+
+
+def test_a_prompt_that_is_offered_in_place_is_computed_here(bench: Bench) -> None:
+    """RECEIVING -> (none): the next one finds its pages, all but what its last token is in."""
+    prompt = list(range(5))
+    bench.offer_in_place(prompt)
+    assert bench.last == Grant(request_id="r", attempt=0, held_pages=0, window_bytes=0)
+    (computing,) = bench.prompts
+    assert (computing.missing, len(computing.pages)) == (5, 2)
+    assert computing.begin()
+    computing.end(7)
+    assert isinstance(bench.last, Ack)
+    (received,) = bench.received
+    assert (received.commit.token_id, received.token_ids, received.generated) == (7, prompt, 0)
+    bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0)]))
+    assert isinstance(bench.last, Ack)
+    bench.offer_in_place([*range(8)], attempt=1)
+    assert (bench.prompts[1].missing, bench.prompts[1].pages[0]) == (4, received.pages[0])
+
+
+def test_a_prompt_that_is_computed_here_is_kept_until_the_pass_has_ended(bench: Bench) -> None:
+    """DRAINING: the device writes to its pages though nobody waits for it; one that has not begun never does."""
+    bench.offer_in_place([1, 2, 3])
+    assert bench.prompts[0].begin()
+    bench.receiver.cancel("r", 0)
+    assert bench.pool.num_in_use == 1
+    bench.prompts[0].end(7)
+    assert (bench.received, bench.pool.num_in_use) == ([], 0)
+    bench.offer_in_place([1, 2, 3], attempt=1)
+    bench.receiver.handle(PREFILL, Abort(request_id="r", attempt=1, cause="sender_failed"))
+    assert isinstance(bench.last, Released)
+    assert not bench.prompts[1].begin()
+    bench.assert_empty()
+
+
+def test_a_pass_that_fails_aborts(bench: Bench) -> None:
+    """The prompt is computed elsewhere, in another attempt."""
+    bench.offer_in_place([1, 2, 3])
+    assert bench.prompts[0].begin()
+    bench.prompts[0].end(None)
+    assert bench.last == Abort(
+        request_id="r", attempt=0, cause="receiver_failed", message="the prompt could not be computed"
+    )
+    bench.assert_empty()
+
+
+def test_a_renewed_prompt_keeps_its_lease_however_long_its_pass_waits(bench: Bench) -> None:
+    """Nothing is on the way to here."""
+    bench.offer_in_place([1, 2, 3])
+    for _ in range(3):
+        bench.now += LEASE_SECONDS
+        bench.receiver.handle(PREFILL, Renew(handoffs=[("r", 0, 0)]))
+        bench.receiver.reap()
+    assert bench.receiver.num_open == 1
+    bench.now += LEASE_SECONDS + 0.1
+    bench.receiver.reap()
+    assert bench.receiver.aborts == {"lease": 1}
+    bench.assert_empty()
+
+
+def test_what_is_not_for_computing_here_is_refused(bench: Bench) -> None:
+    """Too much of it is missing, it would have to wait, or it makes no sense."""
+    bench.offer_in_place(list(range(6)))
+    assert refuse_cause(bench) == "full"
+    bench.receiver.reserve_pages = 8
+    bench.offer_in_place([1])
+    assert refuse_cause(bench) == "full"
+    bench.receiver.reserve_pages = 0
+    bench.receiver.handle(PREFILL, msgspec.structs.replace(make_offer([1]), in_place=True))
+    assert refuse_cause(bench) == "invalid"
+    bench.offer_in_place([1])
+    bench.commit(0)
+    assert "not granted" in bench.refused[-1][1]
+    assert (len(bench.prompts), bench.received) == (1, [])

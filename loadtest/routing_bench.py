@@ -1,0 +1,216 @@
+"""`make bench-routing`: what it brings to choose where a prompt is computed, on real processes with random weights.
+
+1. Conversations over two prefill workers: turns that are steered to the worker that holds their prefix, and turns that
+   go to whoever takes them.
+2. Short prompts beside a backlog of long ones: computed by the decode worker where that is faster, and always handed
+   over.
+
+Both ways alternate in one run, on the same processes, which a signal tells whether to choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace.loadtest.chaos_mesh import VOCABULARY, ChaosMesh, chaos_mesh, serve
+from headrace.loadtest.client import StreamClient
+from headrace.loadtest.prompts import unique_tokens
+from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.shapes import TINY
+from headrace.prefill.in_place import InPlaceChoice
+from headrace.prefill.steering import Steering
+from headrace.tasks import end_task
+
+SHAPE: dict[str, Any] = TINY | {
+    "num_hidden_layers": 8,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "head_dim": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+}
+ON_GPU: dict[str, Any] = SHAPE | {
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""That of Llama 3.2 1B, but for the vocabulary. All workers share the GPU."""
+OF_WORKERS: dict[str, Any] = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
+CONVERSATIONS = 6
+TURNS = 5
+FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 512, 96, 8
+LONG_TOKENS, SHORT_TOKENS = 1536, 24
+LONG_AT_ONCE = 3
+SHORT_GAP_SECONDS = 0.15
+SETTLE_SECONDS = 0.5
+"""Workers have the signal, and their figures are known, before anything is asked."""
+
+
+@dataclass
+class Side:
+    """One way to choose: times to first token in seconds, and what workers counted."""
+
+    ttft: list[float] = field(default_factory=list)
+    hits: float = 0.0
+    queries: float = 0.0
+    chosen: float = 0.0
+    prompts: int = 0
+    gaps: list[float] = field(default_factory=list)
+    """Mean time between tokens of each stream beside."""
+
+
+def serve_either_way(name: str, environment: dict[str, str], log: str, apart: bool) -> None:
+    """A worker that chooses after SIGUSR1 and does not after SIGUSR2."""
+    choices: list[tuple[type, str]] = [(Steering, "better"), (InPlaceChoice, "choose")]
+    own = [getattr(kind, method) for kind, method in choices]
+
+    def choose(number: int, frame: object) -> None:
+        for (kind, method), chooses in zip(choices, own, strict=True):
+            setattr(kind, method, chooses if number == signal.SIGUSR1 else lambda *arguments: None)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, choose)
+    serve(name, environment, log, apart)
+
+
+async def have_choose(mesh: ChaosMesh, chooses: bool) -> None:
+    """Have all workers of the prefill tier choose from now on, or not."""
+    for name in mesh.workers:
+        if name.startswith("prefill"):
+            mesh.signal(name, signal.SIGUSR1 if chooses else signal.SIGUSR2)
+    await asyncio.sleep(SETTLE_SECONDS)
+
+
+async def count(mesh: ChaosMesh, *names: str) -> list[float]:
+    """Counters of all workers together, when those of the last request have been published."""
+    await asyncio.sleep(SETTLE_SECONDS)
+    return [sum((await mesh.local.metrics(f"headrace_{name}")).values()) for name in names]
+
+
+async def converse(mesh: ChaosMesh, client: StreamClient, numbers: Sequence[int], side: Side) -> None:
+    """Conversations at once; every turn but the first has a prefix that was computed before."""
+    names = ("prefix_cache_hits_total", "prefix_cache_queries_total", "prompts_steered_total")
+    before = await count(mesh, *names)
+
+    async def one(number: int) -> None:
+        prompt = [token % VOCABULARY for token in unique_tokens(FIRST_TOKENS + TURNS * TURN_TOKENS, number)]
+        for turn in range(TURNS):
+            answer = await client.complete(prompt[: FIRST_TOKENS + turn * TURN_TOKENS], ANSWER_TOKENS)
+            side.prompts += 1
+            if turn:
+                side.ttft.append(answer.time_to_first_token)
+
+    await asyncio.gather(*[one(number) for number in numbers])
+    hits, queries, steered = [after - at for after, at in zip(await count(mesh, *names), before, strict=True)]
+    side.hits, side.queries, side.chosen = side.hits + hits, side.queries + queries, side.chosen + steered
+
+
+async def ask_short(
+    mesh: ChaosMesh, client: StreamClient, numbers: itertools.count[int], shorts: int, side: Side
+) -> None:
+    """Short prompts, one after the other, beside clients that ask for long ones all the time."""
+    before = await count(mesh, "in_place_prompts_total")
+
+    async def keep_asking() -> None:
+        while True:
+            prompt = [token % VOCABULARY for token in unique_tokens(LONG_TOKENS, next(numbers))]
+            side.gaps.append((await client.complete(prompt, 4 * ANSWER_TOKENS)).inter_token_time)
+
+    asking = [asyncio.create_task(keep_asking()) for _ in range(LONG_AT_ONCE)]
+    await asyncio.sleep(SETTLE_SECONDS)
+    for _ in range(shorts):
+        prompt = [token % VOCABULARY for token in unique_tokens(SHORT_TOKENS, next(numbers))]
+        side.ttft.append((await client.complete(prompt, ANSWER_TOKENS)).time_to_first_token)
+        await asyncio.sleep(SHORT_GAP_SECONDS)
+    for task in asking:
+        await end_task(task)
+    side.prompts += shorts
+    side.chosen += (await count(mesh, "in_place_prompts_total"))[0] - before[0]
+
+
+@asynccontextmanager
+async def mesh_on(device: str, prefill: int) -> AsyncIterator[tuple[ChaosMesh, StreamClient]]:
+    """So many prefill workers and a decode worker inside the block, and who asks them."""
+    of_workers = OF_WORKERS | ({} if device == "cpu" else {"device": device, "dtype": "bfloat16"})
+    shape = SHAPE if device == "cpu" else ON_GPU
+    with tempfile.TemporaryDirectory() as folder:
+        async with (
+            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=serve_either_way, of_workers=of_workers) as mesh,
+            StreamClient(mesh.local.url, mesh.model) as client,
+        ):
+            yield mesh, client
+
+
+async def measure_steering(device: str, rounds: int) -> list[Figure]:
+    """The first part."""
+    steered, unsteered = Side(), Side()
+    async with mesh_on(device, 2) as (mesh, client):
+        await converse(mesh, client, range(CONVERSATIONS), Side())
+        for turn, chooses in enumerate([True, False] * rounds, start=1):
+            await have_choose(mesh, chooses)
+            numbers = range(turn * CONVERSATIONS, (turn + 1) * CONVERSATIONS)
+            await converse(mesh, client, numbers, steered if chooses else unsteered)
+    rate, chance = steered.hits / steered.queries, unsteered.hits / unsteered.queries
+    return [
+        Figure("turns: prompts passed on", steered.chosen / steered.prompts, "of all"),
+        Figure("turns: prompt tokens found in a prefix cache", rate, "of all"),
+        Figure("turns: the same unsteered", chance, "of all"),
+        Figure("turns: found, steered over unsteered", rate / chance, "ratio", ">= 1.3"),
+        Figure("turns: median time to first token", statistics.median(steered.ttft) * 1000, "ms"),
+        Figure("turns: the same unsteered", statistics.median(unsteered.ttft) * 1000, "ms"),
+        Figure("turns: time to first token, steered over unsteered", _over(steered, unsteered), "ratio", "<= 0.9"),
+    ]
+
+
+async def measure_in_place(device: str, rounds: int, shorts: int) -> list[Figure]:
+    """The second part."""
+    chosen, handed_over = Side(), Side()
+    async with mesh_on(device, 1) as (mesh, client):
+        numbers = itertools.count()
+        await ask_short(mesh, client, numbers, 2, Side())
+        for chooses in [True, False] * rounds:
+            await have_choose(mesh, chooses)
+            await ask_short(mesh, client, numbers, shorts, chosen if chooses else handed_over)
+    return [
+        Figure("short prompts: computed by the decode worker", chosen.chosen / chosen.prompts, "of all"),
+        Figure("short prompts: median time to first token", statistics.median(chosen.ttft) * 1000, "ms"),
+        Figure("short prompts: the same handed over", statistics.median(handed_over.ttft) * 1000, "ms"),
+        Figure("short prompts: in place over handed over", _over(chosen, handed_over), "ratio", "<= 0.9"),
+        Figure("streams beside: median inter-token time", statistics.median(chosen.gaps) * 1000, "ms"),
+        Figure("streams beside: the same, all handed over", statistics.median(handed_over.gaps) * 1000, "ms"),
+    ]
+
+
+def _over(one: Side, other: Side) -> float:
+    return statistics.median(one.ttft) / statistics.median(other.ttft)
+
+
+def main() -> None:
+    """Run both parts, print, write; exit with 1 where a target was missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round of each way instead of four")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    rounds, shorts = (1, 8) if options.quick else (4, 20)
+    figures = asyncio.run(measure_steering(options.device, rounds))
+    figures += asyncio.run(measure_in_place(options.device, rounds, shorts))
+    name = "routing" if options.device == "cpu" else "routing_gpu"
+    print(f"written to {publish(name, figures)}")
+    sys.exit(any(figure.met is False for figure in figures))
+
+
+if __name__ == "__main__":
+    main()
