@@ -18,7 +18,7 @@ HEAD = """# Reference: commands, flags and errors
 
 <!-- made from the code by docs/reference.py: change that, or the code, not this -->
 
-[Metrics](metrics.md) have a page of their own.
+[Structured output](structured-output.md) and [metrics](metrics.md) have pages of their own.
 """
 FLAGS = """## Flags
 
@@ -26,28 +26,6 @@ Each flag has an environment variable: `--max-model-len` is `HEADRACE_MAX_MODEL_
 begins with `HEADRACE_` and does not exist stops the start, with the nearest name. {secrets}
 name files that hold the value, so that it stands in no environment. {others} are read
 elsewhere.
-"""
-FORMS = """## Structured output
-
-Both endpoints take one of these; anything that can't be followed is a 400 that says what.
-
-| field | form of the answer |
-| --- | --- |
-| `response_format` `{"type": "json_object"}` | a JSON object |
-| `response_format` `{"type": "json_schema", "json_schema": {"name", "schema"}}` | JSON of this schema; `strict` makes no difference, a schema is always followed to the letter |
-| `structured_outputs` `{"json": SCHEMA}` | the same; the schema may be a string |
-| `structured_outputs` `{"json_object": true}` | a JSON object |
-| `structured_outputs` `{"regex": PATTERN}` | the whole answer matches; Rust's syntax: no look-around, no back references |
-| `structured_outputs` `{"choice": [TEXT, ...]}` | one of these texts |
-| `structured_outputs` `{"grammar": TEXT}` | a text of this grammar, in Lark's notation or llama.cpp's (GBNF) |
-
-- Of JSON Schema, llguidance follows [most](https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md), but not `not`, `if`, `contains`, `uniqueItems`, `propertyNames`,
-  `dependentRequired`, `dependentSchemas`, `unevaluatedProperties`, and `oneOf` only of what excludes each other. `$ref` is followed within the schema;
-  nothing is fetched. Properties come in the schema's order.
-- Whitespace in JSON is at most 20 characters at a time, and none before or after it, so that a weak model does not write blanks for ever.
-- The answer ends (`stop`) where the text is whole and the model ends it, or where nothing may follow. `max_tokens` and stop strings cut it as any other.
-- The grammar comes before everything: `min_tokens` yields where it is at its end, penalties, biases and filters choose among what it allows. As vLLM's,
-  log probabilities are those among the allowed tokens, so there may be fewer alternatives than were asked for.
 """
 ERRORS = """## Errors of the HTTP API
 
@@ -79,7 +57,7 @@ def page() -> str:
     others = ", ".join(f"`{name}`" for name in sorted(NOT_SETTINGS))
     codes = ", ".join(f"`{code}`" for code in typing.get_args(FailureCode))
     parts = [HEAD, "## Commands\n", *_commands(), "", FLAGS.format(secrets=secrets, others=others)]
-    parts += ["| flag | default | of | meaning |", "| --- | --- | --- | --- |", *_flags(), "", FORMS]
+    parts += ["| flag | default | of | meaning |", "| --- | --- | --- | --- |", *_flags(), ""]
     parts += [ERRORS.format(), *_errors(ApiError), "", WORKERS.format(codes=codes, usage=EXIT_USAGE)]
     return "\n".join(parts)
 
