@@ -180,9 +180,14 @@ class Matcher:
             self.advance(output)
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Take output tokens."""
+        """Take output tokens. After the end of the grammar's text there can only be more tokens that end the output."""
         self._generated += len(token_ids)
-        if self._matcher is not None and not self._matcher.consume_tokens(list(token_ids)):
+        if self._matcher is None:
+            return
+        taken = self._matcher.try_consume_tokens(list(token_ids))
+        if not self._matcher.is_stopped() and taken < len(token_ids):
+            self._matcher.consume_token(token_ids[taken])  # which is an error, for good
+        if self._matcher.is_error():
             self._fail(self._matcher)
 
     def standing(self, draft: Sequence[int]) -> int:
@@ -206,7 +211,7 @@ class Matcher:
             if taken == len(draft) or not self._matcher.try_consume_tokens([draft[taken]]):
                 break
             taken += 1
-        masks[taken + 1 :] = -1
+        masks[taken + 1 :] = masks[taken]  # where the text is at its end; elsewhere nothing is drawn with these
         self._matcher.rollback(taken)
         if self._matcher.is_error():
             self._fail(self._matcher)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.draft_rows import RequestState, StepRows, accept_rows_reference, expand_rows_reference
 from headrace.messages.request import SamplingParams
+from tests.engine.every_third import EveryThird
 
 VOCABULARY, CAPACITY, WIDTH, PAGE = 97, 5, 6, 4
 
@@ -113,28 +112,6 @@ def test_every_request_gets_its_own_tokens(seed: int) -> None:
         collect(batch, batch.lookahead, got)
     collect(batch, 0, got)
     assert got == expected
-
-
-class EveryThird:
-    """A matcher whose grammar is: the n-th token of an output leaves the remainder n when divided by three."""
-
-    def __init__(self) -> None:
-        self.output: list[int] = []
-
-    def start(self, output: Sequence[int]) -> None:
-        """See `Matcher`."""
-        self.output = list(output)
-
-    def advance(self, token_ids: Sequence[int]) -> None:
-        """See `Matcher`."""
-        self.output += token_ids
-        assert all(token % 3 == place % 3 for place, token in enumerate(self.output))
-
-    def fill(self, masks: np.ndarray, draft: Sequence[int]) -> None:
-        """See `Matcher`."""
-        for step, row in enumerate(masks):
-            bits = np.arange(len(row) * 32) % 3 == (len(self.output) + step) % 3
-            row[:] = np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def constrained(prompt: list[int], first: int, pages: list[int], tokens: int) -> list[int]:

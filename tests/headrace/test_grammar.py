@@ -178,6 +178,20 @@ def test_masks_along_a_draft_are_those_of_its_tokens_one_by_one(
     assert allowed(matcher)[0].tolist() == along[0].tolist()
 
 
+@pytest.mark.parametrize("grammar", [of_choice(["ab"]), of_regex("ab+"), of_regex("ab?")])
+def test_after_the_end_there_are_only_ends(grammars: Grammars, tokenizer: tokenizers.Tokenizer, grammar: str) -> None:
+    """As many as one likes, also in drafts."""
+    matcher, single = started(grammars, grammar), started(grammars, grammar)
+    draft = [*tokenizer.encode("ab").ids, END, END, END]
+    along = allowed(matcher, draft)
+    matcher.advance(draft)
+    for step, token in enumerate(draft):
+        assert along[step].tolist() == allowed(single)[0].tolist()
+        single.advance([token])
+    assert (matcher.error, single.error) == (None, None)
+    assert [choices.tolist() for choices in allowed(matcher, [END, END])] == [[END]] * 3
+
+
 def test_a_matcher_may_start_again_anywhere(grammars: Grammars, tokenizer: tokenizers.Tokenizer) -> None:
     """As after a failover, or a move that failed."""
     grammar = of_json_schema({"type": "array", "items": {"type": "string"}})
