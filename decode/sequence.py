@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from headrace.grammar import Matcher
 from headrace.kvtransfer.messages import Offer
 from headrace.messages.stream import MAX_EVENT_TOKENS, FinishReason, TokenEvent, TokenLogprobs
 
@@ -23,6 +24,8 @@ class Sequence:
     pages: list[int]
     generated: int
     """Output tokens so far, those of earlier attempts among them."""
+    matcher: Matcher | None = None
+    """Where the output follows a grammar. The batch's while the request is in it."""
     in_flight: int = 0
     """Steps that make a token of this request and whose tokens are not known yet."""
     started_at: float = field(default_factory=time.time)

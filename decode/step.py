@@ -52,7 +52,10 @@ def _start_and_collect(
     for key, pages in plan.new_pages.items():
         batch.add_pages(key, pages)
     for sequence in plan.joins:
-        batch.join(sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sequence.offer.sampling)
+        sampling = sequence.offer.sampling
+        batch.join(
+            sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sampling, matcher=sequence.matcher
+        )
     if len(batch):
         plan.is_shared = alongside is not None and alongside.start_step(batch)
         if plan.is_shared:

@@ -203,10 +203,22 @@ class DecodeWorker:
         for sequence in plan.preempted:
             self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
         if speculator is not None and not runs_ahead:
-            self._scheduler.reserve(plan, speculator.propose(self._scheduler.batch()))
+            self._scheduler.reserve(plan, self._allowed(speculator.propose(self._scheduler.batch())))
         if self._scheduler.num_running:
             self._scheduler.started()
         return plan
+
+    def _allowed(self, drafts: dict[Key, list[int]]) -> dict[Key, list[int]]:
+        """Cut them where a grammar would: no step is in flight, so the matchers know all tokens."""
+        for key, draft in list(drafts.items()):
+            sequence = self._scheduler.running(key)
+            if sequence is not None and sequence.matcher is not None:
+                standing = sequence.matcher.standing(draft)
+                if standing:
+                    drafts[key] = draft[:standing]
+                else:
+                    del drafts[key]
+        return drafts
 
     def _give_up_running(self) -> None:
         for sequence in self._scheduler.sequences():
@@ -252,6 +264,8 @@ class DecodeWorker:
                 sequence.newest_logprobs = logprobs
             if token_id in sequence.stop_token_ids or generated >= sequence.max_tokens or len(token_ids) >= longest:
                 reason = sequence.finish_reason(longest)
+                if reason is not None and self._failed_its_grammar(sequence):
+                    continue
             scores = None if logprobs is None else [logprobs]
             outbox[sequence.gateway].append(TokenEvent(key[0], key[1], generated - 1, [token_id], scores, reason))
             if reason is not None:
@@ -268,6 +282,8 @@ class DecodeWorker:
             sequence.newest_logprobs = made[-1].logprobs
             position = sequence.generated
             reason = sequence.take([token.token_id for token in made], self._engine.max_model_len)
+            if reason is not None and self._failed_its_grammar(sequence):
+                continue
             self._queue(sequence, made[: sequence.generated - position], reason)
             if reason is None:
                 self._scheduler.roll_back(sequence)
@@ -287,6 +303,14 @@ class DecodeWorker:
         if reason is not None:
             self._finish(sequence, reason)
 
+    def _failed_its_grammar(self, sequence: Sequence) -> bool:
+        """Whether it ended since its grammar could not be followed; its client is told."""
+        if sequence.matcher is None or sequence.matcher.error is None:
+            return False
+        self._fail(sequence, "invalid_request", f"the grammar failed: {sequence.matcher.error}", retryable=False)
+        self._scheduler.remove(sequence.key)
+        return True
+
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.remove(sequence.key)
         ended(self._node.telemetry, sequence, "finished", reason)
@@ -294,7 +318,8 @@ class DecodeWorker:
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token, where it is drawn, goes to the client before any step runs."""
         offer = received.offer
-        sequence = Sequence(offer, received.token_ids, received.pages, received.generated)
+        matcher = self._engine.grammars.matcher(offer.sampling)
+        sequence = Sequence(offer, received.token_ids, received.pages, received.generated, matcher)
         self._moved_here += offer.coming > 0
         self._scheduler.add(sequence)
         commit = received.commit
@@ -388,7 +413,7 @@ class DecodeWorker:
                         inbound.sender, "only a gateway may cancel, ask for tokens or say what it has taken"
                     )
                 case ((Offer() | Commit() | Renew() | Abort()), "prefill"):
-                    self._receiver.handle(inbound.sender.id, message)
+                    self._received(inbound.sender.id, message)
                 case _, "decode":
                     self._from_peer(inbound.sender.id, message)
                 case _:
@@ -399,9 +424,15 @@ class DecodeWorker:
         if isinstance(message, Offer | Commit | Renew) or (
             isinstance(message, Abort) and not self._sender.is_open(message.request_id, message.attempt)
         ):
-            self._receiver.handle(sender, message)
+            self._received(sender, message)
         else:
             self._sender.handle(sender, message)
+
+    def _received(self, sender: str, message: ToReceiver) -> None:
+        if isinstance(message, Offer) and message.sampling.grammar is not None:
+            grammars = self._engine.grammars  # it is compiled while the pages travel
+            asyncio.get_running_loop().run_in_executor(None, grammars.prepare, message.sampling.grammar)
+        self._receiver.handle(sender, message)
 
     def _sequences(self) -> list[Sequence]:
         """All requests held."""

@@ -18,7 +18,7 @@ HEAD = """# Reference: commands, flags and errors
 
 <!-- made from the code by docs/reference.py: change that, or the code, not this -->
 
-[Metrics](metrics.md) have a page of their own.
+[Structured output](structured-output.md) and [metrics](metrics.md) have pages of their own.
 """
 FLAGS = """## Flags
 

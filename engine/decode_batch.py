@@ -15,7 +15,9 @@ from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
 from headrace.engine.synthetic import SyntheticBatch, SyntheticEngine
+from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.engine.verify import verify
+from headrace.grammar import Matcher
 from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
 from headrace.kernels.verify_attention import VerifyPlan, plan_verify
 from headrace.messages.request import SamplingParams
@@ -37,11 +39,18 @@ class RunningBatch(Protocol[K]):
     def __len__(self) -> int: ...
 
     def join(
-        self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
+        self,
+        key: K,
+        token_ids: Sequence[int],
+        generated: int,
+        pages: Sequence[int],
+        sampling: SamplingParams,
+        matcher: Matcher | None = None,
     ) -> None:
         """Add a request.
 
-        The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output.
+        The K and V of all but the newest of `token_ids` are in `pages`; the last `generated` are output. `matcher` is
+        the batch's until the request leaves, and between two steps it knows all tokens that were collected.
         """
 
     def leave(self, key: K) -> None:
@@ -106,6 +115,7 @@ class DecodeBatch(Generic[K]):
         self._lengths: list[int] = []
         """Tokens of each request so far; the last one's K and V are written by the next step."""
         self._sampler: BatchSampler | None = None
+        self._matchers: dict[K, Matcher] = {}
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
         self.seen: list[Seen[K]] = []
@@ -120,7 +130,13 @@ class DecodeBatch(Generic[K]):
         return len(self._keys)
 
     def join(
-        self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
+        self,
+        key: K,
+        token_ids: Sequence[int],
+        generated: int,
+        pages: Sequence[int],
+        sampling: SamplingParams,
+        matcher: Matcher | None = None,
     ) -> None:
         """See `RunningBatch`."""
         row = len(self._keys)
@@ -135,6 +151,9 @@ class DecodeBatch(Generic[K]):
         self._generated[row] = generated
         self.add_pages(key, pages)
         self._sampler = None
+        if matcher is not None:
+            self._matchers[key] = matcher
+            matcher.start(token_ids[len(token_ids) - generated :])
 
     def leave(self, key: K) -> None:
         """Remove a request."""
@@ -148,6 +167,7 @@ class DecodeBatch(Generic[K]):
             values[row] = values[last]
             values.pop()
         self._sampler = None
+        self._matchers.pop(key, None)
 
     def add_pages(self, key: K, pages: Sequence[int]) -> None:
         """Append pages to a request's block table."""
@@ -198,6 +218,8 @@ class DecodeBatch(Generic[K]):
             plan=plan,
         )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
+        if self._matchers:
+            mask_rows(logits, [ConstrainedRows(self._row_of[key], own) for key, own in self._matchers.items()])
         tokens = self._sampler.sample(logits, self._generated[:rows])
         if engine.head is not None:
             self.seen = [
@@ -211,6 +233,8 @@ class DecodeBatch(Generic[K]):
         self._lengths = [length + 1 for length in self._lengths]
         self._generated[:rows] += 1
         self._computed = list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))
+        for key, matcher in self._matchers.items():
+            matcher.advance([self._computed[self._row_of[key]][1].token_id])
 
     def pack(self, keys: Sequence[K], starts: Sequence[int], token_ids: Sequence[Sequence[int]]) -> ForwardBatch:
         """Tokens of some requests, each request's from a position on, within the pages that it has."""
@@ -249,10 +273,15 @@ class DecodeBatch(Generic[K]):
         tokens = [[first, *draft] for first, draft in zip(newest, drafts, strict=True)]
         batch = self.pack(self._keys, positions, tokens)
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
+        firsts = list(itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0))
+        if self._matchers:
+            at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
+            mask_rows(logits, [ConstrainedRows(firsts[row], matcher, drafts[row]) for row, matcher in at])
         found = verify(self._sampling, self._generated[:rows].tolist(), drafts, logits)
+        for key, matcher in self._matchers.items():
+            matcher.advance([token.token_id for token in found[self._row_of[key]]])
         self._sampler = None
         if engine.head is not None:
-            firsts = itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0)
             ids = [[token.token_id for token in own] for own in found]
             self.seen = list(map(Seen, self._keys, firsts, positions, ids))
         taken = torch.tensor([len(tokens) for tokens in found], device=engine.device)

@@ -91,7 +91,7 @@ def _changes(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, int]]:
     if not (params.logit_bias or params.min_tokens):
         return []
     changes = [(token, bias, FOREVER) for token, bias in params.logit_bias.items() if token < vocab_size]
-    if params.min_tokens:
+    if params.min_tokens and params.grammar is None:  # else the masks see to that
         stops = sorted({token for token in params.stop_token_ids if token < vocab_size})
         changes += [(token, float("-inf"), params.min_tokens) for token in stops]
     return changes

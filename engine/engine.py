@@ -25,7 +25,9 @@ from headrace.engine.page_pool import PagePool
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.prompt_rows import lay_out
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
+from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.engine.weights import Progress, load_decoder
+from headrace.grammar import Grammars, Matcher
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.prefill_attention import FEW_TOKENS, plan_prefill
 from headrace.kernels.upload import upload
@@ -73,6 +75,8 @@ class PrefillChunk:
     pages: Sequence[int]
     sampling: SamplingParams
     generated: int = 0
+    matcher: Matcher | None = None
+    """Where the output follows a grammar; it starts here."""
 
     @property
     def is_last(self) -> bool:
@@ -128,6 +132,7 @@ class Engine:
         self.pool = PagePool(cache.num_pages, cache.layout.page_size)
         self.max_model_len = max_model_len
         self.device = cache.pages.device
+        self.grammars = Grammars(config.model_folder, model_config.vocab_size)
         self.cpu_share = CpuShare(config.cpu_threads, self._use_threads)
         self.graph_decoder: GraphDecoder | None = None
         """Set by `prepare_decode` where the model and the device have one."""
@@ -312,6 +317,11 @@ class Engine:
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> ArrivingTokens:
         rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
         sampler = BatchSampler(rows, self.model_config.vocab_size, self.device)
+        constrained = [ConstrainedRows(row, c.matcher) for row, c in enumerate(chunks) if c.matcher is not None]
+        for row, matcher, _ in constrained:
+            matcher.start(chunks[row].token_ids[len(chunks[row].token_ids) - chunks[row].generated :])
+        if constrained:
+            mask_rows(logits, constrained)
         (positions,) = upload([np.array([chunk.generated for chunk in chunks], np.int32)], self.device)
         sampled = sampler.sample(logits, positions)
         return ArrivingTokens(sampled, sampler.logprobs(sampled, logits))

@@ -20,6 +20,8 @@ from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.engine.token_masks import ConstrainedRows, mask_rows
+from headrace.grammar import Matcher
 from headrace.kernels.draft_rows import accept_rows
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
@@ -38,6 +40,8 @@ class _Running(Generic[K]):
     drafts: Mapping[K, Sequence[int]] = field(default_factory=dict)
     penalized: Sequence[SamplingRow] = ()
     """Where requests have penalties and there are drafts: the sampling state after each row."""
+    is_known: bool = False
+    """Whether the matchers have taken its tokens."""
 
 
 class GraphBatch(Generic[K]):
@@ -56,6 +60,7 @@ class GraphBatch(Generic[K]):
         self._row_of: dict[K, int] = {}
         self._sampling: list[SamplingRow] = []
         self._sampler: BatchSampler | None = None
+        self._matchers: dict[K, Matcher] = {}
         self._num_pages = np.zeros(capacity, dtype=np.int64)
         self._positions = np.full(capacity, -1, dtype=np.int32)
         self._generated = np.zeros(capacity, dtype=np.int32)
@@ -79,7 +84,13 @@ class GraphBatch(Generic[K]):
         return len(self._keys)
 
     def join(
-        self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
+        self,
+        key: K,
+        token_ids: Sequence[int],
+        generated: int,
+        pages: Sequence[int],
+        sampling: SamplingParams,
+        matcher: Matcher | None = None,
     ) -> None:
         """See `RunningBatch.join`."""
         row = len(self._keys)
@@ -93,6 +104,9 @@ class GraphBatch(Generic[K]):
         self._new_tokens[row] = token_ids[-1]
         self.add_pages(key, pages)
         self._members_changed = True
+        if matcher is not None:
+            self._matchers[key] = matcher
+            matcher.start(token_ids[len(token_ids) - generated :])
 
     def leave(self, key: K) -> None:
         """Remove a request; the last row takes its place."""
@@ -107,6 +121,7 @@ class GraphBatch(Generic[K]):
         self._keys[row], self._sampling[row] = self._keys[last], self._sampling[last]
         self._keys.pop()
         self._sampling.pop()
+        self._matchers.pop(key, None)
         self._members_changed = True
 
     def _move_token(self, source: int, target: int) -> None:
@@ -141,7 +156,18 @@ class GraphBatch(Generic[K]):
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
         tokens = step.tokens.wait()
-        return self._standing(step, tokens) if step.drafts else list(zip(step.keys, tokens, strict=True))
+        found = self._standing(step, tokens) if step.drafts else list(zip(step.keys, tokens, strict=True))
+        if self._matchers:
+            self._advance(step, found)
+        return found
+
+    def _advance(self, step: _Running[K], found: Sequence[tuple[K, SampledToken]]) -> None:
+        """Have the matchers take a step's tokens, once."""
+        if not step.is_known:
+            step.is_known = True
+            for key, token in found:
+                if (matcher := self._matchers.get(key)) is not None:
+                    matcher.advance([token.token_id])
 
     def _standing(self, step: _Running[K], drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
@@ -187,6 +213,10 @@ class GraphBatch(Generic[K]):
         rows, state = len(self._keys), self._decoder.state
         if self._sampler is None:
             self._sampler = self._new_sampler(self._sampling)
+        if self._matchers:
+            for step in self._running:  # the device has this step's work and goes on meanwhile
+                self._advance(step, list(zip(step.keys, step.tokens.wait(), strict=True)))
+            mask_rows(logits, [ConstrainedRows(self._row_of[key], own) for key, own in self._matchers.items()])
         generated = state.generated[:rows]
         sampled = self._sampler.sample(logits, generated)
         logprobs = self._sampler.logprobs(sampled, logits)
@@ -203,12 +233,16 @@ class GraphBatch(Generic[K]):
         layout, rows, decoder = self._layout.numpy(), int(lengths.sum()), self._decoder
         layout[:2] = -1
         layout[0, :rows] = np.repeat(np.arange(len(own)), lengths)
-        layout[1, :rows] = np.repeat(lengths.cumsum() - lengths, lengths)
+        firsts = lengths.cumsum() - lengths
+        layout[1, :rows] = np.repeat(firsts, lengths)
         layout[2, :rows] = [token for draft in own for token in (0, *draft)]
         decoder.rows.layout.copy_(self._layout, non_blocking=True)
         penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
         sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
         logits = decoder.step_drafted(rows)
+        if self._matchers:
+            at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
+            mask_rows(logits, [ConstrainedRows(int(firsts[row]), matcher, own[row]) for row, matcher in at])
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
         logprobs = sampler.logprobs(sampled, logits)
         accept_rows(sampled, decoder.rows, decoder.state)

@@ -77,7 +77,7 @@ class BatchSampler:
             return
         self._penalized = [i for i, row in enumerate(rows) if row.counts is not None]
         self._biased = [i for i, p in enumerate(params) if p.logit_bias]
-        self._held_open = [i for i, p in enumerate(params) if p.min_tokens and p.stop_token_ids]
+        self._held_open = [i for i, p in enumerate(params) if p.min_tokens and p.stop_token_ids and p.grammar is None]
         drawn = [(i, bool(p.top_k or p.top_p < 1 or p.min_p > 0)) for i, p in enumerate(params) if p.temperature > 0]
         self._filtered = [i for i, is_filtered in drawn if is_filtered]
         self._unfiltered = [i for i, is_filtered in drawn if not is_filtered]
@@ -175,7 +175,8 @@ class BatchSampler:
             kept &= likelihood >= self._min_p[rows] * likelihood[:, :1]
             cut = (self._top_k[rows] < self._vocab_size) | (self._min_p[rows] > 0)
             mass = torch.where(cut, (likelihood * kept).sum(-1, keepdim=True), 1.0)
-            is_last = values == values[:, -1:]  # equal ones may go on beyond the candidates
+            # equal ones may go on beyond the candidates; those that a grammar forbids are never drawn
+            is_last = (values == values[:, -1:]) & (values > float("-inf"))
             partial = cut & (kept & is_last).any(-1, keepdim=True)  # so what top-p is a share of does
             before = likelihood.cumsum(-1) - likelihood
             kept &= before < self._top_p[rows] * mass
@@ -190,12 +191,12 @@ class BatchSampler:
         return tokens.gather(1, choice.unsqueeze(1)).squeeze(1)
 
     def with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> list[SampledToken]:
-        """The chosen tokens on the host, with log probabilities of the raw `logits` where asked for."""
+        """The chosen tokens on the host, with log probabilities under `logits` where asked for."""
         found = self.logprobs(tokens, logits)
         return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
 
     def logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> dict[int, TokenLogprobs]:
-        """Log probabilities under the raw `logits`, by row, of the rows that asked for them."""
+        """Log probabilities under `logits`, by row, of the rows that asked for them."""
         if not self._logprobs:
             return {}
         rows, counts = list(self._logprobs), list(self._logprobs.values())
@@ -203,12 +204,18 @@ class BatchSampler:
 
 
 def describe_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Log probabilities of `tokens` [R] under `logits` [R, V], each with its `counts[r]` likeliest alternatives."""
+    """Log probabilities of `tokens` [R] under `logits` [R, V], each with its `counts[r]` likeliest alternatives, or as
+    many as are possible.
+    """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
     values, order = logprobs.topk(min(max([*counts, 1]), logits.shape[-1]), -1)
     return [
-        TokenLogprobs(token_id=token, logprob=logprob, top=list(zip(ids[:count], tops[:count], strict=True)))
+        TokenLogprobs(
+            token_id=token,
+            logprob=logprob,
+            top=[(id, top) for id, top in zip(ids[:count], tops[:count], strict=True) if top > float("-inf")],
+        )
         for token, logprob, ids, tops, count in zip(
             tokens.tolist(), chosen, order.tolist(), values.tolist(), counts, strict=True
         )

@@ -20,6 +20,7 @@ from headrace.engine.errors import EngineError
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.sampler import SampledToken
+from headrace.grammar import Matcher
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 from headrace.scaling.step_costs import StepCosts
@@ -100,9 +101,15 @@ class SyntheticBatch(Generic[K]):
         return len(self._rows)
 
     def join(
-        self, key: K, token_ids: Sequence[int], generated: int, pages: Sequence[int], sampling: SamplingParams
+        self,
+        key: K,
+        token_ids: Sequence[int],
+        generated: int,
+        pages: Sequence[int],
+        sampling: SamplingParams,
+        matcher: Matcher | None = None,
     ) -> None:
-        """See `RunningBatch`."""
+        """See `RunningBatch`. Counted tokens follow no grammar."""
         self._rows[key] = generated, sampling
         self._contexts[key] = len(token_ids) - generated
         self._kv_tokens += len(token_ids)

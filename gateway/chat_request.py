@@ -9,7 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import Job, Prompt
-from headrace.gateway.request_fields import Label, OutputLimit, Refused, RequestFields, Strict, parse, refuse
+from headrace.gateway.request_fields import Label, OutputLimit, Refused, RequestFields, parse, refuse
+from headrace.gateway.strict import Strict
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.messages.request import MAX_TOP_LOGPROBS
 
@@ -90,7 +91,6 @@ class ChatRequest(RequestFields):
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     store: Any = None
     tool_choice: Any = None
     tools: Any = None
@@ -107,7 +107,6 @@ class ChatRequest(RequestFields):
         "prompt_cache_options": ((), "prompts are cached by themselves, without options"),
         "prompt_cache_retention": ((), "how long a prompt stays cached can't be chosen"),
         "reasoning_effort": ((), "the effort of reasoning can't be chosen"),
-        "response_format": (({"type": "text"},), "only {'type': 'text'} is supported"),
         "store": ((False,), "answers are not stored"),
         "tool_choice": (("none",), NO_TOOLS),
         "tools": (([],), NO_TOOLS),

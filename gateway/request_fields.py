@@ -10,11 +10,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import UNLIMITED
+from headrace.gateway.output_format import ResponseFormat, StructuredOutputs, read_grammar
 from headrace.gateway.stop_strings import MAX_STOP_STRING
+from headrace.gateway.strict import Strict
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.messages.request import SamplingParams
 
@@ -26,12 +28,6 @@ Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 OutputLimit = Annotated[int, Field(ge=0, le=UNLIMITED - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING)]
 Label = Annotated[str, Field(max_length=512)]
-
-
-class Strict(BaseModel):
-    """No unknown fields, no conversions: `"1"` is not a number and `1` is not true."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(Strict):
@@ -72,6 +68,20 @@ class RequestFields(Strict):
     ignore_eos: bool | None = None
     min_tokens: OutputLimit | None = None
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    @field_validator("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    @classmethod
+    def _renamed(cls, value: Any, info: ValidationInfo) -> None:
+        if value is not None and info.field_name is not None:
+            name = info.field_name.removeprefix("guided_")
+            raise ValueError(f"send it as 'structured_outputs': {{'{name}': ...}}, as vLLM has it since 0.12")
+
     def check_common(self, tokenizer: Tokenizer) -> None:
         """Raise `BadRequest` for what the types alone don't catch."""
         if self.stream_options is not None:
@@ -105,7 +115,10 @@ class RequestFields(Strict):
     def sampling(
         self, tokenizer: Tokenizer, logprobs: int | None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
-        """The parameters for the workers. Defaults are OpenAI's, and the seed is drawn where none is given."""
+        """The parameters for the workers. Defaults are OpenAI's, and the seed is drawn where none is given.
+
+        Raises `BadRequest` where the answer's form can't be followed.
+        """
         end = () if self.ignore_eos else tokenizer.eos_token_ids
         return SamplingParams(
             max_tokens=UNLIMITED if self.output_limit is None else self.output_limit,
@@ -122,6 +135,7 @@ class RequestFields(Strict):
             min_tokens=self.min_tokens or 0,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=read_grammar(self.response_format, self.structured_outputs, tokenizer.grammars),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from headrace.gateway.chat_template import ChatTemplate, TemplateRefused
+from headrace.gateway.chat_template import ChatTemplate
 from headrace.gateway.errors import QueueFull
-from headrace.gateway.vocabulary import UnsupportedTokenizer, Vocabulary
+from headrace.gateway.vocabulary import Vocabulary
+from headrace.grammar import Grammars
+from headrace.models.end_tokens import end_tokens, read_json, text_of
 from headrace.settings import SettingsError
 
 T = TypeVar("T")
@@ -28,11 +29,18 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 class Tokenizer:
     """What the gateway knows of a model. Methods are safe in any thread; `in_thread` keeps them off the event loop."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        template: ChatTemplate | None,
+        grammars: Grammars,
+    ) -> None:
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
         self._in_threads = 0
         self.template = template
+        self.grammars = grammars
         self.vocabulary = Vocabulary(tokenizer)
         self.eos_token_ids: tuple[int, ...] = config["eos_token_ids"]
         self.context_length: int = config["context_length"]
@@ -44,8 +52,9 @@ class Tokenizer:
         """Read a model's folder. Raises `SettingsError` where its tokenizer is missing or of an unknown kind."""
         tokenizer = _read_tokenizer(folder / "tokenizer.json")
         try:
-            return cls(tokenizer, _read_config(folder, tokenizer), _read_template(folder))
-        except (UnsupportedTokenizer, TemplateRefused, json.JSONDecodeError) as error:
+            config = _read_config(folder, tokenizer)
+            return cls(tokenizer, config, _read_template(folder), Grammars(folder, config["vocab_size"]))
+        except ValueError as error:
             raise SettingsError(f"{folder}: {error}") from error
 
     async def in_thread(self, work: Callable[[], T]) -> T:
@@ -80,44 +89,23 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(found, dict):
-        raise SettingsError(f"{file} holds no JSON object")
-    return found
-
-
 def _read_config(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    model = _read_json(folder / "config.json")
+    model = read_json(folder / "config.json")
     model = {**model, **model.get("text_config", {})}
-    generation = _read_json(folder / "generation_config.json")
-    eos: list[int] = []
-    for found in (generation.get("eos_token_id"), model.get("eos_token_id")):
-        eos.extend(found if isinstance(found, list) else [found] if found is not None else [])
-    name = _text_of(_read_json(folder / "tokenizer_config.json").get("eos_token"))
-    if name is not None and (token_id := tokenizer.token_to_id(name)) is not None:
-        eos.append(token_id)
     return {
-        "eos_token_ids": tuple(sorted(set(eos))),
+        "eos_token_ids": end_tokens(folder, tokenizer),
         "context_length": int(model.get("max_position_embeddings") or 2048),
         "vocab_size": int(model.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)),
     }
 
 
 def _read_template(folder: Path) -> ChatTemplate | None:
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several templates by name
         source = next((item["template"] for item in source if item["name"] == "default"), None)
     if not source:
         return None
-    special = {name: text for name in SPECIAL_TOKENS if (text := _text_of(config.get(name))) is not None}
+    special = {name: text for name in SPECIAL_TOKENS if (text := text_of(config.get(name))) is not None}
     return ChatTemplate(source, special)
-
-
-def _text_of(token: Any) -> str | None:
-    """A special token's text; older files write a token as an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None

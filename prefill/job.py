@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from headrace.engine.base import Ready
 from headrace.engine.engine import PrefillChunk
 from headrace.engine.sampler import SampledToken
+from headrace.grammar import Matcher
 from headrace.kvtransfer.handoff import Handoff, Segment
 from headrace.messages.request import QueueEntry
 from headrace.messages.stream import FailureCode, TokenLogprobs
@@ -35,6 +36,8 @@ class Job:
     handoff: Handoff | None
     """None where there is nothing to decode."""
     computed: asyncio.Future[SampledToken | None]
+    matcher: Matcher | None = None
+    """Where the output follows a grammar."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_token_at: float | None = None
     """Unix time in seconds, once the prompt is computed."""
@@ -52,7 +55,9 @@ class Job:
     def chunk(self, chunk: Chunk) -> PrefillChunk:
         """The engine's input for one chunk of this prompt."""
         entry = self.entry
-        return PrefillChunk(entry.token_ids, chunk.start, chunk.length, self.pages, entry.sampling, entry.generated)
+        return PrefillChunk(
+            entry.token_ids, chunk.start, chunk.length, self.pages, entry.sampling, entry.generated, self.matcher
+        )
 
     def layer_computed(self, layer: int, start: int, end: int, page_size: int, ready: Ready | None = None) -> None:
         """Tokens `start` to `end` of `layer` are in the cache, or will be when `ready`: their pages may travel."""

@@ -15,6 +15,7 @@ from headrace.engine.base import Ready
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 from headrace.engine.page_pool import page_hashes
 from headrace.farewell import Farewell
+from headrace.grammar import GrammarError, Matcher
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.messages import Layout, Offer, ToSender, WireDtype
@@ -23,7 +24,7 @@ from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
 from headrace.kvtransfer.transports import exports_of
 from headrace.mesh import PeerGone
 from headrace.messages.control import MAX_HELD_PAGES, Cancel, Flushed, GivenBack, Holds, PassedOn
-from headrace.messages.request import QueueEntry
+from headrace.messages.request import QueueEntry, SamplingParams
 from headrace.messages.stream import PrefillReport, RequestFailed
 from headrace.node import Node
 from headrace.prefill.in_place import Backlog, InPlaceChoice
@@ -259,11 +260,13 @@ class PrefillWorker:
         entry, taken_at = delivery.entry, time.time()
         self._check(delivery)
         hashes = page_hashes(entry.token_ids, self._layout.page_size)
+        matcher = await self._compile_grammar(entry.sampling)
         if (report := await self._prefill_in_place(delivery, hashes, taken_at)) is not None:
             return report
         pages, cached_tokens = await self._get_pages(delivery, hashes)
         try:
             watch.job = job = self._make_job(delivery, pages, hashes, cached_tokens)
+            job.matcher = matcher
             self._jobs[job.key] = job
             first_token_at = await self._compute_and_hand_over(job)
         finally:
@@ -308,6 +311,15 @@ class PrefillWorker:
             handoff_ms=0.0,
             cached_tokens=handoff.held_pages * self._layout.page_size,
         )
+
+    async def _compile_grammar(self, sampling: SamplingParams) -> Matcher | None:
+        if sampling.grammar is None:
+            return None
+        try:
+            await asyncio.to_thread(self._engine.grammars.compile, sampling.grammar)
+        except GrammarError as error:
+            raise RequestRejected("invalid_request", f"the grammar can't be used: {error}", False) from error
+        return self._engine.grammars.matcher(sampling)
 
     def pages_of(self, request_id: str, attempt: int) -> list[int] | None:
         """See `Beside`."""
@@ -497,7 +509,12 @@ class PrefillWorker:
     def _apply(self, step: list[tuple[Job, Chunk]], outputs: list[PrefillOutput]) -> None:
         for (job, chunk), output in zip(step, outputs, strict=True):
             job.prompt_logprobs.extend(output.prompt_logprobs)
-            if chunk.is_last and not job.computed.done():
+            if not chunk.is_last or job.computed.done():
+                continue
+            if job.matcher is not None and job.matcher.error is not None:
+                failed = RequestRejected("invalid_request", f"the grammar failed: {job.matcher.error}", False)
+                job.computed.set_exception(failed)
+            else:
                 job.computed.set_result(output.token)
 
     def _fail_jobs(self, jobs: list[Job], error: Exception) -> None:

@@ -10,6 +10,10 @@ from headrace.wire import Attempt, Count, MeshId, Message, Record, RequestId, To
 
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_TOKENS = 4_000_000
+MAX_GRAMMAR_CHARACTERS = 65_536
+"""Of a schema, a regular expression or a grammar, as a client may send it."""
+MAX_GRAMMAR_TEXT = 2 * MAX_GRAMMAR_CHARACTERS
+"""What is made of it for the workers."""
 
 
 class SamplingParams(Record, frozen=True, kw_only=True):
@@ -41,6 +45,8 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     """None: none. k: the chosen token's log probability and those of the k likeliest tokens."""
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """The same for each prompt token but the first."""
+    grammar: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_GRAMMAR_TEXT)] | None = None
+    """Each token must go on with a text of this grammar, see `headrace.grammar`; the output ends where one is whole."""
 
 
 class QueueEntry(Message, frozen=True, kw_only=True):

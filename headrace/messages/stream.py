@@ -13,7 +13,9 @@ FinishReason = Literal["stop", "length"]
 
 
 class TokenLogprobs(Record, frozen=True, kw_only=True):
-    """Log probabilities (natural, of the model's raw distribution) at one position."""
+    """Log probabilities (natural) at one position: of the model's own distribution, before temperature, penalties and
+    filters, but among the tokens that the request's grammar allows.
+    """
 
     token_id: TokenId
     logprob: float

@@ -39,6 +39,12 @@ def some_params(vocab_size: int) -> list[SamplingParams]:
     return [SamplingParams(max_tokens=64, seed=37 * row + 2**61, **own) for row, own in enumerate(fields)]  # type: ignore[arg-type]
 
 
+def masked(logits: torch.Tensor, left: int) -> torch.Tensor:
+    """Logits [R, V] with so many possible tokens a row."""
+    kept = torch.rand(logits.shape).argsort(-1) < left
+    return logits.masked_fill(~kept, float("-inf"))
+
+
 def compare(
     logits: torch.Tensor, params: list[SamplingParams], steps: int, part: int, device: str, strays: int = 0
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from headrace.kernels import sample as kernel
 from headrace.messages.request import SamplingParams
-from tests.engine.compare_samplers import compare, some_params
+from tests.engine.compare_samplers import compare, masked, some_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered")  # as on a GPU
 
@@ -36,6 +36,13 @@ def test_equal_logits_are_kept_in_vocabulary_order() -> None:
     fields = [{"top_k": 3}, {"top_p": 0.26}, {"top_k": 10, "top_p": 0.5}, {"min_p": 0.5}, {}]
     params = [SamplingParams(max_tokens=9, seed=seed, **own) for seed, own in enumerate(fields * 3)]
     compare(torch.zeros(15, 40), params, 2, 16, "cpu")
+
+
+@pytest.mark.parametrize("left", [1, 40])
+def test_rows_of_which_a_grammar_leaves_little(left: int) -> None:
+    """Whole parts of the vocabulary may be impossible, and fewer tokens be left than a filter keeps."""
+    params = some_params(150)
+    compare(masked(torch.randn(len(params), 150) * 2, left), params, 1, 64, "cpu")
 
 
 def test_greedy_rows_take_the_first_of_equals() -> None:

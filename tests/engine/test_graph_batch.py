@@ -14,6 +14,7 @@ from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.draft_rows import RequestState, StepRows, accept_rows_reference, expand_rows_reference
 from headrace.messages.request import SamplingParams
+from tests.engine.every_third import EveryThird
 
 VOCABULARY, CAPACITY, WIDTH, PAGE = 97, 5, 6, 4
 
@@ -111,6 +112,57 @@ def test_every_request_gets_its_own_tokens(seed: int) -> None:
         collect(batch, batch.lookahead, got)
     collect(batch, 0, got)
     assert got == expected
+
+
+def constrained(prompt: list[int], first: int, pages: list[int], tokens: int) -> list[int]:
+    """What `SumDecoder` says under `EveryThird`, after the first token."""
+    known = [*prompt, first]
+    for place in range(1, tokens):
+        position = len(known) - 1
+        token = following(known[-1], position, pages[position // PAGE])
+        known.append(token if token % 3 == place % 3 else place % 3)  # the first of those that are left
+    return known[len(prompt) + 1 :]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_with_a_grammar_run_ahead_among_others(
+    seed: int, drafted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each mask follows all tokens before it, those of the step in flight and of the draft among them."""
+    monkeypatch.setattr(graph_batch, "accept_rows", accept_rows_reference)
+    rng = random.Random(seed)
+    batch, tokens = make_batch(), 12
+    expected: dict[int, list[int]] = {}
+    got: dict[int, list[int]] = {}
+    sampling = SamplingParams(max_tokens=tokens, temperature=0)
+    for key in range(CAPACITY):
+        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 5))]
+        pages, first, got[key] = [rng.randrange(1000) for _ in range(WIDTH)], 3 * rng.randrange(30), []
+        matcher: Any = EveryThird() if key % 2 else None
+        batch.join(key, [*prompt, first], 1, pages, sampling, matcher)
+        if matcher is None:
+            expected[key] = true_draft([*prompt, first], pages, tokens - 1)
+        else:
+            expected[key] = constrained(prompt, first, pages, tokens)
+    while running := [key for key in got if len(got[key]) < tokens - 1]:
+        if drafted and rng.random() < 0.6:
+            collect(batch, 0, got)
+            drafts = {}
+            for key in running:
+                draft = expected[key][len(got[key]) :][: rng.randrange(4)]
+                if draft and rng.random() < 0.3:
+                    draft[rng.randrange(len(draft))] += 1
+                if draft:
+                    drafts[key] = draft
+            batch.start(drafts)
+            collect(batch, 0, got)
+        else:
+            batch.start()
+            collect(batch, batch.lookahead, got)
+        for key in [key for key in got if len(got[key]) >= tokens - 1 and key in batch._row_of]:
+            batch.leave(key)
+    assert {key: own[: tokens - 1] for key, own in got.items()} == expected
 
 
 def true_draft(tokens: list[int], pages: list[int], length: int) -> list[int]:

@@ -63,6 +63,32 @@ def test_ignore_eos_takes_only_the_model_s_own_end_tokens_away(tokenizer: Tokeni
     assert _chat(tokenizer, ignore_eos=True, stop_token_ids=[9]).sampling.stop_token_ids == (9,)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "description": "b", "schema": {"type": "array"}, "strict": True},
+            }
+        },
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        {"response_format": {"type": "text"}, "structured_outputs": {"json": '{"type": "integer"}'}},
+        {"structured_outputs": {"json": {"type": "integer"}}},
+        {"structured_outputs": {"json_object": True}},
+        {"structured_outputs": {"regex": "[0-9]+"}},
+        {"structured_outputs": {"choice": ["a", "b"]}},
+        {"structured_outputs": {"grammar": 'root ::= "a" root | "b"'}},
+    ],
+)
+def test_each_form_of_an_answer_reaches_the_workers_as_a_grammar(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+    """On both endpoints."""
+    chat = _chat(tokenizer, **fields).sampling
+    assert chat.grammar
+    assert _completion(tokenizer, **fields).sampling.grammar == chat.grammar
+
+
 def test_defaults_are_openai_s(tokenizer: Tokenizer) -> None:
     """Temperature 1, no limit for a chat but the context, and a seed that differs from request to request."""
     first, second = _chat(tokenizer), _chat(tokenizer)
@@ -94,7 +120,26 @@ def test_fields_that_ask_for_nothing_are_let_through(tokenizer: Tokenizer, field
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objekt"}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": True, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[" * 65_000}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "1"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["水" * 9000] * 9}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a" * 65_537}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {}}, "audio"),
         ({"prediction": {}}, "prediction"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.messages.request import SamplingParams
+from tests.engine.every_third import EveryThird
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,18 +40,24 @@ Output = list[tuple[int, float]]
 """Tokens, and by how much their log probabilities are above the next likely one's."""
 
 
-def generate(engine: Engine, sampling: SamplingParams, known: list[Output] | None) -> tuple[list[Output], int]:
-    """All prompts in one batch, and how many steps; with drafts from `known` outputs, some of them wrong."""
+def generate(
+    engine: Engine, sampling: SamplingParams, known: list[Output] | None, constrained: Sequence[int] = ()
+) -> tuple[list[Output], int]:
+    """All prompts in one batch, and how many steps; with drafts from `known` outputs, some of them wrong.
+
+    `constrained`: which follow a grammar.
+    """
     batch, rng, steps = new_batch(engine), random.Random(1), 0
     outputs: list[Output] = []
     held = []
     for key, prompt in enumerate(PROMPTS):
         pages = engine.pool.allocate(engine.pool.pages_for(len(prompt) + TOKENS + 16))
         held.append(pages)
-        output = engine.prefill([PrefillChunk(prompt, 0, len(prompt), pages, sampling)])[0]
+        matchers: list[Any] = [EveryThird() if key in constrained else None for _ in range(2)]
+        output = engine.prefill([PrefillChunk(prompt, 0, len(prompt), pages, sampling, matcher=matchers[0])])[0]
         assert output.token is not None
         outputs.append([(output.token.token_id, 0.0)])
-        batch.join(key, [*prompt, output.token.token_id], 1, pages, sampling)
+        batch.join(key, [*prompt, output.token.token_id], 1, pages, sampling, matchers[1])
     while len(batch):
         drafts = {}
         for key, tokens in enumerate(outputs):
@@ -59,6 +68,8 @@ def generate(engine: Engine, sampling: SamplingParams, known: list[Output] | Non
                 drafts[key] = draft
         batch.start(drafts)
         steps += 1
+        if known is None and batch.in_flight <= batch.lookahead:
+            continue
         for key, token in batch.collect():
             top = [logprob for _, logprob in token.logprobs.top] if token.logprobs is not None else [0.0, 0.0]
             outputs[key].append((token.token_id, top[0] - top[1]))
@@ -106,6 +117,22 @@ def test_tokens_with_drafts_are_those_without(engine: Engine, sampling: Sampling
         for mine, theirs in zip(drafted, plain, strict=True):
             first = next((at for at, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a[0] != b[0]), None)
             assert first is None or theirs[first][1] < 0.02, "another token came, and no second one was as likely"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_requests_with_a_grammar_follow_it_beside_others(engine: Engine, temperature: float) -> None:
+    """A step ahead and with drafts; those without a grammar say what they say alone."""
+    sampling = SamplingParams(max_tokens=99, temperature=temperature, top_k=5, seed=7, logprobs=2)
+    alone, _ = generate(engine, sampling, None)
+    plain, _ = generate(engine, sampling, None, (0, 2, 4))
+    drafted, steps = generate(engine, sampling, plain, (0, 2, 4))
+    assert steps < TOKENS - 8
+    for outputs in (plain, drafted):
+        for key in (0, 2, 4):
+            assert all(token % 3 == place % 3 for place, token in enumerate(ids(outputs[key])))
+    assert ids(plain[1]) == ids(alone[1])
+    same = sum(ids(mine) == ids(theirs) for mine, theirs in zip(drafted, plain, strict=True))
+    assert same >= 3, f"{same} of {len(plain)} are the same"
 
 
 def ids(tokens: list[tuple[int, float]]) -> list[int]:

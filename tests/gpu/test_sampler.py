@@ -9,7 +9,7 @@ from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.sample import PART
 from headrace.messages.request import SamplingParams
-from tests.engine.compare_samplers import compare, some_params
+from tests.engine.compare_samplers import compare, masked, some_params
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -23,6 +23,14 @@ def test_rows_of_all_kinds_give_the_torch_samplers_tokens(vocab_size: int, scale
     params = some_params(vocab_size)
     logits = (torch.randn(len(params), vocab_size) * scale).to(dtype)
     compare(logits, params, 3, PART, "cuda", strays=1)
+
+
+@pytest.mark.parametrize("left", [1, 3, 300, 20000])
+def test_rows_of_which_a_grammar_leaves_little(left: int) -> None:
+    """Whole parts of the vocabulary may be impossible, and fewer tokens be left than a filter keeps."""
+    torch.manual_seed(0)
+    params = some_params(49152)
+    compare(masked(torch.randn(len(params), 49152) * 2, left), params, 3, PART, "cuda", strays=1)
 
 
 def test_a_row_gives_the_same_token_in_any_batch_and_in_a_graph() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from headrace.kernels.gated_activation import Activation
 from tests.kernels.compare_small_ops import ROPE_CASES, RopeCase, compare_gate, compare_norms, compare_rope_cache
+from tests.kernels.comparisons import compare_mask_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,6 +29,13 @@ def test_norms_equal_their_references(shape: tuple[int, ...], dtype: torch.dtype
 def test_gates_equal_their_references(shape: tuple[int, int], activation: Activation, dtype: torch.dtype) -> None:
     """Less and more than a block, and nothing."""
     compare_gate(shape, activation, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [97, 49152, 128256])
+def test_masked_logits_equal_their_reference(vocabulary: int, dtype: torch.dtype) -> None:
+    """Some rows of a batch, in any order."""
+    compare_mask_logits("cuda", [7, 0, 3, 31, 8], 32, vocabulary, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

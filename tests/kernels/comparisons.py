@@ -24,6 +24,7 @@ from headrace.kernels.draft_rows import (
 )
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
+from headrace.kernels.mask_logits import launch_mask_logits, mask_logits_reference
 from headrace.kernels.rope import RopeTables
 
 
@@ -177,3 +178,14 @@ def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int
     assert stepped[0] == stepped[1]
     assert states[0] == states[1]
     assert states[0][1] != positions.tolist()
+
+
+def compare_mask_logits(device: str, masked: list[int], rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """These of all rows, at random; the first of them loses all its tokens, the last one none."""
+    logits = torch.randn(rows, vocabulary).to(dtype)
+    masks = torch.randint(-(2**31), 2**31, (len(masked), -(-vocabulary // 32))).int()
+    masks[0], masks[-1] = 0, -1
+    got = logits.to(device)
+    launch_mask_logits(got, torch.tensor(masked, device=device), masks.to(device))
+    mask_logits_reference(logits, torch.tensor(masked), masks)
+    assert torch.equal(got.cpu(), logits)
