@@ -101,8 +101,6 @@ class DataLine:
         """By stripe, filled in turns: what is small may give the receiver's threads, one a stripe, much to do."""
         self._next = itertools.cycle(self._jobs)
         self._connections: dict[int, Connection] = {}
-        self._stale: set[int] = set()
-        """Stripes whose connection is to be replaced before it is used again."""
         self._ended = False
         self._threads = [
             threading.Thread(target=self._run, args=(stripe,), name=f"to {name} {stripe}", daemon=True)
@@ -115,20 +113,11 @@ class DataLine:
         """Send a frame soon, or call `failed` with the reason, on a thread of this line. Callers bound the queue."""
         next(self._next).put((make, failed))
 
-    def reconnect(self) -> None:
-        """Send what follows on new connections: the other end did not get what went out on these, which may be dead
-        without showing it.
-        """
-        self._stale.update(range(len(self._jobs)))
-
     def _run(self, stripe: int) -> None:
         while (job := self._jobs[stripe].get()) is not None and not self._ended:
             make, failed = job
             try:
                 header, payload = make()
-                if stripe in self._stale:
-                    self._stale.discard(stripe)
-                    self._close(stripe)
                 if stripe not in self._connections:
                     self._connections[stripe] = self._connect()
                 self._connections[stripe].send(header, payload)

@@ -29,9 +29,6 @@ class Lines(Protocol):
     ) -> None:
         """Send what `make` gives soon, or call `failed`."""
 
-    def reconnect(self, peer_id: str) -> None:
-        """Use new connections for what follows."""
-
 
 class LineDepartures:
     """See `Departures`."""
@@ -59,10 +56,6 @@ class LineDepartures:
             self._call_soon(functools.partial(handoff.fail, reason))
 
         self._lines.submit(handoff.receiver, functools.partial(self.make, handoff, outgoing), failed)
-
-    def reconnect(self, receiver: str) -> None:
-        """See `Departures`."""
-        self._lines.reconnect(receiver)
 
     def make(self, handoff: Handoff, outgoing: Outgoing) -> tuple[bytes, Sequence[memoryview]]:
         """The frame for some pages."""

@@ -150,12 +150,6 @@ class Landing:
         with self._lock:
             return self._next
 
-    @property
-    def missing(self) -> int:
-        """Parts of pages, in all layers, that have not been written."""
-        with self._lock:
-            return self._missing
-
     def take_progress(self) -> bool:
         """Whether anything was written since this was last asked."""
         with self._lock:

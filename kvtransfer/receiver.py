@@ -22,7 +22,6 @@
 | WAITING, RECEIVING | Renew, all that was sent is here | start the lease again              | same       |
 | any        | Abort                      | (Released when drained)                          | DRAINING   |
 | any        | cancel, lease ended, sender gone, computing failed | Abort to a living sender | DRAINING   |
-| RECEIVING, COMMITTING | Renew, Commit again: what was sent does not come | Abort                | DRAINING   |
 | DRAINING   | no thread writes its pages | free them                                        | (none)     |
 
 The pages themselves land beside this, on threads (`arrivals.py`, `landing.py`), in any order, before the Commit or
@@ -62,8 +61,6 @@ from headrace.messages.stream import TokenLogprobs
 from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
-STALL_SECONDS = 3.0
-"""What was sent and of which nothing has come for so long is lost: a line that is half open tells neither end."""
 WINDOW_BYTES = 64 * 2**20
 WINDOWS_IN_PLACE = 4
 """As much of what is not sent but read in place, and so takes up no buffer here."""
@@ -164,8 +161,6 @@ class _Incoming:
     pages: list[PageId] = field(default_factory=list)
     landing: Landing | None = None
     commit: Commit | None = None
-    stall: tuple[tuple[int, int], float] | None = None
-    """Messages sent and parts missing, and since when these are the same; None where nothing is on the way."""
 
     @property
     def key(self) -> Key:
@@ -448,7 +443,6 @@ class Receiver:
             self._abort(incoming, "sequence", problem)
         elif incoming.commit == commit:
             self.late += 1
-            self._abort_if_stalled(incoming, commit.sequence)
         else:
             incoming.commit = commit
             self._complete(incoming)
@@ -509,27 +503,11 @@ class Receiver:
             else:
                 self._renew_one(incoming, num_sent)
 
-    def _abort_if_stalled(self, incoming: _Incoming, num_sent: int) -> bool:
-        """Give a handoff up of whose `num_sent` messages some are missing, where none came for `STALL_SECONDS`."""
-        landing, now = incoming.landing, self._clock()
-        if landing is None or landing.num_landed >= num_sent:
-            incoming.stall = None
-            return False
-        seen = num_sent, landing.missing
-        if incoming.stall is None or incoming.stall[0] != seen:
-            incoming.stall = seen, now
-        is_stalled = now - incoming.stall[1] >= STALL_SECONDS
-        if is_stalled:
-            self._abort(incoming, "lease", f"of {num_sent} messages {landing.num_landed} have come")
-        return is_stalled
-
     def _renew_one(self, incoming: _Incoming, num_sent: int) -> None:
         """Repeat what the sender may have missed, and start the lease again where nothing is on the way here.
 
         Pages that are on the way have one lease to come: they may be lost.
         """
-        if self._abort_if_stalled(incoming, num_sent):
-            return
         landed = incoming.landing.num_landed if incoming.landing is not None else 0
         if num_sent <= landed and incoming.commit is None:
             incoming.lease_ends = self._clock() + LEASE_SECONDS

@@ -15,8 +15,8 @@ from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.mesh import PeerGone
 from headrace.wire import Message
 
-RENEW_SECONDS = 1.25
-"""An eighth of the receiver's lease."""
+RENEW_SECONDS = 2.5
+"""A quarter of the receiver's lease."""
 RELEASE_SECONDS = 10.0
 """How long pages are kept for a receiver that does not answer an Abort; by then the registry has dropped it."""
 FLIGHT_BYTES = 256 * 2**20
@@ -31,9 +31,6 @@ class Departures(Protocol):
 
     def send(self, handoff: Handoff, outgoing: Outgoing) -> None:
         """Put pages on the line to the handoff's receiver, without waiting; calls `handoff.fail` where it breaks."""
-
-    def reconnect(self, receiver: str) -> None:
-        """What went out on the line did not arrive: use new connections for what follows."""
 
 
 class Sender:
@@ -116,8 +113,6 @@ class Sender:
         handoff = self._open.get((message.request_id, message.attempt))
         if handoff is not None and handoff.receiver == receiver:
             handoff.handle(message)
-            if isinstance(message, Abort) and message.cause == "lease":
-                self._departures.reconnect(receiver)
             self._wake(receiver)
 
     def _wake(self, receiver: str) -> None:

@@ -178,10 +178,6 @@ class OneLine:
         """See `Lines`."""
         self._line.submit(make, failed)  # type: ignore[arg-type]
 
-    def reconnect(self, peer_id: str) -> None:
-        """See `Lines`."""
-        self._line.reconnect()
-
 
 class Pair:
     """The sending process's end."""

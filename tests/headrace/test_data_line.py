@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import zmq
@@ -181,41 +180,6 @@ def test_a_broken_line_says_so_and_the_next_frame_connects_again(ends: Ends, con
     assert ends.frames.get(timeout=SECONDS)[1] == b"here"
     line.end()
     line.join()
-
-
-def test_a_line_that_is_to_reconnect_does_so_before_the_next_frame() -> None:
-    """Its old connections may be dead without showing it."""
-    connections = []
-
-    class Half:
-        """Takes all and delivers nothing."""
-
-        closed = False
-
-        def send(self, header: bytes, payload: object) -> None:
-            """Into the void."""
-
-        def interrupt(self) -> None:
-            """Nothing waits."""
-
-        def close(self) -> None:
-            """Remember it."""
-            self.closed = True
-
-    def connect() -> Any:
-        connections.append(Half())
-        return connections[-1]
-
-    line = DataLine(connect, "decode-1", stripes=1)
-    made: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for times in (1, 1, 2):
-        if times == 2:
-            line.reconnect()
-        line.submit(lambda: (made.put(None), (b"h", ()))[1], pytest.fail)  # type: ignore[func-returns-value]
-        made.get(timeout=SECONDS)
-    line.end()
-    line.join()
-    assert [connection.closed for connection in connections] == [True, True]
 
 
 @pytest.mark.parametrize("ends", ["tcp"], indirect=True)
