@@ -25,10 +25,11 @@ from headrace.engine.sampler import SampledToken
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.messages import Abort, Commit, Layout, Offer, Renew, ToReceiver, ToSender, WireDtype
+from headrace.kvtransfer.nixl import NixlEndpoint
 from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
-from headrace.kvtransfer.transports import Beside, Transports, exports_of
+from headrace.kvtransfer.transports import Beside, Transports, Wanted, exports_of
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
@@ -65,6 +66,8 @@ class DecodeWorker:
         speculator: Speculator | None = None,
         beside: Beside | None = None,
         alongside: Alongside | None = None,
+        nixl: NixlEndpoint | None = None,
+        transport: Wanted = "auto",
     ) -> None:
         self._node = node
         self._engine = engine
@@ -82,7 +85,7 @@ class DecodeWorker:
             engine.pool.num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside),
+            choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside, nixl, transport),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
         )
@@ -92,7 +95,7 @@ class DecodeWorker:
             [engine.cache], layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe
         )
         # where there is one beside, the staging memory is its
-        exports, staging = exports_of(engine.cache), engine.cache.staging_blocks
+        exports, staging = exports_of(engine.cache, nixl), engine.cache.staging_blocks
         if beside is not None and staging:
             exports, staging = replace(exports, shm=None), 0
         self._sender = Sender(node.mesh.send, departures, staging)

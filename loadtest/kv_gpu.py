@@ -132,7 +132,7 @@ def copying_process(connection: Connection, case: Case) -> None:
     done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     theirs, mine = random_pages(case, 1), random_pages(case, 2)
     parts = [
-        opened.part([layer * case.num_pages + page for page in theirs], layer, mine, done.put)
+        opened.part([layer * case.num_pages + page for page in theirs], range(layer, layer + 1), mine, done.put)
         for layer in range(case.layout.num_layers)
     ]
 

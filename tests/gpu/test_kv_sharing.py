@@ -47,8 +47,9 @@ def test_staged_pages_lie_in_pinned_memory() -> None:
     """So that a copy engine writes them; until `close`, or the next cache's memory could not be pinned."""
     for _ in range(2):
         cache = full_cache("cuda")
-        cache.stage(3, [7, 1, 2, 9], [5, 6, 0, 1])
+        cache.stage(range(3, 5), [7, 1, 2, 9], [5, 6, 0, 1, 12, 13, 8, 9])
         assert torch.equal(cache._staging[[5, 6, 0, 1]], cache._bytes[3, [7, 1, 2, 9]].cpu())
+        assert torch.equal(cache._staging[[12, 13, 8, 9]], cache._bytes[4, [7, 1, 2, 9]].cpu())
         assert cache._staging.is_pinned()
         cache.close()
         assert not cache._staging.is_pinned()
