@@ -8,17 +8,18 @@ brought.
 
 One thread talks to the agent. Each message's read is there
 
-| state   | on                              | does                                                     | next    |
-| ------- | ------------------------------- | -------------------------------------------------------- | ------- |
-| (none)  | its turn                        | connect to the sender where that was not yet done, post  | READING |
-| (none)  | its turn, the sender is cut off | tell of the failure                                      | (none)  |
-| (none)  | it can't be posted              | cut the sender off, tell of the failure                  | (none)  |
-| READING | DONE                            | tell                                                     | (none)  |
-| READING | an error, `READ_SECONDS` ended, the sender left | cut the sender off                       | CUT     |
-| CUT     | NIXL says anything but PROC     | tell of the failure                                      | (none)  |
+| state   | on                              | does                                                    | next    |
+| ------- | ------------------------------- | ------------------------------------------------------- | ------- |
+| (none)  | its turn                        | connect to the sender where that was not yet done, post | READING |
+| (none)  | its turn, the sender is cut off | tell of the failure                                     | (none)  |
+| (none)  | it can't be posted              | cut the sender off, tell of the failure                 | (none)  |
+| READING | DONE                            | tell                                                    | (none)  |
+| READING | an error                        | cut the sender off, tell of the failure                 | (none)  |
+| READING | `READ_SECONDS` have passed, or the sender has left | cut the sender off                   | READING |
 
-So pages are not free before NIXL has done with them. A sender that was cut off is read no more, its pages come another
-way (`transports.py`), until it starts again.
+A sender that was cut off is read no more, its pages come another way (`transports.py`) until it starts again. What is
+being read from it goes on, and its pages are not free before NIXL says that it has ended: to let go of the sender's
+agent does not end it. When a stopped process woke up after that, its bytes still came (NIXL 1.5.1, UCX's TCP).
 
 NIXL encrypts nothing, and whoever reaches an agent's ports can read and write what is registered. Between hosts it is
 therefore taken by itself over RDMA alone; UCX's TCP must be asked for, and is kept to loopback where the worker is.
@@ -53,7 +54,7 @@ RDMA_DEVICES = Path("/sys/class/infiniband")
 POLL_SECONDS = 0.0001
 """NIXL has no way to wait: so often reads are looked at."""
 READ_SECONDS = 5.0
-"""How long a message's pages may take."""
+"""How long a message's pages may take before their sender is cut off; and what is left at the end is waited for."""
 
 
 class Agent(Protocol):
@@ -101,6 +102,7 @@ class NixlSource:
     name: str | None = None
     """Of its agent, once that is known here."""
     is_cut_off: bool = False
+    num_reading: int = 0
 
     def copy(self, blocks: Sequence[int], layers: range, page_ids: Sequence[PageId], done: Done) -> None:
         """See `Source`; on the endpoint's thread."""
@@ -146,6 +148,7 @@ class NixlEndpoint:
         """For Offers."""
         self._inbox: queue.SimpleQueue[_Read | NixlSource | None] = queue.SimpleQueue()
         self._reading: list[_Read] = []
+        self.is_closing = False
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
         self._thread.start()
 
@@ -158,26 +161,28 @@ class NixlEndpoint:
         self._inbox.put(what)
 
     def close(self) -> None:
-        """End all reads, then the registration. Handoffs must have ended: what is submitted later is dropped."""
+        """Wait for what is being read, for a while, then end the registration. The pages must not be used any more.
+
+        What is submitted later is dropped.
+        """
         self._inbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        is_open = True
-        while is_open or self._reading:
+        ends = 0.0
+        while not self.is_closing or (self._reading and self._clock() < ends):
             try:
                 item = self._inbox.get(timeout=POLL_SECONDS if self._reading else None)
             except queue.Empty:
                 pass
             else:
-                is_open = is_open and item is not None
                 if isinstance(item, _Read):
                     self._begin(item)
                 elif item is not None:
                     self._cut_off(item)
                 else:
-                    for read in self._reading:
-                        self._cut_off(read.source)
+                    ends = self._clock() + READ_SECONDS
+                    self.is_closing = True
             self._reading = [read for read in self._reading if not self._has_ended(read)]
         self._agent.deregister_memory(self._registered)
 
@@ -198,6 +203,7 @@ class NixlEndpoint:
         if state == "DONE":
             self._tell(read, None)
         else:
+            source.num_reading += 1
             self._reading.append(read)
 
     def _places(self, read: _Read) -> tuple[Any, Any]:
@@ -218,7 +224,8 @@ class NixlEndpoint:
             if self._clock() > read.ends:
                 self._cut_off(read.source)
             return False
-        if state != "DONE":
+        read.source.num_reading -= 1
+        if state != "DONE" or read.source.is_cut_off:
             self._cut_off(read.source)
         self._tell(read, None if state == "DONE" else ConnectionError(f"nixl: {state}"))
         return True
@@ -235,16 +242,15 @@ class NixlEndpoint:
             log.exception("nobody hears that pages are there")
 
     def _cut_off(self, source: NixlSource) -> None:
-        """Read no more from it, and have what is being read from it end soon."""
-        if source.is_cut_off:
-            return
+        """Begin no more reads from it, and let go of its agent once what is being read has ended."""
         source.is_cut_off = True
-        if source.name is None:
+        if source.name is None or source.num_reading:
             return
         try:
             self._agent.remove_remote_agent(source.name)
         except Exception as problem:
             log.warning("nixl did not let go of %s: %r", source.name, problem)
+        source.name = None
 
 
 @asynccontextmanager

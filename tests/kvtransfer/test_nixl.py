@@ -1,10 +1,11 @@
-"""Reading pages by NIXL: every row of the table in `headrace.kvtransfer.nixl`, with an agent of our own in its place."""
+"""Reading pages by NIXL: each row of the table in `headrace.kvtransfer.nixl`, with an agent of our own in its place."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -43,6 +44,8 @@ class StandIn:
     released: int = 0
     answers: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     """To looks at a read, before it is done; an answer that begins with `!` is an error."""
+    is_stuck: threading.Event = field(default_factory=threading.Event)
+    """Nothing is done as long as it is set."""
     looks: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     """What was answered."""
 
@@ -96,9 +99,8 @@ class StandIn:
             state = self.answers.get_nowait()
         except queue.Empty:
             state = "DONE" if name in self.peers else "!NIXL_ERR_REMOTE_DISCONNECT"
-        if state == "STUCK":
-            self.answers.put(state)
-            state = "PROC" if name in self.peers else "!NIXL_ERR_REMOTE_DISCONNECT"
+        if self.is_stuck.is_set():
+            state = "PROC"
         if state == "DONE":
             for (here, size, _), (there, other_size, _) in zip(mine, theirs, strict=True):
                 assert size == other_size
@@ -187,37 +189,48 @@ def test_a_read_that_fails_cuts_the_sender_off(world: World) -> None:
     assert world.end() is None
 
 
-def test_a_read_that_hangs_is_over_only_when_nothing_writes_any_more(world: World) -> None:
-    """READING -> CUT after a while; its pages are nobody else's before NIXL has let go of them."""
-    world.agent.answers.put("STUCK")
+@pytest.mark.parametrize("why", ["late", "left"])
+def test_a_read_that_hangs_is_over_only_when_nothing_writes_any_more(world: World, why: str) -> None:
+    """READING -> READING: no other one begins, and its pages are nobody else's before NIXL says so."""
+    world.agent.is_stuck.set()
     world.copy()
     assert world.agent.looks.get(timeout=SECONDS) == "PROC"
+    if why == "late":
+        world.now += READ_SECONDS + 1
+    else:
+        world.source.close()
+    while not world.source.is_cut_off:
+        assert world.agent.looks.get(timeout=SECONDS) == "PROC"
+    world.copy()
+    assert isinstance(world.end(), ConnectionError)
     assert world.ends.empty()
-    world.now += READ_SECONDS + 1
+    assert world.agent.peers == {"sender"}
+    world.agent.is_stuck.clear()
+    assert world.end() is None
+    world.copy()
     assert isinstance(world.end(), ConnectionError)
     assert world.agent.peers == set()
-    assert world.agent.answers.get() == "STUCK"
 
 
-def test_a_sender_that_leaves_is_read_no_more(world: World) -> None:
-    """READING -> CUT."""
-    world.agent.answers.put("STUCK")
-    world.copy()
-    assert world.agent.looks.get(timeout=SECONDS) == "PROC"
-    world.source.close()
-    assert isinstance(world.end(), ConnectionError)
-    assert world.agent.answers.get() == "STUCK"
-
-
-def test_closing_ends_what_is_being_read() -> None:
-    """It fails, and the memory is no longer registered."""
-    world = World()
-    world.agent.answers.put("STUCK")
-    world.copy()
-    world.endpoint.close()
-    assert isinstance(world.end(), ConnectionError)
-    assert world.agent.registered == []
-    world.endpoint_there.close()
+def test_closing_waits_for_what_is_being_read() -> None:
+    """For a while: the memory is no longer registered, whatever becomes of it."""
+    for seconds in (0.0, READ_SECONDS + 1):
+        world = World()
+        world.agent.is_stuck.set()
+        world.copy()
+        assert world.agent.looks.get(timeout=SECONDS) == "PROC"
+        closing = threading.Thread(target=world.endpoint.close)
+        closing.start()
+        while not world.endpoint.is_closing:
+            assert world.agent.looks.get(timeout=SECONDS) == "PROC"
+        world.now += seconds
+        if not seconds:
+            world.agent.is_stuck.clear()
+            assert world.end() is None
+        closing.join()
+        assert world.agent.registered == []
+        assert world.ends.empty()
+        world.endpoint_there.close()
 
 
 def test_what_can_not_be_connected_to_fails(world: World) -> None:
