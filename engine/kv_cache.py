@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from headrace.engine.cuda_memory import device_uuid, open_shared, pin, share, unpin
+from headrace.engine.cuda_memory import device_uuid, find_device, open_shared, pin, share, unpin
 from headrace.engine.page_copier import PageCopier, Part
 from headrace.kernels.upload import upload
 
@@ -199,20 +199,21 @@ class KVCache:
         return self.pages.data_ptr(), self.pages.nbytes, self.pages.device.index if self.pages.is_cuda else None
 
     def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> OpenedCache | None:
-        """Another process's cache of the same page size; None where it is not on this one's GPU.
+        """Another process's cache of the same page size; None where this one's GPU can't read it.
 
         Raises `OSError` where it can't be opened and `ValueError` where it is smaller than that.
         """
-        if not self.pages.is_cuda or device != device_uuid(self.pages.device):
+        owner = find_device(device, self.pages.device) if self.pages.is_cuda else None
+        if owner is None:
             return None
-        shared = open_shared(handle, offset, num_blocks * self.page_bytes, self.pages.device)
+        shared = open_shared(handle, offset, num_blocks * self.page_bytes, owner, self.pages.device)
         if self._copier is None:
             self._copier = PageCopier(self._bytes.view(-1, self.page_bytes))
         return OpenedCache(shared.view(num_blocks, self.page_bytes), self._copier, self.num_pages)
 
 
 class OpenedCache:
-    """Another process's cache on this one's GPU."""
+    """Another process's cache, on this one's GPU or on one that it can read."""
 
     def __init__(self, memory: torch.Tensor, copier: PageCopier, num_pages: int) -> None:
         """`memory` is uint8 [blocks, page_bytes]; the copier's target has `num_pages` in each layer."""

@@ -48,7 +48,7 @@ class PageStore(Protocol):
         """Overwrite these rows. `data` holds `len(rows) * row_bytes` bytes."""
 
     def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> Source | None:
-        """Another process's pages on the same GPU; None where they are not there.
+        """Another process's pages on a GPU that this one's can read; None where there are none.
 
         Raises `OSError` where they can't be had and `ValueError` where there are fewer than that.
         """
@@ -144,3 +144,6 @@ class Ready(Protocol):
 
     def synchronize(self) -> None:
         """Wait for it."""
+
+    def query(self) -> bool:
+        """Whether it is over."""

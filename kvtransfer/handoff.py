@@ -456,10 +456,15 @@ class Handoff:
         return self._commit
 
     def _num_layers_with(self, segment: Segment, num_pages: int) -> int:
-        """How many layers leave in one message: this one and those after it that wait with the same pages."""
+        """How many layers leave in one message: this one and those after it that wait with the same pages.
+
+        What is still being computed keeps back no layer that is there.
+        """
         count = 1
         for other in itertools.islice(self._segments, max(self._most_pages[segment.part] // num_pages - 1, 0)):
             if other != replace(segment, layer=segment.layer + count, ready=other.ready):
+                break
+            if other.ready is not None and not other.ready.query():
                 break
             count += 1
         return count

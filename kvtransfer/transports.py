@@ -8,6 +8,7 @@ when the Commit comes, since the first token, which follows from all of it, has 
 | ---------- | --------------------------------------------- | ---------------------------------------------- |
 | `local`    | same process, same page pool                  | nothing: it changes owner                      |
 | `cuda_ipc` | same machine and user, both caches on one GPU | one copy from device memory to device memory   |
+|            | or on two of which one can read the other's   |                                                |
 | `shm`      | same machine and user otherwise               | one copy from the sender's memory (from a GPU: |
 |            |                                               | pinned memory, to which it was copied before)  |
 | `nixl`     | between hosts that both have RDMA and NIXL,   | RDMA, with a checksum from host memory         |

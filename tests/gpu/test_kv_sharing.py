@@ -12,6 +12,7 @@ from headrace.loadtest.kv_pair import PairConfig, pair
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 LAYOUT = CacheLayout("bfloat16", num_layers=6, num_kv_heads=3, head_dim=64, page_size=16)
 NUM_PAGES = 300
 
@@ -57,7 +58,14 @@ def test_staged_pages_lie_in_pinned_memory() -> None:
 
 @pytest.mark.parametrize(
     ("transport", "sender", "receiver"),
-    [("cuda_ipc", "cuda", "cuda"), ("shm", "cuda", "cuda"), ("shm", "cuda", "cpu"), ("shm", "cpu", "cuda")],
+    [
+        ("cuda_ipc", "cuda", "cuda"),
+        ("shm", "cuda", "cuda"),
+        ("shm", "cuda", "cpu"),
+        ("shm", "cpu", "cuda"),
+        pytest.param("cuda_ipc", "cuda", "cuda:1", marks=two_gpus),
+        pytest.param("shm", "cuda", "cuda:1", marks=two_gpus),
+    ],
 )
 async def test_pages_travel_between_two_processes(transport: TransportName, sender: str, receiver: str) -> None:
     """Each prompt has other bytes than the last one."""

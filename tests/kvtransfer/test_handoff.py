@@ -169,6 +169,31 @@ def test_layers_that_wait_with_the_same_pages_leave_in_one_message() -> None:
     assert (sender.sent_pages, sender.sent_bytes) == (11, 11 * PAGE_BYTES)
 
 
+class Computing:
+    """See `Ready`."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def query(self) -> bool:
+        """See `Ready`."""
+        return self.is_over
+
+    def synchronize(self) -> None:
+        """See `Ready`."""
+
+
+def test_a_layer_that_is_there_does_not_wait_for_one_that_is_being_computed() -> None:
+    """On a GPU layers are announced before they are computed."""
+    sender = granted(tokens=4)
+    work = [Computing() for _ in range(NUM_LAYERS)]
+    for layer, ready in enumerate(work):
+        sender.layer_ready(Segment(layer, 0, 1, ready))
+    work[0].is_over = work[1].is_over = True
+    sent = [(m.layers, m.ready) for m in drain(sender) if isinstance(m, Outgoing)]
+    assert sent == [(range(2), work[:2]), (range(2, 3), work[2:])]
+
+
 def test_a_message_of_two_layers_has_the_pages_of_both() -> None:
     """In order, under one checksum."""
     sender = granted(tokens=8)
