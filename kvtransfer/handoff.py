@@ -462,9 +462,10 @@ class Handoff:
         """
         count = 1
         for other in itertools.islice(self._segments, max(self._most_pages[segment.part] // num_pages - 1, 0)):
-            if other != replace(segment, layer=segment.layer + count, ready=other.ready):
+            has_same_pages = (other.first_page, other.num_pages) == (segment.first_page, segment.num_pages)
+            if not has_same_pages or (other.layer, other.part) != (segment.layer + count, segment.part):
                 break
-            if other.ready is not None and not other.ready.query():
+            if other.rank != segment.rank or (other.ready is not None and not other.ready.query()):
                 break
             count += 1
         return count

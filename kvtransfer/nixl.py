@@ -277,7 +277,7 @@ def _agent(wanted: str, bind: str) -> Agent | None:
         return None
     else:
         os.environ.setdefault("UCX_TLS", "^tcp")
-    from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-not-found]
+    from nixl._api import nixl_agent, nixl_agent_config
 
     agent: Agent = nixl_agent(secrets.token_hex(8), nixl_agent_config(backends=["UCX"]))
     return agent
