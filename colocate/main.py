@@ -28,6 +28,7 @@ from headrace.decode.speculator import Speculator
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.startup import LoadedModel, loaded_model
 from headrace.kvtransfer.layout import layout_of
+from headrace.kvtransfer.nixl import nixl_endpoint
 from headrace.kvtransfer.transports import Beside
 from headrace.node import join_mesh, until_stopped
 from headrace.prefill.main import TOKEN_BUDGET
@@ -69,6 +70,7 @@ async def serve(
         join_mesh(as_prefill, "prefill", model.identity, endpoint=endpoint) as prefill_node,
         DataLines(prefill_node.registry, settings.mesh_key) as lines,
         DataLines(decode_node.registry, settings.mesh_key) as decode_lines,
+        nixl_endpoint(settings, model.engine.cache) as nixl,
     ):
         engine, kind = model.engine, model.engine.device.type
         layout = layout_of(model.folder.fingerprint, engine.layout, engine.model_config.vocab_size)
@@ -85,6 +87,7 @@ async def serve(
             lines=lines,
             wire_dtype=settings.kv_wire_dtype,
             beside=decode_node.id,
+            nixl=nixl,
         )
         decode = DecodeWorker(
             decode_node,
@@ -95,6 +98,8 @@ async def serve(
             listener=listener,
             lines=decode_lines,
             wire_dtype=settings.kv_wire_dtype,
+            nixl=nixl,
+            transport=settings.kv_transport,
             speculator=speculator,
             beside=Beside(prefill_node.id, prefill.pages_of),
             alongside=turns,

@@ -15,6 +15,7 @@ from headrace.decode.worker import DecodeWorker
 from headrace.engine.startup import LoadedModel, loaded_model
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
+from headrace.kvtransfer.nixl import nixl_endpoint
 from headrace.node import join_mesh, until_stopped
 from headrace.settings import Settings
 from headrace.telemetry.endpoint import worker_endpoint
@@ -33,6 +34,7 @@ async def run(settings: Settings) -> None:
             data_listener(settings.bind, settings.mesh_key, settings.advertise) as listener,
             join_mesh(settings, "decode", model.identity, listener.address, endpoint) as node,
             DataLines(node.registry, settings.mesh_key) as lines,
+            nixl_endpoint(settings, model.engine.cache) as nixl,
         ):
             worker = DecodeWorker(
                 node,
@@ -43,6 +45,8 @@ async def run(settings: Settings) -> None:
                 listener=listener,
                 lines=lines,
                 wire_dtype=settings.kv_wire_dtype,
+                nixl=nixl,
+                transport=settings.kv_transport,
                 speculator=speculator,
                 # the simulator, whom synthetic engines are compared with, knows of none
                 most_prompt_tokens=0 if settings.load_format == "synthetic" else MOST_PROMPT_TOKENS,

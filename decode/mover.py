@@ -144,6 +144,7 @@ class Mover:
             host=self._exports.host,
             cuda_ipc=self._exports.cuda_ipc,
             shm=self._exports.shm,
+            nixl=self._exports.nixl,
             wire_dtype=self._wire_dtype,
             coming=COMING_TOKENS,
             may_wait=False,

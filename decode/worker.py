@@ -26,10 +26,11 @@ from headrace.engine.sampler import SampledToken
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.messages import Abort, Commit, Layout, Offer, Renew, ToReceiver, ToSender, WireDtype
+from headrace.kvtransfer.nixl import NixlEndpoint
 from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.receiver import OwnPrompt, ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
-from headrace.kvtransfer.transports import Beside, Transports, exports_of
+from headrace.kvtransfer.transports import Beside, Transports, Wanted, exports_of
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
@@ -67,6 +68,8 @@ class DecodeWorker:
         beside: Beside | None = None,
         alongside: Alongside | None = None,
         most_prompt_tokens: int = 0,
+        nixl: NixlEndpoint | None = None,
+        transport: Wanted = "auto",
     ) -> None:
         """`most_prompt_tokens`: of a pass of prompts that this worker computes itself; 0: it computes none."""
         self._node = node
@@ -85,7 +88,7 @@ class DecodeWorker:
             engine.pool.num_pages,
             self._post,
             self._start_decoding,
-            choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside),
+            choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside, nixl, transport),
             call_soon=asyncio.get_running_loop().call_soon_threadsafe,
             refuse=node.mesh.refuse_from,
             on_prompt=self._start_computing,
@@ -98,7 +101,7 @@ class DecodeWorker:
             [engine.cache], layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe
         )
         # where there is one beside, the staging memory is its
-        exports, staging = exports_of(engine.cache), engine.cache.staging_blocks
+        exports, staging = exports_of(engine.cache, nixl), engine.cache.staging_blocks
         if beside is not None and staging:
             exports, staging = replace(exports, shm=None), 0
         self._sender = Sender(node.mesh.send, departures, staging)

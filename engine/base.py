@@ -19,6 +19,9 @@ class Ready(Protocol):
     def synchronize(self) -> None:
         """Wait for it."""
 
+    def query(self) -> bool:
+        """Whether it is over."""
+
 
 LayerAnnounced = Callable[[int, Ready | None], None]
 """A layer's K and V are in the cache as soon as the device work is over (None: already)."""

@@ -50,20 +50,32 @@ def device_uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def open_shared(handle: bytes, offset: int, size: int, device: torch.device) -> torch.Tensor:
-    """`size` bytes of another process's allocation from `offset` on, as uint8 on `device`, the one it lies on.
+def find_device(uuid: str, reader: torch.device) -> torch.device | None:
+    """The device of that name, where `reader` can read its memory; None where it can't, or does not see it."""
+    for index in range(torch.cuda.device_count()):
+        found = torch.device("cuda", index)
+        if device_uuid(found) == uuid:
+            is_same = device_uuid(reader) == uuid
+            return found if is_same or torch.cuda.can_device_access_peer(reader, found) else None
+    return None
+
+
+def open_shared(handle: bytes, offset: int, size: int, owner: torch.device, reader: torch.device) -> torch.Tensor:
+    """`size` bytes of another process's allocation from `offset` on, as uint8 on `owner`, the device they lie on, for
+    kernels of `reader`, which may be another device (the driver then lets it read there).
 
     Raises `OSError` where it can't be opened and `ValueError` where there is less than was announced.
     """
-    torch.cuda.current_stream(device).query()  # makes the device's context this thread's
     opened = _Handle.from_buffer_copy(handle)
     base = ctypes.c_uint64()
-    _check(_driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), opened, LAZY_PEER_ACCESS), "cuIpcOpenMemHandle")
-    _, allocated = _allocation(base.value)
-    if offset + size > allocated:
-        _driver().cuIpcCloseMemHandle(base)
-        raise ValueError(f"{offset + size} bytes were announced, the allocation has {allocated}")
-    return torch.as_tensor(_Opened(base, offset, size), device=device)
+    with torch.cuda.device(reader):
+        torch.cuda.current_stream().query()  # makes the device's context this thread's
+        _check(_driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), opened, LAZY_PEER_ACCESS), "cuIpcOpenMemHandle")
+        _, allocated = _allocation(base.value)
+        if offset + size > allocated:
+            _driver().cuIpcCloseMemHandle(base)
+            raise ValueError(f"{offset + size} bytes were announced, the allocation has {allocated}")
+    return torch.as_tensor(_Opened(base, offset, size), device=owner)
 
 
 def pin(memory: torch.Tensor) -> None:

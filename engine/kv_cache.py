@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from headrace.engine.cuda_memory import device_uuid, open_shared, pin, share, unpin
+from headrace.engine.cuda_memory import device_uuid, find_device, open_shared, pin, share, unpin
 from headrace.engine.page_copier import PageCopier, Part
 from headrace.kernels.upload import upload
 
@@ -137,26 +137,27 @@ class KVCache:
             return
         pinned = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
         np.copyto(pinned.numpy(), source)
-        self._write_pinned(layer, rows, pinned)
+        self._write_pinned(self._bytes[layer], rows, pinned)
 
-    def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
-        """On a GPU: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
-        pinned = torch.empty(len(page_ids), self.page_bytes, dtype=torch.uint8, pin_memory=True)
+    def write_blocks(self, layers: range, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
+        """On a GPU: overwrite these pages of these layers by rows `blocks` of source, uint8 [rows, page_bytes]."""
+        pinned = torch.empty(len(blocks), self.page_bytes, dtype=torch.uint8, pin_memory=True)
         np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
-        self._write_pinned(layer, page_ids, pinned)
+        self._write_pinned(self._bytes, _places(layers, self.num_pages, page_ids), pinned)
 
-    def _write_pinned(self, layer: int, rows: Sequence[int] | np.ndarray, pinned: torch.Tensor) -> None:
+    def _write_pinned(self, memory: torch.Tensor, rows: Sequence[int] | np.ndarray, pinned: torch.Tensor) -> None:
         with torch.cuda.stream(self._copying):
             arrived = pinned.to(self.pages.device, non_blocking=True)
-            self._bytes[layer].view(-1, pinned.shape[1]).index_copy_(0, self._index(rows), arrived)
+            memory.view(-1, pinned.shape[1]).index_copy_(0, self._index(rows), arrived)
         self._until_copied()
 
     @torch.no_grad()
-    def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """On a GPU: copy these pages to `blocks` of the memory file and wait until they are there."""
+    def stage(self, layers: range, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
+        """On a GPU: copy these pages of these layers to `blocks` of the memory file and wait until they are there."""
         self._prepare_staging()
         with torch.cuda.stream(self._copying):
-            gathered = self._bytes[layer].index_select(0, self._index(page_ids))
+            everywhere = self._bytes.view(-1, self.page_bytes)
+            gathered = everywhere.index_select(0, self._index(_places(layers, self.num_pages, page_ids)))
             for start, end in _runs(blocks):
                 self._staging[blocks[start] : blocks[start] + end - start].copy_(gathered[start:end], non_blocking=True)
         self._until_copied()
@@ -193,21 +194,26 @@ class KVCache:
             log.info("the KV cache can't be shared with other processes: %s", error)
             return None
 
+    def region(self) -> tuple[int, int, int | None]:
+        """The address of the pages, their bytes, and the number of the GPU that they lie on (None: host memory)."""
+        return self.pages.data_ptr(), self.pages.nbytes, self.pages.device.index if self.pages.is_cuda else None
+
     def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> OpenedCache | None:
-        """Another process's cache of the same page size; None where it is not on this one's GPU.
+        """Another process's cache of the same page size; None where this one's GPU can't read it.
 
         Raises `OSError` where it can't be opened and `ValueError` where it is smaller than that.
         """
-        if not self.pages.is_cuda or device != device_uuid(self.pages.device):
+        owner = find_device(device, self.pages.device) if self.pages.is_cuda else None
+        if owner is None:
             return None
-        shared = open_shared(handle, offset, num_blocks * self.page_bytes, self.pages.device)
+        shared = open_shared(handle, offset, num_blocks * self.page_bytes, owner, self.pages.device)
         if self._copier is None:
             self._copier = PageCopier(self._bytes.view(-1, self.page_bytes))
         return OpenedCache(shared.view(num_blocks, self.page_bytes), self._copier, self.num_pages)
 
 
 class OpenedCache:
-    """Another process's cache on this one's GPU."""
+    """Another process's cache, on this one's GPU or on one that it can read."""
 
     def __init__(self, memory: torch.Tensor, copier: PageCopier, num_pages: int) -> None:
         """`memory` is uint8 [blocks, page_bytes]; the copier's target has `num_pages` in each layer."""
@@ -216,25 +222,30 @@ class OpenedCache:
         self._num_pages = num_pages
 
     def copy(
-        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
+        self, blocks: Sequence[int], layers: range, page_ids: Sequence[int], done: Callable[[Exception | None], None]
     ) -> None:
-        """Copy its blocks into this worker's pages, on another thread, then call `done`.
+        """Copy its blocks, layer by layer, into this worker's pages, on another thread, then call `done`.
 
         Raises `ValueError` where there is no such block.
         """
-        self.copier.submit(self.part(blocks, layer, page_ids, done))
+        self.copier.submit(self.part(blocks, layers, page_ids, done))
 
     def part(
-        self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Callable[[Exception | None], None]
+        self, blocks: Sequence[int], layers: range, page_ids: Sequence[int], done: Callable[[Exception | None], None]
     ) -> Part:
         """What the copier is to do. Raises `ValueError`."""
         moves = np.empty((len(blocks), 2), np.int32)
         moves[:, 0] = blocks
-        moves[:, 1] = page_ids
-        moves[:, 1] += layer * self._num_pages
+        moves[:, 1] = _places(layers, self._num_pages, page_ids)
         if max(blocks) >= len(self._memory):
             raise ValueError(f"page {max(blocks)} of {len(self._memory)} is not in the sender's memory")
         return Part(self._memory, moves, done)
+
+
+def _places(layers: range, num_pages: int, page_ids: Sequence[int]) -> np.ndarray:
+    """Of these pages of these layers among the `num_pages` of each layer, layer by layer."""
+    places: np.ndarray = (np.array(layers)[:, None] * num_pages + np.array(page_ids)).reshape(-1)
+    return places
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

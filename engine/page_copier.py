@@ -1,4 +1,4 @@
-"""Copies pages out of other processes' caches on the same GPU: all that wait, in one launch.
+"""Copies pages out of other processes' caches on a GPU: all that wait, in one launch.
 
 A GPU takes turns between processes. While another one computes without a pause, a copy may wait for tens of
 milliseconds, and what came meanwhile goes along with the next one instead of waiting for a turn of its own. Even on an

@@ -5,6 +5,7 @@ The I/O threads of ZeroMQ encrypt and decrypt, one for each connection of a line
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 2**20
 """Payloads are cut into ZeroMQ frames of this size."""
 HIGH_WATER_MARK = 64
+_numbers = itertools.count()
+"""Of this process's connections: one that is opened again must not take the name of the last one, which may still have
+frames on the way."""
 MAX_KNOWN = 4096
 """Connections whose member is remembered."""
 
@@ -30,9 +34,9 @@ class CurveConnection:
     """A DEALER of its own for each thread of a line."""
 
     def __init__(self, context: zmq.Context[Any], address: str, name: str, key: MeshKey) -> None:
+        self._linger = int(TIMEOUT_SECONDS * 1000)
         self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.ROUTING_ID, f"{name}#{threading.get_native_id()}".encode())
+        self._socket.setsockopt(zmq.ROUTING_ID, f"{name}#{next(_numbers)}".encode())
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.SNDTIMEO, int(TIMEOUT_SECONDS * 1000))
         self._socket.curve_serverkey = key.public
@@ -54,10 +58,11 @@ class CurveConnection:
 
     def interrupt(self) -> None:
         """See `Connection`. A `send` that waits ends by its time-out: ZeroMQ's sockets belong to one thread."""
+        self._linger = 0
 
     def close(self) -> None:
-        """See `Connection`."""
-        self._socket.close(linger=0)
+        """See `Connection`. What ZeroMQ has taken may still arrive, unless the connection was interrupted."""
+        self._socket.close(self._linger)
 
 
 class CurveListener:

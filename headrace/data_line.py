@@ -39,9 +39,14 @@ ACCEPT_AGAIN_SECONDS = 0.1
 TIMEOUT_SECONDS = 5.0
 """How long a peer may take nothing, or say nothing at first, before the connection is given up."""
 
+FRAME_SECONDS = 1.0
+"""How long a frame that has begun may make no progress before the receiver gives its connection up."""
+
 Make = Callable[[], tuple[bytes, Sequence[memoryview]]]
 """Gives a frame's header and payload; called on the line's thread just before it is sent."""
 _Job = tuple[Make, Callable[[str], None]]
+_RECONNECT: _Job = (lambda: (b"", ()), lambda reason: None)
+"""Not to be sent: an end of the connection."""
 OnFrame = Callable[[str, memoryview, "Payload"], None]
 """Takes (member id, header, payload) on a connection's thread."""
 
@@ -58,7 +63,7 @@ class Payload(Protocol):
     size: int
 
     def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill these views, whose lengths add up to `size`. Raises `OSError` where the connection breaks."""
+        """Fill these views, whose lengths add up to `size`. Raises `ConnectionError` where the connection breaks."""
 
 
 class Connection(Protocol):
@@ -113,20 +118,39 @@ class DataLine:
         """Send a frame soon, or call `failed` with the reason, on a thread of this line. Callers bound the queue."""
         next(self._next).put((make, failed))
 
+    def reconnect(self) -> None:
+        """What is submitted from now on goes over new connections. What is on the old ones may still arrive."""
+        for jobs in self._jobs:
+            jobs.put(_RECONNECT)
+
     def _run(self, stripe: int) -> None:
         while (job := self._jobs[stripe].get()) is not None and not self._ended:
+            if job is _RECONNECT:
+                self._close(stripe)
+                continue
             make, failed = job
             try:
-                header, payload = make()
-                if stripe not in self._connections:
-                    self._connections[stripe] = self._connect()
-                self._connections[stripe].send(header, payload)
+                self._send(stripe, *make())
             except Exception as error:  # whatever it is, it must reach who waits for the frame
                 if not isinstance(error, OSError):
                     log.exception("a frame could not be sent")
                 self._close(stripe)
                 failed(f"the data line broke: {error!r}")
         self._close(stripe)
+
+    def _send(self, stripe: int, header: bytes, payload: Sequence[memoryview]) -> None:
+        """Over a new connection where there is none, or where the old one has broken since the last frame."""
+        if (connection := self._connections.get(stripe)) is not None:
+            try:
+                connection.send(header, payload)
+                return
+            except OSError as error:
+                log.info("a data line broke, and is opened again: %r", error)
+                self._close(stripe)
+                if self._ended:
+                    raise
+        self._connections[stripe] = self._connect()
+        self._connections[stripe].send(header, payload)
 
     def _close(self, stripe: int) -> None:
         connection = self._connections.pop(stripe, None)
@@ -246,6 +270,7 @@ class TcpListener:
             if member_id is None:
                 return
             connection.settimeout(None)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(FRAME_SECONDS), 0))
             with self._lock:
                 self._connections[threading.current_thread()] = (connection, member_id)
             while True:
@@ -286,7 +311,15 @@ class TcpListener:
 def _receive(connection: socket.socket) -> tuple[memoryview, _TcpPayload]:
     """The next header, and the payload that follows it. Raises `WireError` for what is none, `OSError` at the end."""
     preamble = memoryview(bytearray(PREAMBLE.size))
-    _fill(connection, preamble)
+    begun = 0
+    while not begun:
+        try:
+            begun = connection.recv_into(preamble, 0, socket.MSG_WAITALL)
+        except BlockingIOError:  # `FRAME_SECONDS` of silence, which there may be between frames
+            continue
+        if begun == 0:
+            raise ConnectionError("closed by the other end")
+    _fill(connection, preamble[begun:])
     magic, header_bytes, payload_bytes = PREAMBLE.unpack(preamble)
     if magic != MAGIC or header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
         raise WireError(f"no frame begins with {bytes(preamble)!r}")
@@ -298,7 +331,10 @@ def _receive(connection: socket.socket) -> tuple[memoryview, _TcpPayload]:
 def _fill(connection: socket.socket, *views: memoryview) -> None:
     left = _after(views, 0)
     while left:
-        count = connection.recvmsg_into(left[:MAX_PARTS], 0, socket.MSG_WAITALL)[0]
+        try:
+            count = connection.recvmsg_into(left[:MAX_PARTS], 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError as error:
+            raise ConnectionError(f"silent for {FRAME_SECONDS} s within a frame") from error
         if count == 0:
             raise ConnectionError("closed by the other end")
         left = _after(left, count)

@@ -50,6 +50,11 @@ class DataLines:
             self._lines[peer_id] = DataLine(functools.partial(self._connect, member.data_address), peer_id)
         self._lines[peer_id].submit(make, failed)
 
+    def reconnect(self, peer_id: str) -> None:
+        """See `DataLine.reconnect`."""
+        if peer_id in self._lines:
+            self._lines[peer_id].reconnect()
+
     def _connect(self, address: str) -> Connection:
         name = f"{self._registry.me.id}@{self._registry.me.epoch}"
         if self._key is None or self._context is None:

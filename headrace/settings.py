@@ -117,6 +117,12 @@ class Settings(BaseModel):
     block_size: int = _field(16, "tokens in a KV page", WORKER, ge=1, le=256)
     kv_cache_memory_bytes: int | None = _field(None, "size of the KV cache (default: by device)", WORKER, ge=1)
     gpu_memory_utilization: float = _field(0.9, "share of a GPU's memory that a worker may use", WORKER, gt=0, le=1)
+    kv_transport: Literal["auto", "nixl", "tcp"] = _field(
+        "auto",
+        "how KV pages come here: `auto` by what sender and receiver share (NIXL between hosts with RDMA that both have "
+        "it), or always by NIXL where both have it, which encrypts nothing, or always over the mesh's own lines",
+        WORKER,
+    )
     kv_wire_dtype: Literal["auto", "fp8"] = _field(
         "auto",
         "how KV pages travel over a network: as they are stored, or in half the bytes",

@@ -32,7 +32,7 @@ class Payload(Protocol):
     size: int
 
     def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill these views, whose lengths add up to `size`."""
+        """Fill these views, whose lengths add up to `size`. Raises `ConnectionError` where the line breaks."""
 
 
 class Arriving:
@@ -94,11 +94,15 @@ class Arrivals:
         if isinstance(message, PagesInPlace):
             self._copy(sender, arriving, message)
             return
-        problem: Problem | None = FAILED
         try:
             problem = self._read(arriving, message, payload)
-        finally:
-            self._end(sender, arriving, message, problem)
+        except ConnectionError:
+            arriving.landing.interrupted(message)
+            raise
+        except BaseException:
+            self._end(sender, arriving, message, FAILED)
+            raise
+        self._end(sender, arriving, message, problem)
 
     def _end(self, sender: str, arriving: Arriving, message: OnDataLine, problem: Problem | None) -> None:
         if problem is not None:
@@ -107,20 +111,38 @@ class Arrivals:
 
     def _read(self, arriving: Arriving, message: Pages, payload: Payload) -> Problem | None:
         destination = arriving.destinations[message.part]
-        layer, first_page, num_pages = message.layer, message.first_page, message.num_pages
-        stored = size = num_pages * destination.page_bytes
+        first_page, num_pages = message.first_page, message.num_pages
+        layers = range(message.layer, message.layer + message.num_layers)
+        each = num_pages * destination.page_bytes
+        stored = size = each * len(layers)
         if arriving.wire_dtype == "fp8":
             size = fp8.packed_bytes(stored, self._dtype)
         if payload.size != size or arriving.transport != "tcp":
             return "checksum", "the payload has not the announced size"
-        views = destination.host_views(layer, first_page, num_pages) if arriving.wire_dtype == "auto" else None
+        views: list[memoryview] = []
+        if arriving.wire_dtype == "auto":
+            for layer in layers:
+                views += destination.host_views(layer, first_page, num_pages) or ()
         received = views or [memoryview(bytearray(size))]
         payload.read_into(received)
         if checksum(received) != message.checksum:
-            return "checksum", f"layer {layer}, page {first_page}: the payload was damaged on the way"
-        if views is None:
+            return "checksum", f"layer {message.layer}, page {first_page}: the payload was damaged on the way"
+        if not views:
             data = received[0] if arriving.wire_dtype == "auto" else fp8.unpack(received[0], stored, self._dtype)
-            destination.write(layer, first_page, num_pages, data)
+            for index, layer in enumerate(layers):
+                destination.write(layer, first_page, num_pages, data[index * each : (index + 1) * each])
+        return None
+
+    def _damage(self, arriving: Arriving, message: PagesInPlace) -> Problem | None:
+        """Whether what was copied is not what was sent, where that can be known."""
+        if not message.checksum:
+            return None
+        views: list[memoryview] = []
+        for layer in range(message.layer, message.layer + message.num_layers):
+            destination = arriving.destinations[message.part]
+            views += destination.host_views(layer, message.first_page, message.num_pages) or ()
+        if views and checksum(views) != message.checksum:
+            return "checksum", f"layer {message.layer}, page {message.first_page}: the pages were damaged on the way"
         return None
 
     def _copy(self, sender: str, arriving: Arriving, message: PagesInPlace) -> None:
@@ -130,13 +152,15 @@ class Arrivals:
         def done(error: Exception | None) -> None:
             nonlocal taken
             taken = True
-            self._end(sender, arriving, message, None if error is None else FAILED)
+            problem = self._damage(arriving, message) if error is None else FAILED
+            self._end(sender, arriving, message, problem)
 
         problem: Problem = FAILED
         try:
             if arriving.source is not None:
                 destination = arriving.destinations[message.part]
-                destination.copy(arriving.source, message.layer, message.first_page, message.blocks, done)
+                layers = range(message.layer, message.layer + message.num_layers)
+                destination.copy(arriving.source, layers, message.first_page, message.blocks, done)
                 taken = True
             else:
                 problem = "sequence", f"pages are to be sent by {arriving.transport}"

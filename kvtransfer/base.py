@@ -31,11 +31,15 @@ class PageStore(Protocol):
     def write_pages(self, layer: int, page_ids: Sequence[PageId], data: memoryview) -> None:
         """Overwrite these pages. `data` holds `len(page_ids) * page_bytes` bytes."""
 
-    def write_blocks(self, layer: int, page_ids: Sequence[PageId], source: np.ndarray, blocks: np.ndarray) -> None:
-        """Where `host_views` has none: overwrite these pages by rows `blocks` of source, uint8 [rows, page_bytes]."""
+    def write_blocks(self, layers: range, page_ids: Sequence[PageId], source: np.ndarray, blocks: np.ndarray) -> None:
+        """Where `host_views` has none: overwrite these pages of these layers by rows `blocks` of source, uint8 [rows,
+        page_bytes], layer by layer.
+        """
 
-    def stage(self, layer: int, page_ids: Sequence[PageId], blocks: Sequence[int]) -> None:
-        """Where `host_views` has none: copy these pages to blocks of the staging memory (`staging.py`)."""
+    def stage(self, layers: range, page_ids: Sequence[PageId], blocks: Sequence[int]) -> None:
+        """Where `host_views` has none: copy these pages of these layers to blocks of the staging memory (`staging.py`),
+        layer by layer.
+        """
 
     def read_rows(self, layer: int, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
         """A contiguous copy of parts of pages: of these rows of a layer's memory, each `row_bytes` long."""
@@ -44,7 +48,7 @@ class PageStore(Protocol):
         """Overwrite these rows. `data` holds `len(rows) * row_bytes` bytes."""
 
     def open(self, device: str, handle: bytes, offset: int, num_blocks: int) -> Source | None:
-        """Another process's pages on the same GPU; None where they are not there.
+        """Another process's pages on a GPU that this one's can read; None where there are none.
 
         Raises `OSError` where they can't be had and `ValueError` where there are fewer than that.
         """
@@ -53,9 +57,10 @@ class PageStore(Protocol):
 class Source(Protocol):
     """A sender's memory that this process can read."""
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Done) -> None:
-        """Copy pages from there into this worker's cache, now or soon, then call `done` once, on any thread, with what
-        went wrong. Raises `ValueError`, and never calls `done`, where there is no such block.
+    def copy(self, blocks: Sequence[int], layers: range, page_ids: Sequence[PageId], done: Done) -> None:
+        """Copy blocks from there, layer by layer, into these pages of this worker's cache, now or soon, then call
+        `done` once, on any thread, with what went wrong. Raises `ValueError`, and never calls `done`, where there is no
+        such block.
         """
 
 
@@ -79,8 +84,8 @@ class Destination(Protocol):
     def write(self, layer: int, first_page: int, num_pages: int, data: memoryview) -> None:
         """Put `num_pages * page_bytes` bytes where they belong."""
 
-    def copy(self, source: Source, layer: int, first_page: int, blocks: Sequence[int], done: Done) -> None:
-        """The same with pages that lie in the sender's memory. Calls `done` and raises as `Source.copy` does."""
+    def copy(self, source: Source, layers: range, first_page: int, blocks: Sequence[int], done: Done) -> None:
+        """The same, for some layers, with pages in the sender's memory. Calls `done` and raises as `Source.copy`."""
 
 
 class WholePages:
@@ -99,9 +104,10 @@ class WholePages:
         """See `Destination`."""
         self._store.write_pages(layer, self._pages[first_page : first_page + num_pages], data)
 
-    def copy(self, source: Source, layer: int, first_page: int, blocks: Sequence[int], done: Done) -> None:
+    def copy(self, source: Source, layers: range, first_page: int, blocks: Sequence[int], done: Done) -> None:
         """See `Destination`."""
-        source.copy(blocks, layer, self._pages[first_page : first_page + len(blocks)], done)
+        end_page = first_page + len(blocks) // len(layers)
+        source.copy(blocks, layers, self._pages[first_page:end_page], done)
 
 
 class PageAllocator(Protocol):
@@ -138,3 +144,6 @@ class Ready(Protocol):
 
     def synchronize(self) -> None:
         """Wait for it."""
+
+    def query(self) -> bool:
+        """Whether it is over."""

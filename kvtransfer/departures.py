@@ -29,6 +29,9 @@ class Lines(Protocol):
     ) -> None:
         """Send what `make` gives soon, or call `failed`."""
 
+    def reconnect(self, peer_id: str) -> None:
+        """Use new connections from now on."""
+
 
 class LineDepartures:
     """See `Departures`."""
@@ -57,10 +60,14 @@ class LineDepartures:
 
         self._lines.submit(handoff.receiver, functools.partial(self.make, handoff, outgoing), failed)
 
+    def reconnect(self, receiver: str) -> None:
+        """See `Departures`."""
+        self._lines.reconnect(receiver)
+
     def make(self, handoff: Handoff, outgoing: Outgoing) -> tuple[bytes, Sequence[memoryview]]:
         """The frame for some pages."""
-        if outgoing.ready is not None:
-            outgoing.ready.synchronize()
+        for ready in outgoing.ready:
+            ready.synchronize()
         request_id, attempt = handoff.key
         if handoff.transport == "tcp":
             views = self._views(handoff, outgoing)
@@ -68,35 +75,44 @@ class LineDepartures:
                 request_id=request_id,
                 attempt=attempt,
                 sequence=outgoing.sequence,
-                layer=outgoing.layer,
+                layer=outgoing.layers[0],
                 first_page=outgoing.first_page,
                 num_pages=len(outgoing.page_ids),
                 checksum=checksum(views),
                 credit_wanted=outgoing.credit_wanted,
                 part=outgoing.part,
+                num_layers=len(outgoing.layers),
             )
             return encode(pages), views
         in_place = PagesInPlace(
             request_id=request_id,
             attempt=attempt,
             sequence=outgoing.sequence,
-            layer=outgoing.layer,
+            layer=outgoing.layers[0],
             first_page=outgoing.first_page,
             blocks=self._blocks(outgoing),
             credit_wanted=outgoing.credit_wanted,
             part=outgoing.part,
+            num_layers=len(outgoing.layers),
+            checksum=self._checksum_in_place(outgoing) if handoff.transport == "nixl" else b"",
         )
         return encode(in_place), ()
+
+    def _checksum_in_place(self, outgoing: Outgoing) -> bytes:
+        store = self._stores[outgoing.rank]
+        views: list[memoryview] = []
+        for layer in outgoing.layers:
+            views += store.host_views(layer, outgoing.page_ids) or ()
+        return checksum(views) if views else b""
 
     def _blocks(self, outgoing: Outgoing) -> list[int]:
         """Where the receiver finds the pages. Those of a handoff that is over aren't there; it drops the message."""
         staged, store = outgoing.staged, self._stores[outgoing.rank]
         if staged is None:
-            first_block = outgoing.layer * store.num_pages
-            return [first_block + page for page in outgoing.page_ids]
+            return [layer * store.num_pages + page for layer in outgoing.layers for page in outgoing.page_ids]
         if staged.begin():
             try:
-                store.stage(outgoing.layer, outgoing.page_ids, staged.blocks)
+                store.stage(outgoing.layers, outgoing.page_ids, staged.blocks)
             finally:
                 staged.end()
         return staged.blocks
@@ -104,13 +120,16 @@ class LineDepartures:
     def _views(self, handoff: Handoff, outgoing: Outgoing) -> Sequence[memoryview]:
         """The bytes: the cache's own memory where that is possible."""
         store = self._stores[outgoing.rank]
-        if handoff.wire_dtype == "auto" and outgoing.heads is None:
-            views = store.host_views(outgoing.layer, outgoing.page_ids)
-            return views or [store.read_pages(outgoing.layer, outgoing.page_ids)]
-        if outgoing.heads is None:
-            data = store.read_pages(outgoing.layer, outgoing.page_ids)
-        else:
-            layout = handoff.offer.layout
-            rows = head_rows(layout, outgoing.page_ids, outgoing.heads)
-            data = store.read_rows(outgoing.layer, store.page_bytes // (2 * heads_a_rank(layout)), rows)
-        return [data if handoff.wire_dtype == "auto" else fp8.pack(data, self._dtype)]
+        parts: list[memoryview] = []
+        for layer in outgoing.layers:
+            if outgoing.heads is not None:
+                layout = handoff.offer.layout
+                rows = head_rows(layout, outgoing.page_ids, outgoing.heads)
+                parts.append(store.read_rows(layer, store.page_bytes // (2 * heads_a_rank(layout)), rows))
+            elif handoff.wire_dtype == "auto" and (views := store.host_views(layer, outgoing.page_ids)) is not None:
+                parts += views
+            else:
+                parts.append(store.read_pages(layer, outgoing.page_ids))
+        if handoff.wire_dtype == "auto":
+            return parts
+        return [fp8.pack(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)), self._dtype)]

@@ -8,6 +8,8 @@
 | OFFERED    | Refuse, Abort `unknown`         | may be offered to another, or again  | UNPLACED  |
 | GRANTED    | a layer is computed, in credit  | pages go to the data line            | GRANTED   |
 | GRANTED    | Credit                          | widen the window                     | GRANTED   |
+| GRANTED, COMMITTED | patience ends           | ask what came                        | same      |
+| GRANTED, COMMITTED | Credit, once asked      | send what did not come again         | same      |
 | GRANTED    | all sent and next token known   | Commit                               | COMMITTED |
 | COMMITTED  | time to renew                   | Commit again: the Ack may be lost    | COMMITTED |
 | COMMITTED  | Ack                             | (the pages may be freed)             | DONE      |
@@ -18,6 +20,9 @@
 | FAILED     | time to renew                   | Abort again: Released may be lost    | FAILED    |
 | FAILED     | Released, Abort, receiver gone  | (the pages may be freed)             | FAILED    |
 
+Pages that are on the way for longer than usual are asked for, and what has not come by then is sent again, over new
+connections: a line that breaks takes some with it, and a silent one tells nobody. The receiver drops what came twice.
+
 Layers are announced whenever they are computed, in any state: what can't be sent yet stays in this worker's cache.
 Pages are read after `next_message` has named them, by the data line's threads or by the receiver itself. So they must
 stay untouched until `receiver_is_done`; who gives a handoff up tells the receiver (Abort) and waits for its answer.
@@ -26,10 +31,11 @@ stay untouched until `receiver_is_done`; who gives a handoff up tells the receiv
 from __future__ import annotations
 
 import asyncio
+import itertools
 import operator
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -46,6 +52,7 @@ from headrace.kvtransfer.messages import (
     Refuse,
     RefuseCause,
     Released,
+    Renew,
     ToSender,
     TransportName,
     WireDtype,
@@ -54,8 +61,20 @@ from headrace.kvtransfer.reshard import heads_a_rank
 from headrace.kvtransfer.staging import Staged, Staging
 from headrace.messages.stream import TokenLogprobs
 
-MESSAGE_BYTES: dict[TransportName, int] = {"tcp": 2**20, "shm": 8 * 2**20, "cuda_ipc": 2**26, "local": 2**26}
+MESSAGE_BYTES: dict[TransportName, int] = {
+    "tcp": 2**20,
+    "shm": 8 * 2**20,
+    "nixl": 8 * 2**20,
+    "cuda_ipc": 2**26,
+    "local": 2**26,
+}
 """Page bytes of one message. Over TCP, what is small enough to stay in a processor's cache from checksum to socket."""
+
+PATIENCE_SECONDS = 0.5
+"""How long pages may be on the way, or a Commit unanswered, before the receiver is asked; more where it usually takes
+longer."""
+MAX_REPEATS = 4
+"""How often a handoff sends again what did not come, each time with twice the patience; then the lease decides."""
 
 
 class HandoffFailed(RuntimeError):
@@ -92,12 +111,13 @@ class Outgoing:
     """Pages for the data line to send."""
 
     sequence: int
-    layer: int
+    layers: range
     first_page: int
     """Index within the prompt."""
     page_ids: list[PageId]
+    """Of each of the layers."""
     credit_wanted: bool
-    ready: Ready | None
+    ready: list[Ready]
     rank: int
     part: int
     heads: range | None
@@ -112,6 +132,27 @@ class Flight:
 
     limit: int
     size: int = 0
+    usual_seconds: float = 0.0
+    """From a message's departure to the news that it has landed: the longest, of late."""
+
+    def note(self, seconds: float) -> None:
+        """A message has taken so long."""
+        self.usual_seconds = max(seconds, 0.9 * self.usual_seconds)
+
+    @property
+    def patience(self) -> float:
+        """After which a message is overdue, in seconds."""
+        return max(PATIENCE_SECONDS, 4 * self.usual_seconds)
+
+
+@dataclass
+class _Sent:
+    """A message that no Credit has covered."""
+
+    outgoing: Outgoing
+    size: int
+    at: float
+    """When it was sent, for the last time."""
 
 
 @dataclass
@@ -128,7 +169,9 @@ class Timings:
 class Handoff:
     """One request on its way to a decode worker."""
 
-    def __init__(self, offer: Offer, pages: list[PageId], store: PageStore) -> None:
+    def __init__(
+        self, offer: Offer, pages: list[PageId], store: PageStore, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`store` is the cache of any of this worker's ranks: all have the same pages."""
         self.offer = offer
         self.receiver: str | None = None
@@ -138,6 +181,8 @@ class Handoff:
         self.held_pages = 0
         self.sent_bytes = 0
         self.sent_pages = 0
+        self.repeats = 0
+        """How often it sent again what did not come."""
         self.transport: TransportName = "tcp"
         self.wire_dtype: WireDtype = "auto"
         self.receiver_is_done = True
@@ -162,8 +207,15 @@ class Handoff:
         self._most_pages = [1]
         """Of one message, by part."""
         self._largest_message = store.page_bytes
-        self._on_the_way: deque[tuple[int, int]] = deque()
-        """(sequence, bytes) of the pages that no Credit has covered."""
+        self._on_the_way: deque[_Sent] = deque()
+        """By sequence."""
+        self._again: deque[Outgoing] = deque()
+        """Did not come, and is to be sent once more."""
+        self._clock = clock
+        self._waits_since = 0.0
+        """When the Commit, or the last question, was sent."""
+        self._asked: float | None = None
+        """When the receiver was asked what came, until it answers."""
         self._staging: Staging | None = None
         self._staged: dict[int, Staged] = {}
         """By sequence, as long as the receiver may read it."""
@@ -193,7 +245,7 @@ class Handoff:
         self._flight = flight or self._flight
         self._staging = staging
         self.state = State.OFFERED
-        self.timings.offered = self.timings.offered or time.monotonic()
+        self.timings.offered = self.timings.offered or self._clock()
         return self.offer
 
     def layer_ready(self, segment: Segment) -> None:
@@ -210,7 +262,7 @@ class Handoff:
         """All is computed (all layers have been announced) and this is the next token, after those that were coming."""
         assert len(came) == self.offer.coming, (len(came), self.offer.coming)
         self._next_token = (token_id, logprobs, list(came))
-        self.timings.computed = time.monotonic()
+        self.timings.computed = self._clock()
         self._changed.set()
 
     def commit_undrawn(self) -> Commit | None:
@@ -219,11 +271,12 @@ class Handoff:
         """
         if self.state is not State.GRANTED or self.transport != "local":
             return None
-        self.timings.computed = time.monotonic()
+        self.timings.computed = self._clock()
         return self._committed(None, None, [])
 
     def _committed(self, token_id: int | None, logprobs: TokenLogprobs | None, came: list[int]) -> Commit:
         self.state = State.COMMITTED
+        self._waits_since = self._clock()
         request_id, attempt = self.key
         self._commit = Commit(
             request_id=request_id,
@@ -247,10 +300,14 @@ class Handoff:
                 self.receiver_is_done = True
                 self.state = State.UNPLACED
             case Credit() if self.state in (State.GRANTED, State.COMMITTED):
+                self._note_speed(message.sequence)
                 self._landed(message.sequence)
+                self._find_lost()
             case Ack() if self.state is State.COMMITTED or (self.offer.in_place and self.state is State.GRANTED):
                 self.state = State.DONE
-                self.timings.acknowledged = time.monotonic()
+                self.timings.acknowledged = self._clock()
+                if self._asked is None and not self.repeats:
+                    self._flight.note(self.timings.acknowledged - self._waits_since)
                 self._let_go()
             case Abort(cause="unknown") if self.state is State.OFFERED:  # the offer or its refusal was lost
                 self.receiver = None
@@ -266,7 +323,7 @@ class Handoff:
 
     def _granted(self, grant: Grant) -> None:
         self.state = State.GRANTED
-        self.timings.granted = time.monotonic()
+        self.timings.granted = self._clock()
         self.held_pages = grant.held_pages
         self.transport = grant.transport
         self.wire_dtype = grant.wire_dtype
@@ -293,12 +350,59 @@ class Handoff:
         self._segments = deque(cut for segment in self._segments for cut in self._by_part(segment))
 
     def _landed(self, end: int) -> None:
-        while self._on_the_way and self._on_the_way[0][0] < end:
-            sequence, size = self._on_the_way.popleft()
-            self._window_left += size
-            self._flight.size -= size
-            if (staged := self._staged.pop(sequence, None)) is not None:
+        while self._on_the_way and self._on_the_way[0].outgoing.sequence < end:
+            sent = self._on_the_way.popleft()
+            self._window_left += sent.size
+            self._flight.size -= sent.size
+            if (staged := self._staged.pop(sent.outgoing.sequence, None)) is not None:
                 staged.let_go()
+
+    def _note_speed(self, end: int) -> None:
+        """Of the newest message that this Credit is for, where it was asked for as the message left."""
+        if self._asked is None and not self.repeats:
+            asking = [s for s in self._on_the_way if s.outgoing.sequence < end and s.outgoing.credit_wanted]
+            if asking:
+                self._flight.note(self._clock() - asking[-1].at)
+
+    def _find_lost(self) -> None:
+        """What was overdue when the receiver was asked, and has not come, is to be sent again."""
+        if self._asked is None:
+            return
+        sent_by = self._asked - self._patience
+        self._asked = None
+        lost = [sent for sent in self._on_the_way if sent.at <= sent_by]
+        if lost:
+            self.repeats += 1
+            self._again = deque(sent.outgoing for sent in lost)
+            for sent in lost:
+                sent.at = self._clock()
+
+    @property
+    def lost_some(self) -> bool:
+        """Whether the next messages are some that did not come."""
+        return bool(self._again)
+
+    @property
+    def _patience(self) -> float:
+        return self._flight.patience * (1 << self.repeats)
+
+    def seconds_until_overdue(self) -> float | None:
+        """After which `ask` is to be called; None where nothing is waited for."""
+        if self.repeats > MAX_REPEATS or self.state not in (State.GRANTED, State.COMMITTED):
+            return None
+        if self.state is State.GRANTED and not self._on_the_way:
+            return None
+        since = self._waits_since
+        if self.state is State.GRANTED:
+            since = max(since, self._on_the_way[0].at)
+        return max(since + self._patience - self._clock(), 0.0)
+
+    def ask(self) -> list[Commit | Renew]:
+        """What to tell the receiver now that something is overdue: it answers with what has come."""
+        self._asked = self._waits_since = self._clock()
+        request_id, attempt = self.key
+        renew = Renew(handoffs=[(request_id, attempt, self._sequence)])
+        return [renew] if self._commit is None else [self._commit, renew]
 
     def _let_go(self) -> None:
         self.receiver_is_done = True
@@ -335,6 +439,8 @@ class Handoff:
 
     def next_message(self) -> Outgoing | Commit | None:
         """What can be sent now, or None."""
+        if self._again and self.state in (State.GRANTED, State.COMMITTED):
+            return self._again.popleft()
         if self.state is not State.GRANTED:
             return None
         while self._segments:
@@ -342,22 +448,39 @@ class Handoff:
             first, end = max(segment.first_page, self.held_pages), segment.first_page + segment.num_pages
             if first >= end:
                 continue
-            page_bytes = self._page_bytes[segment.part]
             stop = min(end, first + self._most_pages[segment.part])
-            size = (stop - first) * page_bytes
+            num_layers = self._num_layers_with(segment, stop - first) if stop == end else 1
+            num_pages = (stop - first) * num_layers
+            size = num_pages * self._page_bytes[segment.part]
             has_room = self._has_room(size)
             if has_room and self._staging is not None:
-                has_room = self._stage(stop - first)
+                has_room = self._stage(num_pages)
             if not has_room:
                 self._segments.appendleft(segment)
                 return None
             if stop < end:
                 rest = Segment(segment.layer, stop, end - stop, segment.ready, segment.rank, segment.part)
                 self._segments.appendleft(rest)
-            return self._outgoing(segment, first, stop, size)
+            joined = [segment, *(self._segments.popleft() for _ in range(num_layers - 1))]
+            return self._outgoing(joined, first, stop, size)
         if self._next_token is None:
             return None
         return self._committed(*self._next_token)
+
+    def _num_layers_with(self, segment: Segment, num_pages: int) -> int:
+        """How many layers leave in one message: this one and those after it that wait with the same pages.
+
+        What is still being computed keeps back no layer that is there.
+        """
+        count = 1
+        for other in itertools.islice(self._segments, max(self._most_pages[segment.part] // num_pages - 1, 0)):
+            has_same_pages = (other.first_page, other.num_pages) == (segment.first_page, segment.num_pages)
+            if not has_same_pages or (other.layer, other.part) != (segment.layer + count, segment.part):
+                break
+            if other.rank != segment.rank or (other.ready is not None and not other.ready.query()):
+                break
+            count += 1
+        return count
 
     def _has_room(self, size: int) -> bool:
         """Whether so much more may be on the way. What is larger than a bound travels alone."""
@@ -372,25 +495,27 @@ class Handoff:
             self._staged[self._sequence] = staged
         return staged is not None
 
-    def _outgoing(self, segment: Segment, first: int, stop: int, size: int) -> Outgoing:
-        self._on_the_way.append((self._sequence, size))
+    def _outgoing(self, joined: list[Segment], first: int, stop: int, size: int) -> Outgoing:
+        segment = joined[0]
         self._window_left -= size
         self._flight.size += size
         self._sequence += 1
         self.sent_bytes += size
-        self.sent_pages += stop - first
-        return Outgoing(
+        self.sent_pages += (stop - first) * len(joined)
+        outgoing = Outgoing(
             sequence=self._sequence - 1,
-            layer=segment.layer,
+            layers=range(segment.layer, segment.layer + len(joined)),
             first_page=first,
             page_ids=self.pages[first:stop],
             credit_wanted=self._wants_credit(size),
-            ready=segment.ready,
+            ready=[each.ready for each in joined if each.ready is not None],
             rank=segment.rank,
             part=segment.part,
             heads=self._heads_of(segment.part),
             staged=self._staged.get(self._sequence - 1),
         )
+        self._on_the_way.append(_Sent(outgoing, size, self._clock()))
+        return outgoing
 
     def _heads_of(self, part: int) -> range | None:
         if self._page_bytes[part] == self._whole_page_bytes:

@@ -8,9 +8,10 @@
 | OPEN    | `written`, all right                | writers - 1, count                  | OPEN    |
 | OPEN    | `written`: credit is due, or it was the last page | notify                | OPEN    |
 | OPEN    | `written`, damaged                  | writers - 1, the problem, notify    | BROKEN  |
+| OPEN    | `interrupted`: the line broke       | writers - 1, it may be claimed again | OPEN   |
 | BROKEN  | `claim`                             | nothing (False)                     | BROKEN  |
 | any     | `close`                             | nothing may be claimed any more     | CLOSED  |
-| CLOSED  | `written`                           | writers - 1; the last one notifies  | CLOSED  |
+| CLOSED  | `written`, `interrupted`            | writers - 1; the last one notifies  | CLOSED  |
 
 The pages of a CLOSED landing may be freed once it is `idle`: before that a thread may still write to them.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from headrace.kvtransfer.messages import AbortCause, OnDataLine
+from headrace.kvtransfer.messages import AbortCause, OnDataLine, PagesInPlace
 
 Problem = tuple[AbortCause, str]
 
@@ -59,7 +60,8 @@ class Landing:
             problem = self._problem_with(message)
             if problem is None:
                 end = message.first_page + message.num_pages
-                self._row(message)[message.first_page : end] = bytes(message.num_pages)
+                for row in self._rows(message):
+                    row[message.first_page : end] = bytes(message.num_pages)
                 self._claimed.add(message.sequence)
                 self._writers += 1
                 return True
@@ -68,19 +70,23 @@ class Landing:
         self._tell(tell)
         return False
 
-    def _row(self, message: OnDataLine) -> bytearray:
-        return self._free[message.part * self._num_layers + message.layer]
+    def _rows(self, message: OnDataLine) -> list[bytearray]:
+        first = message.part * self._num_layers + message.layer
+        return self._free[first : first + message.num_layers]
 
     def _seen(self, sequence: int) -> bool:
         return sequence < self._next or sequence in self._claimed
 
     def _problem_with(self, message: OnDataLine) -> Problem | None:
-        if message.layer >= self._num_layers or message.part * self._num_layers >= len(self._free):
-            return "sequence", f"there is no layer {message.layer}, or no part {message.part}"
+        end_layer = message.layer + message.num_layers
+        if end_layer > self._num_layers or message.part * self._num_layers >= len(self._free):
+            return "sequence", f"there is no layer {end_layer - 1}, or no part {message.part}"
         end = message.first_page + message.num_pages
         if end > self._num_pages:
             return "sequence", f"{message.num_pages} pages from {message.first_page} are more than were granted"
-        if not all(self._row(message)[message.first_page : end]):
+        if isinstance(message, PagesInPlace) and len(message.blocks) != message.num_pages * message.num_layers:
+            return "sequence", f"{len(message.blocks)} blocks are not the same pages of {message.num_layers} layers"
+        if not all(all(row[message.first_page : end]) for row in self._rows(message)):
             return "sequence", f"layer {message.layer}, page {message.first_page} is here already"
         return None
 
@@ -91,7 +97,7 @@ class Landing:
             self.problem = self.problem or problem
             self._progressed = True
             if problem is None:
-                self._missing -= message.num_pages
+                self._missing -= message.num_pages * message.num_layers
                 self._written.add(message.sequence)
                 while self._next in self._written:
                     self._written.remove(self._next)
@@ -113,6 +119,16 @@ class Landing:
         """It has."""
         with self._lock:
             self._writers -= 1
+            tell = self._must_notify()
+        self._tell(tell)
+
+    def interrupted(self, message: OnDataLine) -> None:
+        """A claimed message did not come to its end; its pages may be half written, and come once more."""
+        with self._lock:
+            self._writers -= 1
+            self._claimed.discard(message.sequence)
+            for row in self._rows(message):
+                row[message.first_page : message.first_page + message.num_pages] = b"\1" * message.num_pages
             tell = self._must_notify()
         self._tell(tell)
 

@@ -4,9 +4,10 @@
 sequence number and are applied once. They travel on data lines of their own, several at a time, so they may arrive in
 any order, and after the Commit; all other messages travel on the mesh.
 
-Any message may be lost: a line that breaks takes some with it. Every `Renew` is answered with what its handoffs may
-have missed, and a Commit is repeated until it is acknowledged, so a loss costs one renewal and not the request's
-deadline. What is lost of the pages themselves costs the attempt, after one lease.
+Any message may be lost: a line that breaks takes some with it, and one that is silent says nothing. Every `Renew` is
+answered with what its handoffs may have missed, and a Commit is repeated until it is acknowledged, so a loss costs one
+renewal and not the request's deadline. Pages that have not come when they usually have are asked for by a Renew, too,
+and sent again where they are lost; a handoff in which nothing comes any more ends with its lease.
 """
 
 from __future__ import annotations
@@ -77,8 +78,21 @@ class CudaMemory(Record, frozen=True, kw_only=True):
     num_blocks: PageCount
 
 
+class NixlMemory(Record, frozen=True, kw_only=True):
+    """`nixl`: the sender's cache, registered with its agent."""
+
+    metadata: Annotated[bytes, msgspec.Meta(min_length=1, max_length=65536)]
+    """The agent's own description of itself, by which others connect to it."""
+    address: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    """Where the cache begins, in the sender's process or on its GPU."""
+    num_blocks: PageCount
+    kind: Literal["DRAM", "VRAM"]
+    gpu: Count
+    """Number of the GPU; 0 for host memory."""
+
+
 WireDtype = Literal["auto", "fp8"]
-TransportName = Literal["local", "cuda_ipc", "shm", "tcp"]
+TransportName = Literal["local", "cuda_ipc", "shm", "nixl", "tcp"]
 
 
 class Offer(Message, frozen=True, kw_only=True):
@@ -99,6 +113,7 @@ class Offer(Message, frozen=True, kw_only=True):
     host: Host | None = None
     cuda_ipc: CudaMemory | None = None
     shm: SharedMemory | None = None
+    nixl: NixlMemory | None = None
     """None: the sender can't use this transport. `tcp` it always can."""
     wire_dtype: WireDtype = "auto"
     """How the sender would have pages travel where they travel over a network."""
@@ -154,7 +169,7 @@ class Refuse(Message, frozen=True, kw_only=True):
 
 
 class Pages(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """KV of consecutive pages of one layer, or of one part of each; their bytes follow."""
+    """KV of the same consecutive pages of some layers, or of one part of each; their bytes follow, layer by layer."""
 
     request_id: RequestId
     attempt: Attempt
@@ -169,10 +184,12 @@ class Pages(Message, frozen=True, kw_only=True, omit_defaults=True):
     """The window is half empty: tell when this has been written."""
     part: Count = 0
     """Which of the Grant's."""
+    num_layers: PageCount = 1
+    """From `layer` on."""
 
 
 class PagesInPlace(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """The same, but the bytes stay where they are: the receiver copies them out of memory that it shares (or maps)."""
+    """The same, but the bytes stay where they are: the receiver copies them out of memory that it shares, or reads."""
 
     request_id: RequestId
     attempt: Attempt
@@ -180,14 +197,17 @@ class PagesInPlace(Message, frozen=True, kw_only=True, omit_defaults=True):
     layer: Count
     first_page: Count
     blocks: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_PAGES_PER_MESSAGE)]
-    """Each page's place in the sender's memory, in pages of one layer."""
+    """Each page's place in the sender's memory, in pages of one layer; layer by layer."""
     credit_wanted: bool = True
     part: Count = 0
+    num_layers: PageCount = 1
+    checksum: Annotated[bytes, msgspec.Meta(max_length=8)] = b""
+    """XXH3-64 of the bytes where they come over a network out of host memory."""
 
     @property
     def num_pages(self) -> int:
-        """How many pages."""
-        return len(self.blocks)
+        """How many pages of each layer."""
+        return len(self.blocks) // self.num_layers
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -221,7 +241,7 @@ class Ack(Message, frozen=True, kw_only=True):
 class Renew(Message, frozen=True, kw_only=True):
     """These handoffs are still wanted: the leases of those start again of which nothing is on the way.
 
-    The receiver repeats the `Grant` or the newest `Credit` of each, and aborts those that it doesn't know.
+    The receiver repeats the `Grant`, or says by a `Credit` how much has come, and aborts those that it doesn't know.
     """
 
     handoffs: Annotated[list[tuple[RequestId, Attempt, Count]], msgspec.Meta(max_length=MAX_RENEWED)]

@@ -18,7 +18,8 @@
 | RECEIVING  | Commit, pages missing      | remember it                                      | COMMITTING |
 | RECEIVING  | Commit, all pages here     | hand over to the decoder, Ack                    | (none)     |
 | COMMITTING | pages landed, the last     | hand over to the decoder, Ack                    | (none)     |
-| RECEIVING  | Renew                      | Grant or Credit again                            | RECEIVING  |
+| RECEIVING  | Renew, nothing was sent    | Grant again                                      | RECEIVING  |
+| RECEIVING, COMMITTING | Renew           | Credit: so much is here                          | same       |
 | WAITING, RECEIVING | Renew, all that was sent is here | start the lease again              | same       |
 | any        | Abort                      | (Released when drained)                          | DRAINING   |
 | any        | cancel, lease ended, sender gone, computing failed | Abort to a living sender | DRAINING   |
@@ -511,7 +512,7 @@ class Receiver:
         landed = incoming.landing.num_landed if incoming.landing is not None else 0
         if num_sent <= landed and incoming.commit is None:
             incoming.lease_ends = self._clock() + LEASE_SECONDS
-        if landed:
+        if num_sent:
             request_id, attempt = incoming.key
             self._send(incoming.sender, Credit(request_id=request_id, attempt=attempt, sequence=landed))
         elif incoming.grant is not None:

@@ -196,20 +196,25 @@ class RecutPages:
             arrived = np.frombuffer(data, np.uint8).reshape(*rows.shape, self._row_bytes)
             self._store.write_rows(layer, self._row_bytes, rows[wanted], arrived[wanted].reshape(-1).data)
 
-    def copy(self, source: Source, layer: int, first_page: int, blocks: Sequence[int], done: Done) -> None:
+    def copy(self, source: Source, layers: range, first_page: int, blocks: Sequence[int], done: Done) -> None:
         """See `Destination`."""
         if not isinstance(source, RowSource):
             raise ValueError("pages that are to be cut anew can't be read in this sender's memory")
+        count = len(blocks) // len(layers)
+        for index, layer in enumerate(layers):
+            self._copy_layer(source, layer, first_page, blocks[index * count : (index + 1) * count])
+        done(None)
+
+    def _copy_layer(self, source: RowSource, layer: int, first_page: int, blocks: Sequence[int]) -> None:
         rows, wanted = self._recut.to_rows(first_page, len(blocks))
         places = self._recut.from_rows(blocks)[wanted]
         rows = rows[wanted]
-        # On a GPU, all of a message's rows in one go: each write there waits for its turn.
+        # On a GPU, all of a layer's rows in one go: each write there waits for its turn.
         on_host = self._store.host_views(layer, [0]) is not None
         step = max(COPY_BYTES // self._row_bytes if on_host else len(rows), 1)
         for start in range(0, len(rows), step):
             data = source.gather(self._row_bytes, places[start : start + step])
             self._store.write_rows(layer, self._row_bytes, rows[start : start + step], data)
-        done(None)
 
 
 @dataclass(frozen=True)

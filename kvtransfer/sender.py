@@ -32,6 +32,9 @@ class Departures(Protocol):
     def send(self, handoff: Handoff, outgoing: Outgoing) -> None:
         """Put pages on the line to the handoff's receiver, without waiting; calls `handoff.fail` where it breaks."""
 
+    def reconnect(self, receiver: str) -> None:
+        """What is put on the line to this receiver from now on takes new connections: the old ones lost something."""
+
 
 class Sender:
     """All handoffs that leave one worker."""
@@ -72,7 +75,13 @@ class Sender:
                     receiver = await choose(handoff)
                     await self._send(receiver, handoff.offer_to(receiver, self._flights[receiver], self._staging))
                 await self._send_what_is_ready(handoff)
-                await handoff.changed()
+                try:
+                    async with asyncio.timeout(handoff.seconds_until_overdue()):
+                        await handoff.changed()
+                except TimeoutError:
+                    assert handoff.receiver is not None
+                    for question in handoff.ask():
+                        await self._send(handoff.receiver, question)
         except PeerGone as error:
             handoff.receiver_left(str(error))
             raise HandoffFailed(str(error)) from error
@@ -89,6 +98,9 @@ class Sender:
                     self.stats.count(handoff)
 
     async def _send_what_is_ready(self, handoff: Handoff) -> None:
+        if handoff.lost_some:
+            assert handoff.receiver is not None
+            self._departures.reconnect(handoff.receiver)
         while (item := handoff.next_message()) is not None:
             assert handoff.receiver is not None
             if isinstance(item, Commit):

@@ -45,18 +45,24 @@ class SharedSource:
             os.close(descriptor)
         self._pages = np.frombuffer(mapping, dtype=np.uint8).reshape(memory.num_blocks, page_bytes)
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId], done: Done) -> None:
+    def copy(self, blocks: Sequence[int], layers: range, page_ids: Sequence[PageId], done: Done) -> None:
         """See `Source`; on the caller's thread."""
         if max(blocks) >= self._num_blocks:
             raise ValueError(f"page {max(blocks)} of {self._num_blocks} is not in the sender's memory")
+        if self._store.host_views(layers[0], page_ids) is None:  # on a GPU, all of a message's pages in one go
+            self._store.write_blocks(layers, page_ids, self._pages, np.asarray(blocks))
+        else:
+            count = len(page_ids)
+            for index, layer in enumerate(layers):
+                self._copy_layer(blocks[index * count : (index + 1) * count], layer, page_ids)
+        done(None)
+
+    def _copy_layer(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
         for first, end in joint_runs(blocks, page_ids):
             views = self._store.host_views(layer, page_ids[first:end])
-            if views is None:  # on a GPU, all of a message's pages in one go
-                self._store.write_blocks(layer, page_ids, self._pages, np.asarray(blocks))
-                break
+            assert views is not None
             source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
             np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
-        done(None)
 
     def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
         """See `RowSource`."""

@@ -22,6 +22,8 @@ class TransferStats:
         """By cause."""
         self.pages = 0
         self.bytes = 0
+        self.repeats = 0
+        """How often pages that did not come were sent again."""
         self.grant_wait_seconds = 0.0
         """From the Offer to the Grant."""
         self.exposed_seconds = 0.0
@@ -35,6 +37,7 @@ class TransferStats:
         """Add one that has ended, well or not."""
         self.pages += handoff.sent_pages
         self.bytes += handoff.sent_bytes
+        self.repeats += handoff.repeats
         timings = handoff.timings
         if timings.granted:
             waited = timings.granted - timings.offered
@@ -59,6 +62,7 @@ class TransferStats:
         figures: dict[str, float] = {
             "handoff_bytes_total": self.bytes,
             "handoff_pages_total": self.pages,
+            "handoff_repeats_total": self.repeats,
             "handoff_gigabytes_per_second": round(self.gigabytes_per_second(), 3),
             "handoff_grant_wait_seconds_total": round(self.grant_wait_seconds, 6),
             "handoff_exposed_seconds_total": round(self.exposed_seconds, 6),

@@ -9,12 +9,15 @@ no token, it is when the next decode step runs.
 | ---------- | --------------------------------------------- | ---------------------------------------------- |
 | `local`    | same process, same page pool                  | nothing: it changes owner                      |
 | `cuda_ipc` | same machine and user, both caches on one GPU | one copy from device memory to device memory   |
+|            | or on two of which one can read the other's   |                                                |
 | `shm`      | same machine and user otherwise               | one copy from the sender's memory (from a GPU: |
 |            |                                               | pinned memory, to which it was copied before)  |
-| `tcp`      | otherwise                                     | a data line, with a checksum                   |
+| `nixl`     | between hosts that both have RDMA and NIXL,   | RDMA, with a checksum from host memory         |
+|            | or where the receiver is told to              | (`nixl.py`)                                    |
+| `tcp`      | otherwise, and where the receiver is told to  | a data line, with a checksum                   |
 
-Pages that are cut anew (`reshard.py`) never come by `cuda_ipc`, which copies whole pages. A sender of several ranks has
-several caches, of which an Offer names none: its pages come by `tcp`.
+Pages that are cut anew (`reshard.py`) never come by `cuda_ipc` or `nixl`, which copy whole pages. A sender of several
+ranks has several caches, of which an Offer names none: its pages come by `tcp`.
 """
 
 from __future__ import annotations
@@ -22,18 +25,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace.kvtransfer.base import PageId, PageStore, Source
 from headrace.kvtransfer.host import this_host
 from headrace.kvtransfer.layout import CacheShape
-from headrace.kvtransfer.messages import CudaMemory, Host, Layout, Offer, SharedMemory, TransportName
+from headrace.kvtransfer.messages import CudaMemory, Host, Layout, NixlMemory, Offer, SharedMemory, TransportName
+from headrace.kvtransfer.nixl import NixlEndpoint, NixlSource
 from headrace.kvtransfer.reshard import page_bytes_of
 from headrace.kvtransfer.shm import SharedSource
 
 log = logging.getLogger(__name__)
 
-Memory = SharedMemory | CudaMemory
+Memory = SharedMemory | CudaMemory | NixlMemory
+Wanted = Literal["auto", "nixl", "tcp"]
+"""Of `--kv-transport`."""
 
 
 class Exporting(Protocol):
@@ -58,10 +64,11 @@ class Exports:
     host: Host
     cuda_ipc: CudaMemory | None
     shm: SharedMemory | None
+    nixl: NixlMemory | None = None
 
 
-def exports_of(cache: Exporting) -> Exports:
-    """How others can read this cache."""
+def exports_of(cache: Exporting, nixl: NixlEndpoint | None = None) -> Exports:
+    """How others can read this cache, which is registered with `nixl`."""
     num_blocks = cache.layout.num_layers * cache.num_pages
     shm, cuda_ipc = None, None
     if cache.descriptor is not None:
@@ -69,7 +76,7 @@ def exports_of(cache: Exporting) -> Exports:
     if (shared := cache.share()) is not None:
         device, handle, offset = shared
         cuda_ipc = CudaMemory(device=device, handle=handle, offset=offset, num_blocks=num_blocks)
-    return Exports(this_host(), cuda_ipc, shm)
+    return Exports(this_host(), cuda_ipc, shm, nixl.exports if nixl is not None else None)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,19 @@ class Transports:
     """A receiver's choice, and the senders' memory that it has opened."""
 
     def __init__(
-        self, layout: Layout, store: PageStore, refuse: Callable[[str, str], None], beside: Beside | None = None
+        self,
+        layout: Layout,
+        store: PageStore,
+        refuse: Callable[[str, str], None],
+        beside: Beside | None = None,
+        nixl: NixlEndpoint | None = None,
+        wanted: Wanted = "auto",
     ) -> None:
         """`store` is the cache of the first rank. `refuse(sender, reason)` counts an offer of memory that can't be used
-        as it says.
+        as it says. `nixl` has the same cache registered.
         """
+        self._nixl = nixl
+        self._wanted = wanted
         self._layout = layout
         self._beside = beside
         self._store = store
@@ -106,14 +121,26 @@ class Transports:
 
     def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
         """See `Choice`."""
-        if offer.host is None or offer.host.machine != self._host.machine or offer.layout.tensor_parallel_size > 1:
+        if self._wanted == "tcp" or offer.layout.tensor_parallel_size > 1:
             return "tcp", None
         whole = offer.layout == self._layout
+        is_near = offer.host is not None and offer.host.machine == self._host.machine
+        if whole and (self._wanted == "nixl" or not is_near) and (far := self._far(sender, offer)) is not None:
+            return "nixl", far
+        if not is_near:
+            return "tcp", None
         if whole and offer.cuda_ipc is not None and (source := self._open(sender, offer, offer.cuda_ipc)) is not None:
             return "cuda_ipc", source
         if offer.shm is not None and (source := self._open(sender, offer, offer.shm)) is not None:
             return "shm", source
         return "tcp", None
+
+    def _far(self, sender: str, offer: Offer) -> Source | None:
+        """The sender's memory by NIXL, unless it could not be read before."""
+        if self._nixl is None or offer.nixl is None:
+            return None
+        source = self._open(sender, offer, offer.nixl)
+        return None if isinstance(source, NixlSource) and source.is_cut_off else source
 
     def _open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
         opened = self._opened.setdefault(sender, {})
@@ -126,6 +153,9 @@ class Transports:
         return opened[key]
 
     def _try_to_open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
+        if isinstance(memory, NixlMemory):
+            assert self._nixl is not None
+            return self._nixl.open(memory)
         assert offer.host is not None
         try:
             if isinstance(memory, SharedMemory):
@@ -140,4 +170,6 @@ class Transports:
 
     def forget(self, sender: str) -> None:
         """See `Choice`."""
-        self._opened.pop(sender, None)
+        for source in self._opened.pop(sender, {}).values():
+            if isinstance(source, NixlSource):
+                source.close()

@@ -109,6 +109,10 @@ class Accidents:
             damaged = functools.partial(self._damage, make) if self._happens(self.DAMAGED) else make
             self._lines.submit(peer_id, damaged, failed)
 
+    def reconnect(self, peer_id: str) -> None:
+        """See `Lines`."""
+        self._lines.reconnect(peer_id)
+
     def _damage(self, make: Make) -> tuple[bytes, Sequence[memoryview]]:
         """Flip a bit anywhere in header or payload."""
         header, payload = make()

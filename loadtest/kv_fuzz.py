@@ -110,6 +110,10 @@ class Rig:
 
         self._lines.submit(peer_id, remember, failed)
 
+    def reconnect(self, peer_id: str) -> None:
+        """See `Lines`."""
+        self._lines.reconnect(peer_id)
+
     async def keep_asking(self, number: int) -> None:
         """One honest request after another. Some share a prefix, so that held pages are used."""
         while not self.stopping:

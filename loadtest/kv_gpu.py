@@ -5,7 +5,8 @@ handoff adds to the time to first token of a 2,048-token prompt, whose layers tr
 time from the first token until the receiver has acknowledged all pages. Each handoff's bytes are compared at its end.
 
 `python -m headrace.loadtest.kv_gpu` writes loadtest/results/kv_gpu.json; where there is a second GPU, the receiver is
-measured there, too. `--quick` runs the same code on a CPU, with a tiny model and other transports.
+measured there, too, where sender and receiver do not take turns. `--quick` runs the same code on a CPU, with a tiny
+model and other transports.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def on_gpu() -> Case:
     """The real one."""
     ways = [Way("cuda_ipc", "cuda_ipc", "cuda", "<= 0.05"), Way("shm", "shm", "cuda", "<= 0.15")]
     if torch.cuda.device_count() > 1:
-        ways.append(Way("shm, between two GPUs", "shm", "cuda:1", "<= 0.15"))
+        ways += [replace(way, name=f"{way.name}, two GPUs", device="cuda:1") for way in ways]
     return Case(LLAMA_8B, "cuda", "bfloat16", prompt=2048, num_pages=1024, repeats=15, ways=tuple(ways))
 
 
@@ -132,7 +133,7 @@ def copying_process(connection: Connection, case: Case) -> None:
     done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     theirs, mine = random_pages(case, 1), random_pages(case, 2)
     parts = [
-        opened.part([layer * case.num_pages + page for page in theirs], layer, mine, done.put)
+        opened.part([layer * case.num_pages + page for page in theirs], range(layer, layer + 1), mine, done.put)
         for layer in range(case.layout.num_layers)
     ]
 
@@ -280,7 +281,8 @@ async def handoff_figures(engine: Engine, case: Case, way: Way) -> list[Figure]:
         Figure(f"{way.name}: exposed after the first token", exposed * 1000, "ms"),
         Figure(f"{way.name}: longest of {case.repeats}", max(one.exposed for one in times) * 1000, "ms"),
         Figure(f"3 exposed over prefill, {case.prompt} tokens, {way.name}", exposed / alone, "ratio", way.target),
-        Figure(f"{way.name}: all that the handoff adds, over prefill", added, "ratio"),
+        Figure(f"{way.name}: all that the handoff adds to the first token, over prefill", added, "ratio"),
+        Figure(f"{way.name}: the same", added * alone * 1000, "ms"),
         Figure(
             f"{way.name}: Offer to Ack, {size / 2**20:.0f} MiB that are there",
             size / statistics.median(whole) / 1e9,

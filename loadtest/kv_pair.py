@@ -28,10 +28,12 @@ from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, Segment
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import Offer, ToReceiver, ToSender, TransportName, WireDtype
+from headrace.kvtransfer.nixl import NixlEndpoint, nixl_endpoint
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
-from headrace.kvtransfer.transports import Transports, exports_of
+from headrace.kvtransfer.transports import Transports, Wanted, exports_of
 from headrace.messages.request import SamplingParams
+from headrace.settings import Settings
 from headrace.wire import Decoder, Message, encode
 
 SOURCE, TARGET = "source", "target"
@@ -56,9 +58,11 @@ class PairConfig:
 class Only:
     """Chooses one transport, whatever else would do."""
 
-    def __init__(self, config: PairConfig, store: KVCache) -> None:
+    def __init__(self, config: PairConfig, store: KVCache, nixl: NixlEndpoint | None) -> None:
         self._transport = config.transport
-        self._transports = Transports(layout_of("bench", config.layout, VOCABULARY), store, _refuse)
+        layout = layout_of("bench", config.layout, VOCABULARY)
+        wanted: Wanted = "nixl" if nixl is not None else "auto"
+        self._transports = Transports(layout, store, _refuse, nixl=nixl, wanted=wanted)
 
     def pages_here(self, sender: str, offer: Offer) -> None:
         """See `Choice`."""
@@ -125,6 +129,15 @@ def target_process(connection: Connection, config: PairConfig) -> None:
 
 async def _target(connection: Connection, config: PairConfig) -> None:
     cache = touched_cache(config)
+    async with nixl_endpoint(_settings(config), cache) as nixl:
+        await _serve(connection, config, cache, nixl)
+
+
+def _settings(config: PairConfig) -> Settings:
+    return Settings(kv_transport="nixl" if config.transport == "nixl" else "tcp")
+
+
+async def _serve(connection: Connection, config: PairConfig, cache: KVCache, nixl: NixlEndpoint | None) -> None:
     pool = PagePool(config.num_pages, config.layout.page_size)
     pipe = Pipe(connection)
     digest = b""
@@ -142,7 +155,7 @@ async def _target(connection: Connection, config: PairConfig) -> None:
         config.num_pages,
         lambda _, message: pipe.write(encode(message)),
         on_received,
-        choice=Only(config, cache),
+        choice=Only(config, cache, nixl),
         call_soon=asyncio.get_running_loop().call_soon_threadsafe,
         refuse=_refuse,
     )
@@ -178,11 +191,17 @@ class OneLine:
         """See `Lines`."""
         self._line.submit(make, failed)  # type: ignore[arg-type]
 
+    def reconnect(self, peer_id: str) -> None:
+        """See `Lines`."""
+        self._line.reconnect()
+
 
 class Pair:
     """The sending process's end."""
 
-    def __init__(self, config: PairConfig, cache: KVCache, pipe: Pipe, line: DataLine) -> None:
+    def __init__(
+        self, config: PairConfig, cache: KVCache, pipe: Pipe, line: DataLine, nixl: NixlEndpoint | None
+    ) -> None:
         self.config = config
         self.cache = cache
         self._pipe = pipe
@@ -191,7 +210,7 @@ class Pair:
         loop = asyncio.get_running_loop()
         departures = LineDepartures([cache], config.layout.dtype, OneLine(line), loop.call_soon_threadsafe)
         self.sender = Sender(self._send, departures, cache.staging_blocks)
-        self._exports = exports_of(cache)
+        self._exports = exports_of(cache, nixl)
         self._count = 0
 
     async def _send(self, peer: str, message: Message) -> None:
@@ -220,6 +239,7 @@ class Pair:
             host=self._exports.host,
             cuda_ipc=self._exports.cuda_ipc if self.config.transport == "cuda_ipc" else None,
             shm=self._exports.shm,
+            nixl=self._exports.nixl,
             wire_dtype=self.config.wire_dtype,
         )
         return Handoff(offer, pages, self.cache)
@@ -266,15 +286,17 @@ async def pair(config: PairConfig, cache: KVCache | None = None) -> AsyncIterato
         line = DataLine(connect, TARGET)
     else:
         line = DataLine(functools.partial(TcpConnection, address, f"{SOURCE}@1"), TARGET)
-    both = Pair(config, cache or touched_cache(config), pipe, line)
-    listening = asyncio.create_task(both.listen())
-    try:
-        yield both
-    finally:
-        line.end()
-        await asyncio.to_thread(line.join)
-        if context is not None:
-            context.term()
-        listening.cancel()
-        pipe.close()
-        await asyncio.to_thread(process.join)
+    cache = cache or touched_cache(config)
+    async with nixl_endpoint(_settings(config), cache) as nixl:
+        both = Pair(config, cache, pipe, line, nixl)
+        listening = asyncio.create_task(both.listen())
+        try:
+            yield both
+        finally:
+            line.end()
+            await asyncio.to_thread(line.join)
+            if context is not None:
+                context.term()
+            listening.cancel()
+            pipe.close()
+            await asyncio.to_thread(process.join)

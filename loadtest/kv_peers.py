@@ -107,7 +107,7 @@ def mooncake_source(pipe: Connection, max_bytes: int) -> tuple[Callable[[int], N
 
 def nixl_target(pipe: Connection, max_bytes: int) -> None:
     """The process that is written to."""
-    from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-not-found]
+    from nixl._api import nixl_agent, nixl_agent_config
 
     memory = np.ones(max_bytes, dtype=np.uint8)
     agent = nixl_agent("target", nixl_agent_config(backends=["UCX"]))

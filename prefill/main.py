@@ -5,6 +5,7 @@ from __future__ import annotations
 from headrace.data_lines import DataLines
 from headrace.engine.startup import loaded_model
 from headrace.kvtransfer.layout import layout_of
+from headrace.kvtransfer.nixl import nixl_endpoint
 from headrace.node import join_mesh, until_stopped
 from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
@@ -22,6 +23,7 @@ async def run(settings: Settings) -> None:
         loaded_model(settings, decodes=False) as model,
         join_mesh(settings, "prefill", model.identity, endpoint=endpoint) as node,
         DataLines(node.registry, settings.mesh_key) as lines,
+        nixl_endpoint(settings, model.engine.cache) as nixl,
     ):
         worker = PrefillWorker(
             node,
@@ -36,5 +38,6 @@ async def run(settings: Settings) -> None:
             lease_seconds=settings.lease_seconds,
             lines=lines,
             wire_dtype=settings.kv_wire_dtype,
+            nixl=nixl,
         )
         await worker.run(until_stopped(), settings.drain_timeout)

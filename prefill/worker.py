@@ -19,6 +19,7 @@ from headrace.grammar import GrammarError, Matcher
 from headrace.kvtransfer.departures import LineDepartures
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed
 from headrace.kvtransfer.messages import Layout, Offer, ToSender, WireDtype
+from headrace.kvtransfer.nixl import NixlEndpoint
 from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
 from headrace.kvtransfer.transports import exports_of
@@ -80,6 +81,7 @@ class PrefillWorker:
         lines: DataLines,
         wire_dtype: WireDtype,
         beside: str | None = None,
+        nixl: NixlEndpoint | None = None,
     ) -> None:
         """`beside` is the decode worker of the same process, if there is one."""
         self._node = node
@@ -92,7 +94,7 @@ class PrefillWorker:
         call_soon = asyncio.get_running_loop().call_soon_threadsafe
         departures = LineDepartures([engine.cache], layout.dtype, lines, call_soon)
         self._sender = Sender(node.mesh.send, departures, engine.cache.staging_blocks)
-        self._exports = exports_of(engine.cache)
+        self._exports = exports_of(engine.cache, nixl)
         self._wire_dtype: WireDtype = wire_dtype
         self._placement = Placement(node.registry, beside)
         self._steering = Steering(node.registry, layout.page_size)
@@ -393,6 +395,7 @@ class PrefillWorker:
             host=self._exports.host,
             cuda_ipc=self._exports.cuda_ipc,
             shm=self._exports.shm,
+            nixl=self._exports.nixl,
             wire_dtype=self._wire_dtype,
             traceparent=entry.traceparent,
             may_wait=not in_place,

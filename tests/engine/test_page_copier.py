@@ -14,6 +14,7 @@ from headrace.engine.kv_cache import OpenedCache
 from headrace.engine.page_copier import PageCopier, Part
 
 PAGES, LAYERS, PAGE_BYTES = 4, 2, 16
+BOTH = range(LAYERS)
 
 
 def some_memory(rows: int) -> torch.Tensor:
@@ -21,10 +22,10 @@ def some_memory(rows: int) -> torch.Tensor:
     return torch.randint(256, (rows, PAGE_BYTES), dtype=torch.uint8)
 
 
-def ask(opened: OpenedCache, blocks: list[int], layer: int, pages: list[int]) -> queue.SimpleQueue[Exception | None]:
+def ask(opened: OpenedCache, blocks: list[int], layers: range, pages: list[int]) -> queue.SimpleQueue[Exception | None]:
     """Have blocks copied; the queue gets what went wrong."""
     answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    opened.copy(blocks, layer, pages, answer.put)
+    opened.copy(blocks, layers, pages, answer.put)
     return answer
 
 
@@ -34,11 +35,12 @@ def test_pages_of_several_layers_and_caches_arrive() -> None:
     copier = PageCopier(target)
     caches = [some_memory(6), some_memory(3)]
     first, second = (OpenedCache(memory, copier, PAGES) for memory in caches)
-    answers = [ask(first, [5, 0], 0, [1, 2]), ask(second, [2], 1, [0]), ask(first, [1], 1, [3])]
+    answers = [ask(first, [5, 0, 4, 3], BOTH, [1, 2]), ask(second, [2], BOTH[1:], [0]), ask(first, [1], BOTH[1:], [3])]
     assert [answer.get(timeout=10) for answer in answers] == [None, None, None]
     copier.close()
-    assert torch.equal(target[[1, 2, PAGES, PAGES + 3]], torch.stack([*caches[0][[5, 0]], caches[1][2], caches[0][1]]))
-    assert not target[[0, 3, PAGES + 1, PAGES + 2]].any()
+    assert torch.equal(target[[1, 2, PAGES + 1, PAGES + 2, PAGES + 3]], caches[0][[5, 0, 4, 3, 1]])
+    assert torch.equal(target[PAGES], caches[1][2])
+    assert not target[[0, 3]].any()
 
 
 def test_what_comes_while_a_copy_runs_is_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +57,9 @@ def test_what_comes_while_a_copy_runs_is_copied_together(monkeypatch: pytest.Mon
     monkeypatch.setattr(page_copier, "MAX_BLOCKS", 4)
     copier = PageCopier(torch.zeros(LAYERS * PAGES, PAGE_BYTES, dtype=torch.uint8))
     opened = OpenedCache(some_memory(4), copier, PAGES)
-    first = ask(opened, [0], 0, [0])
+    first = ask(opened, [0], BOTH[:1], [0])
     assert started.acquire(timeout=10)
-    later = [ask(opened, [1, 2], layer, [1, 2]) for layer in (0, 1, 0)]
+    later = [ask(opened, [1, 2], BOTH[layer : layer + 1], [1, 2]) for layer in (0, 1, 0)]
     may_end.release(3)
     assert [answer.get(timeout=10) for answer in (first, *later)] == [None] * 4
     assert launches == [1, 4, 2]
@@ -69,8 +71,8 @@ def test_a_copy_that_fails_is_told_to_all_it_was_for_and_the_next_one_works() ->
     target = torch.zeros(LAYERS * PAGES, PAGE_BYTES, dtype=torch.uint8)
     copier = PageCopier(target)
     opened = OpenedCache(some_memory(4), copier, PAGES)
-    assert isinstance(ask(opened, [0], 0, [PAGES * LAYERS]).get(timeout=10), IndexError)
-    assert ask(opened, [0], 0, [1]).get(timeout=10) is None
+    assert isinstance(ask(opened, [0], BOTH[:1], [PAGES * LAYERS]).get(timeout=10), IndexError)
+    assert ask(opened, [0], BOTH[:1], [1]).get(timeout=10) is None
     copier.close()
 
 
@@ -80,7 +82,7 @@ def test_a_block_that_is_not_there_is_refused_at_once() -> None:
     opened = OpenedCache(some_memory(4), copier, PAGES)
     answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     with pytest.raises(ValueError, match="page 4 of 4"):
-        opened.copy([3, 4], 0, [0, 1], answer.put)
+        opened.copy([3, 4], BOTH[:1], [0, 1], answer.put)
     copier.close()
     assert answer.empty()
 

@@ -12,6 +12,7 @@ from headrace.loadtest.kv_pair import PairConfig, pair
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 LAYOUT = CacheLayout("bfloat16", num_layers=6, num_kv_heads=3, head_dim=64, page_size=16)
 NUM_PAGES = 300
 
@@ -47,8 +48,9 @@ def test_staged_pages_lie_in_pinned_memory() -> None:
     """So that a copy engine writes them; until `close`, or the next cache's memory could not be pinned."""
     for _ in range(2):
         cache = full_cache("cuda")
-        cache.stage(3, [7, 1, 2, 9], [5, 6, 0, 1])
+        cache.stage(range(3, 5), [7, 1, 2, 9], [5, 6, 0, 1, 12, 13, 8, 9])
         assert torch.equal(cache._staging[[5, 6, 0, 1]], cache._bytes[3, [7, 1, 2, 9]].cpu())
+        assert torch.equal(cache._staging[[12, 13, 8, 9]], cache._bytes[4, [7, 1, 2, 9]].cpu())
         assert cache._staging.is_pinned()
         cache.close()
         assert not cache._staging.is_pinned()
@@ -56,7 +58,14 @@ def test_staged_pages_lie_in_pinned_memory() -> None:
 
 @pytest.mark.parametrize(
     ("transport", "sender", "receiver"),
-    [("cuda_ipc", "cuda", "cuda"), ("shm", "cuda", "cuda"), ("shm", "cuda", "cpu"), ("shm", "cpu", "cuda")],
+    [
+        ("cuda_ipc", "cuda", "cuda"),
+        ("shm", "cuda", "cuda"),
+        ("shm", "cuda", "cpu"),
+        ("shm", "cpu", "cuda"),
+        pytest.param("cuda_ipc", "cuda", "cuda:1", marks=two_gpus),
+        pytest.param("shm", "cuda", "cuda:1", marks=two_gpus),
+    ],
 )
 async def test_pages_travel_between_two_processes(transport: TransportName, sender: str, receiver: str) -> None:
     """Each prompt has other bytes than the last one."""

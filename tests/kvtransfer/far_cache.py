@@ -22,7 +22,8 @@ class FarCache(KVCache):
     def host_views(self, layer: int, page_ids: Sequence[int]) -> None:
         """See `PageStore`."""
 
-    def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
+    def stage(self, layers: range, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
         """See `PageStore`."""
-        for page, block in zip(page_ids, blocks, strict=True):
-            self._blocks[block] = self._bytes[layer, page].numpy()
+        places = [(layer, page) for layer in layers for page in page_ids]
+        for place, block in zip(places, blocks, strict=True):
+            self._blocks[block] = self._bytes[place].numpy()

@@ -62,13 +62,15 @@ class MemoryStore:
         written[rows] = np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
         self.write_pages(layer, range(self.num_pages), memoryview(written.tobytes()))
 
-    def write_blocks(self, layer: int, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
+    def write_blocks(self, layers: range, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
         """See `PageStore`."""
-        self.write_pages(layer, page_ids, source[blocks].reshape(-1).data)
+        for layer, of_layer in zip(layers, blocks.reshape(len(layers), -1), strict=True):
+            self.write_pages(layer, page_ids, source[of_layer].reshape(-1).data)
 
-    def stage(self, layer: int, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
+    def stage(self, layers: range, page_ids: Sequence[int], blocks: Sequence[int]) -> None:
         """See `PageStore`."""
-        self.staged.update((block, self.data[layer][page]) for block, page in zip(blocks, page_ids, strict=True))
+        pages = [self.data[layer][page] for layer in layers for page in page_ids]
+        self.staged.update(zip(blocks, pages, strict=True))
 
 
 class BytesPayload:
@@ -90,6 +92,10 @@ class NoLines:
     """Lines that nothing is sent on: for `LineDepartures.make` alone."""
 
     def submit(self, peer_id: str, make: object, failed: object) -> None:
+        """Never called."""
+        raise AssertionError
+
+    def reconnect(self, peer_id: str) -> None:
         """Never called."""
         raise AssertionError
 

@@ -9,7 +9,7 @@ alike. All this happens to workers that cut KV alike and to workers that don't.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,14 +17,14 @@ from unittest import mock
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.engine.page_pool import OutOfPages, PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.base import Destination, Done, Source
-from headrace.kvtransfer.handoff import Flight, Handoff, Outgoing, Segment, State
+from headrace.kvtransfer.handoff import MAX_REPEATS, PATIENCE_SECONDS, Flight, Handoff, Outgoing, Segment, State
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import Abort, Layout, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
 from headrace.kvtransfer.receiver import LEASE_SECONDS, WINDOWS_IN_PLACE, ReceivedRequest, Receiver
@@ -68,7 +68,13 @@ class Job:
     """A handoff and how far its prompt is computed. It has stores of its own: page i of the prompt is page i."""
 
     def __init__(
-        self, layout: Layout, tokens: list[int], request_id: str, attempt: int, staged: dict[int, bytes] | None = None
+        self,
+        layout: Layout,
+        tokens: list[int],
+        request_id: str,
+        attempt: int,
+        clock: Callable[[], float],
+        staged: dict[int, bytes] | None = None,
     ) -> None:
         self.layout = layout
         self.staged = staged
@@ -76,7 +82,7 @@ class Job:
         self.num_pages = -(-len(tokens) // layout.page_size)
         self.computed = 0
         self.stores, pages = self.take_pages()
-        self.handoff = Handoff(make_offer(tokens, request_id, attempt, layout), pages, self.stores[0])
+        self.handoff = Handoff(make_offer(tokens, request_id, attempt, layout), pages, self.stores[0], clock)
 
     def take_pages(self) -> tuple[list[MemoryStore], list[int]]:
         """Where the prompt's KV goes."""
@@ -112,12 +118,13 @@ class LocalJob(Job):
         tokens: list[int],
         request_id: str,
         attempt: int,
+        clock: Callable[[], float],
         stores: list[MemoryStore],
         pool: PagePool,
     ) -> None:
         self.pool = pool
         self.shared_stores = stores
-        super().__init__(layout, tokens, request_id, attempt)
+        super().__init__(layout, tokens, request_id, attempt, clock)
 
     def take_pages(self) -> tuple[list[MemoryStore], list[int]]:
         """Raises `OutOfPages`, taking none."""
@@ -146,10 +153,11 @@ class InPlace:
         """Its blocks."""
         return [page for pages in self.job.stores[0].data for page in pages]
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Done) -> None:
+    def copy(self, blocks: Sequence[int], layers: range, page_ids: Sequence[int], done: Done) -> None:
         """See `Source`."""
         memory = self.memory()
-        for block, page in zip(blocks, page_ids, strict=True):
+        places = [(layer, page) for layer in layers for page in page_ids]
+        for block, (layer, page) in zip(blocks, places, strict=True):
             self.store.data[layer][page] = memory[block]
         done(None)
 
@@ -182,12 +190,16 @@ class Write:
     def write(self) -> None:
         """At last, reading only now what is read in place."""
         message = self.message
+        layers = range(message.layer, message.layer + message.num_layers)
         if isinstance(message, Pages):
-            self.destination.write(message.layer, message.first_page, message.num_pages, memoryview(self.content))
+            each = message.num_pages * self.destination.page_bytes
+            for index, layer in enumerate(layers):
+                content = memoryview(self.content)[index * each : (index + 1) * each]
+                self.destination.write(layer, message.first_page, message.num_pages, content)
         else:
             assert self.source is not None
             ends: list[Exception | None] = []
-            self.destination.copy(self.source, message.layer, message.first_page, message.blocks, ends.append)
+            self.destination.copy(self.source, layers, message.first_page, message.blocks, ends.append)
             assert ends == [None]
 
 
@@ -223,9 +235,13 @@ class Handoffs(RuleBasedStateMachine):
             self.num_pages,
             lambda peer, message: self.to_sender[peer].append(message),
             self.on_received,
-            lambda: self.now,
+            self.clock,
             choice=self,
         )
+
+    def clock(self) -> float:
+        """Of both sides, in seconds."""
+        return self.now
 
     def pages_here(self, sender: str, offer: Offer) -> list[int] | None:
         """See `Choice`."""
@@ -240,14 +256,15 @@ class Handoffs(RuleBasedStateMachine):
             return "tcp", None
         jobs = [j for j in self.jobs[sender] if j.handoff.key == (offer.request_id, offer.attempt)]
         source = InStaging if sender == SENDERS[2] else InPlace
-        job = jobs[0] if jobs else Job(self.from_layout, [1], "gone", 0, self.staged)
+        job = jobs[0] if jobs else Job(self.from_layout, [1], "gone", 0, self.clock, self.staged)
         return "shm", source(job, self.stores[0])
 
     def make_job(self, sender: str, tokens: list[int], request_id: str, attempt: int) -> Job:
         """A prompt of this sender. Raises `OutOfPages`."""
         if sender == LOCAL and self.from_layout == self.layout:
-            return LocalJob(self.layout, tokens, request_id, attempt, self.stores, self.pool)
-        return Job(self.from_layout, tokens, request_id, attempt, self.staged if sender == SENDERS[2] else None)
+            return LocalJob(self.layout, tokens, request_id, attempt, self.clock, self.stores, self.pool)
+        staged = self.staged if sender == SENDERS[2] else None
+        return Job(self.from_layout, tokens, request_id, attempt, self.clock, staged)
 
     def offer(self, sender: str, job: Job) -> None:
         """To the only receiver."""
@@ -446,6 +463,13 @@ class Handoffs(RuleBasedStateMachine):
                     self.to_receiver[sender].append(renewal)
         self.to_receiver[sender].append(Renew(handoffs=handoffs))
 
+    @rule(sender=any_sender)
+    def ask(self, sender: str) -> None:
+        """Prefill workers' patience ends where something is overdue."""
+        for job in self.jobs[sender]:
+            if job.handoff.seconds_until_overdue() == 0:
+                self.to_receiver[sender].extend(job.handoff.ask())
+
     @rule(seconds=st.sampled_from([1.0, LEASE_SECONDS / 2, LEASE_SECONDS + 1]))
     def time_passes(self, seconds: float) -> None:
         """Leases run out."""
@@ -476,11 +500,11 @@ class Handoffs(RuleBasedStateMachine):
     def the_window_is_respected(self) -> None:
         """No more is on the way than was granted."""
         for job in (job for jobs in self.jobs.values() for job in jobs):
-            sizes = [size for _, size in job.handoff._on_the_way]
+            sizes = [sent.size for sent in job.handoff._on_the_way]
             window = WINDOW if job.handoff.transport == "tcp" else WINDOWS_IN_PLACE * WINDOW
             assert sum(sizes) <= window or len(sizes) == 1
         for sender, jobs in self.jobs.items():
-            sizes = [size for job in jobs for _, size in job.handoff._on_the_way]
+            sizes = [sent.size for job in jobs for sent in job.handoff._on_the_way]
             assert sum(sizes) == self.flights[sender].size
             assert sum(sizes) <= FLIGHT or len(sizes) == 1
 
@@ -490,7 +514,7 @@ class Handoffs(RuleBasedStateMachine):
         self.staging.check_integrity()
         taken = 0
         for job in self.jobs[SENDERS[2]]:
-            on_the_way = {sequence for sequence, _ in job.handoff._on_the_way}
+            on_the_way = {sent.outgoing.sequence for sent in job.handoff._on_the_way}
             assert set(job.handoff._staged) == (on_the_way if job.handoff.transport == "shm" else set())
             taken += sum(len(staged.blocks) for staged in job.handoff._staged.values())
         assert self.staging.num_free == STAGING_BLOCKS - taken
@@ -577,5 +601,35 @@ def test_a_quiet_network_delivers_everything_whatever_the_steps(machine_type: ty
         for step in [*steps, *[1] * 60]:
             machine.flow(sender, step, 1)
         assert [request.offer.request_id for request in machine.decoding] == ["abcd"[number]]
+        machine.end_decoding(0)
+    machine.teardown()
+
+
+@pytest.mark.parametrize("machine_type", MACHINES)
+@settings(max_examples=25, deadline=None)
+@given(
+    lost=st.lists(st.booleans(), max_size=20).filter(lambda lost: sum(lost) <= MAX_REPEATS),
+    tokens=st.integers(1, 5 * PAGE_SIZE),
+)
+def test_lost_pages_are_sent_again_long_before_the_lease_ends(
+    machine_type: type[Handoffs], lost: list[bool], tokens: int
+) -> None:
+    """Whichever frames are lost, second ones among them, the prompt arrives in its first attempt."""
+    machine = machine_type()
+    fates = iter(lost)
+    for sender in SENDERS:
+        machine.begin(sender, sender[-1], 1, list(range(tokens)))
+        for _ in range(60):
+            machine.compute(sender, 0, 2)
+            machine.send(sender, 0)
+            machine.ask(sender)
+            while machine.to_receiver[sender]:
+                machine.line_to_receiver(sender, "arrives")
+            while machine.on_lines[sender]:
+                machine.data_line(sender, 0, "lost" if next(fates, False) else "arrives")
+            while machine.to_sender[sender]:
+                machine.line_to_sender(sender, "arrives")
+            machine.now += PATIENCE_SECONDS / 2
+        assert [request.offer.request_id for request in machine.decoding] == [sender[-1]]
         machine.end_decoding(0)
     machine.teardown()

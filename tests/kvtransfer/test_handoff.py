@@ -97,8 +97,8 @@ def test_pages_that_the_receiver_holds_do_not_travel() -> None:
     sender = granted(held=2)
     sender.layer_ready(Segment(0, 0, 3))
     sender.layer_ready(Segment(1, 0, 2))
-    pages = [(m.layer, m.first_page, m.page_ids) for m in drain(sender) if isinstance(m, Outgoing)]
-    assert pages == [(0, 2, [2])]
+    pages = [(m.layers, m.first_page, m.page_ids) for m in drain(sender) if isinstance(m, Outgoing)]
+    assert pages == [(range(1), 2, [2])]
     assert sender.sent_bytes == PAGE_BYTES
 
 
@@ -125,7 +125,7 @@ def test_a_page_larger_than_the_window_travels_alone() -> None:
 def test_handoffs_to_one_receiver_share_the_room_on_the_way() -> None:
     """What one has on the way the other must wait for, and what failed gives its room back."""
     flight = Flight(2 * PAGE_BYTES)
-    first, second = granted(tokens=4, flight=flight), granted(tokens=4, flight=flight)
+    first, second = (granted(tokens=4, window=4 * PAGE_BYTES, flight=flight) for _ in range(2))
     for layer in range(2):
         first.layer_ready(Segment(layer, 0, 1))
     second.layer_ready(Segment(0, 0, 1))
@@ -149,8 +149,62 @@ def test_large_segments_are_split_to_a_quarter_of_the_window() -> None:
     sender = granted(tokens=64, window=16 * PAGE_BYTES)
     sender.layer_ready(Segment(0, 0, 3))
     sender.layer_ready(Segment(1, 0, 16))
-    pages = [(m.layer, m.first_page, len(m.page_ids)) for m in drain(sender) if isinstance(m, Outgoing)]
+    pages = [(*m.layers, m.first_page, len(m.page_ids)) for m in drain(sender) if isinstance(m, Outgoing)]
     assert pages == [(0, 0, 3), (1, 0, 4), (1, 4, 4), (1, 8, 4)]
+
+
+def test_layers_that_wait_with_the_same_pages_leave_in_one_message() -> None:
+    """As far as it may be so large; other pages, and layers that do not follow, leave by themselves."""
+    sender = granted(tokens=64, window=16 * PAGE_BYTES)
+    for layer, first, count in ((0, 0, 1), (1, 0, 1), (2, 0, 1), (0, 1, 2), (1, 1, 2), (2, 1, 2), (0, 3, 1), (2, 3, 1)):
+        sender.layer_ready(Segment(layer, first, count))
+    sent = [(m.layers, m.first_page, m.page_ids) for m in drain(sender) if isinstance(m, Outgoing)]
+    assert sent == [
+        (range(3), 0, [0]),
+        (range(2), 1, [1, 2]),
+        (range(2, 3), 1, [1, 2]),
+        (range(1), 3, [3]),
+        (range(2, 3), 3, [3]),
+    ]
+    assert (sender.sent_pages, sender.sent_bytes) == (11, 11 * PAGE_BYTES)
+
+
+class Computing:
+    """See `Ready`."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def query(self) -> bool:
+        """See `Ready`."""
+        return self.is_over
+
+    def synchronize(self) -> None:
+        """See `Ready`."""
+
+
+def test_a_layer_that_is_there_does_not_wait_for_one_that_is_being_computed() -> None:
+    """On a GPU layers are announced before they are computed."""
+    sender = granted(tokens=4)
+    work = [Computing() for _ in range(NUM_LAYERS)]
+    for layer, ready in enumerate(work):
+        sender.layer_ready(Segment(layer, 0, 1, ready))
+    work[0].is_over = work[1].is_over = True
+    sent = [(m.layers, m.ready) for m in drain(sender) if isinstance(m, Outgoing)]
+    assert sent == [(range(2), work[:2]), (range(2, 3), work[2:])]
+
+
+def test_a_message_of_two_layers_has_the_pages_of_both() -> None:
+    """In order, under one checksum."""
+    sender = granted(tokens=8)
+    for layer in (1, 2):
+        sender.layer_ready(Segment(layer, 0, 2))
+    item = sender.next_message()
+    assert isinstance(item, Outgoing)
+    header, payload = frame_of(sender, [filled(2)], item)
+    message = decode(header)
+    assert (message.layer, message.num_layers, message.num_pages) == (1, 2, 2)
+    assert payload == b"".join(bytes([byte]) * PAGE_BYTES for byte in (16, 17, 32, 33))
 
 
 def test_a_commit_follows_the_last_page() -> None:

@@ -124,6 +124,10 @@ class Both:
 
         self.line.submit(damaged if self.damaging else make, failed)
 
+    def reconnect(self, peer_id: str) -> None:
+        """See `Lines`."""
+        self.line.reconnect()
+
     def _refuse(self, sender: str, reason: str) -> None:
         self.refused.append(reason)
 

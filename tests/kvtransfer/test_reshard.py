@@ -119,32 +119,32 @@ def transfer(case: Case, sources: list[KVCache], targets: list[KVCache], in_plac
     assert plan.parts in ([], [route.part for route in found])
     for route, destination in zip(found, plan.destinations, strict=True):
         heads = range(route.part.first_head, route.part.first_head + route.part.num_heads)
-        for layer in range(NUM_LAYERS):
-            for first in range(plan.held_pages, plan.num_pages, case.step):
-                end = min(first + case.step, plan.num_pages)
-                ids = case.page_ids(case.sender)[first:end]
-                source, target = sources[route.part.rank], targets[route.rank]
-                if in_place:
-                    copy_in_place(case, source, target, destination, layer, first, ids)
-                else:
-                    row_bytes = source.page_bytes // (2 * heads_a_rank(case.sender))
-                    data = source.read_rows(layer, row_bytes, head_rows(case.sender, ids, heads))
-                    assert len(data) == len(ids) * destination.page_bytes
-                    destination.write(layer, first, end - first, data)
+        for first in range(plan.held_pages, plan.num_pages, case.step):
+            end = min(first + case.step, plan.num_pages)
+            ids = case.page_ids(case.sender)[first:end]
+            source, target = sources[route.part.rank], targets[route.rank]
+            if in_place:
+                copy_in_place(case, source, target, destination, first, ids)
+                continue
+            for layer in range(NUM_LAYERS):
+                row_bytes = source.page_bytes // (2 * heads_a_rank(case.sender))
+                data = source.read_rows(layer, row_bytes, head_rows(case.sender, ids, heads))
+                assert len(data) == len(ids) * destination.page_bytes
+                destination.write(layer, first, end - first, data)
 
 
 def copy_in_place(
-    case: Case, source: KVCache, target: KVCache, destination: Destination, layer: int, first: int, ids: list[int]
+    case: Case, source: KVCache, target: KVCache, destination: Destination, first: int, ids: list[int]
 ) -> None:
-    """Let the receiver read the sender's memory file."""
+    """Let the receiver read all layers in the sender's memory file."""
     assert source.descriptor is not None
     memory = SharedMemory(descriptor=source.descriptor, num_blocks=NUM_LAYERS * source.num_pages)
     page_bytes = page_bytes_of(case.sender, case.receiver, target.page_bytes)
     assert page_bytes == source.page_bytes
     opened = SharedSource(this_host(), memory, page_bytes, target)
     ends: list[Exception | None] = []
-    blocks = [layer * source.num_pages + page for page in ids]
-    destination.copy(opened, layer, first, blocks, ends.append)
+    blocks = [layer * source.num_pages + page for layer in range(NUM_LAYERS) for page in ids]
+    destination.copy(opened, range(NUM_LAYERS), first, blocks, ends.append)
     assert ends == [None]
 
 

@@ -11,9 +11,11 @@ from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Page
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message
-from tests.kvtransfer.parts import NUM_LAYERS, PAGE_SIZE, MemoryStore, frame_of, make_offer
+from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, MemoryStore, frame_of, make_offer
 
 PAGES = 2
+WINDOW = 4 * PAGES * PAGE_BYTES
+"""So a message has one layer."""
 decode: Decoder[PagesInPlace] = Decoder(PagesInPlace)
 
 
@@ -71,7 +73,7 @@ def granted(request_id: str, staging: Staging) -> tuple[Handoff, MemoryStore]:
         store.data[layer] = [f"{request_id} {layer} {page}".encode().ljust(32) for page in range(PAGES)]
     handoff = Handoff(make_offer(range(PAGES * PAGE_SIZE), request_id), list(range(PAGES)), store)
     handoff.offer_to("decode-1", Flight(2**30), staging)
-    handoff.handle(Grant(request_id=request_id, attempt=0, held_pages=0, window_bytes=2**20, transport="shm"))
+    handoff.handle(Grant(request_id=request_id, attempt=0, held_pages=0, window_bytes=WINDOW, transport="shm"))
     for layer in range(NUM_LAYERS):
         handoff.layer_ready(Segment(layer, 0, PAGES))
     handoff.finish(1, None)
@@ -95,12 +97,12 @@ def test_a_handoff_waits_for_the_blocks_of_another_one(staging: Staging) -> None
     for outgoing in sent:
         message = decode(frame_of(first, [store], outgoing)[0])
         assert message.credit_wanted
-        assert [store.staged[block] for block in message.blocks] == store.data[outgoing.layer]
+        assert [store.staged[block] for block in message.blocks] == store.data[outgoing.layers[0]]
     first.handle(Credit(request_id="a", attempt=0, sequence=1))
     assert pages_of(second).staged is not None
     assert first.next_message() is None
     first.handle(Credit(request_id="a", attempt=0, sequence=2))
-    assert pages_of(first).layer == 2
+    assert pages_of(first).layers == range(2, 3)
     assert isinstance(first.next_message(), Commit)
     first.handle(Ack(request_id="a", attempt=0))
     second.receiver_left("gone")
@@ -141,6 +143,9 @@ class Departing:
         """See `Departures`."""
         self.sent.append(outgoing)
 
+    def reconnect(self, receiver: str) -> None:
+        """See `Departures`."""
+
 
 async def test_credit_of_one_receiver_lets_handoffs_to_others_go_on() -> None:
     """They wait for the same memory, and nothing else would wake them."""
@@ -161,7 +166,7 @@ async def test_credit_of_one_receiver_lets_handoffs_to_others_go_on() -> None:
         handoffs.append(asyncio.create_task(sender.deliver(handoff, choose)))
         assert await messages.get() == receiver
         sender.handle(
-            receiver, Grant(request_id=request_id, attempt=0, held_pages=0, window_bytes=2**20, transport="shm")
+            receiver, Grant(request_id=request_id, attempt=0, held_pages=0, window_bytes=WINDOW, transport="shm")
         )
         for layer in range(NUM_LAYERS):
             handoff.layer_ready(Segment(layer, 0, PAGES))

@@ -22,7 +22,7 @@ class OnOneGpu(MemoryStore):
         """See `PageStore`."""
         return self
 
-    def copy(self, blocks: Sequence[int], layer: int, page_ids: Sequence[int], done: Done) -> None:
+    def copy(self, blocks: Sequence[int], layers: range, page_ids: Sequence[int], done: Done) -> None:
         """See `Source`."""
         raise AssertionError
 
@@ -53,5 +53,5 @@ def test_a_source_of_whole_pages_alone_can_not_be_cut_anew() -> None:
     ends: list[Exception | None] = []
     destination = plan_landings(other, LAYOUT, [store], 8, [0, 1], 0).destinations[0]
     with pytest.raises(ValueError, match="cut anew"):
-        destination.copy(store.open("", b"", 0, 1), 0, 0, [0], ends.append)
+        destination.copy(store.open("", b"", 0, 1), range(1), 0, [0], ends.append)
     assert not ends
