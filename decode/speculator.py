@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from headrace.decode.chain import ChainDrafter
 from headrace.decode.controller import (
     MAX_HEAD_DEPTH,
     Acceptance,
@@ -20,7 +21,6 @@ from headrace.decode.controller import (
     choose_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
-from headrace.decode.head import HeadDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import StepCost
@@ -107,13 +107,15 @@ class Speculator:
         drafter: Drafter,
         cost: StepCost,
         max_model_len: int,
-        head: HeadDrafter | None = None,
+        head: ChainDrafter | None = None,
         head_cost: HeadCost | None = None,
     ) -> None:
         """`head` comes with its cost."""
         self.counters = Counters()
         self._drafter = drafter
         self._cost = cost
+        self.ahead: dict[Key, int] = {}
+        """Tokens behind each request's newest that the head may read after the next step."""
         self._head = head
         self._head_cost = head_cost
         self._num_requests = 0
@@ -139,6 +141,7 @@ class Speculator:
         chosen = self._choose(requests, costs, 0)
         self._found(bool(chosen))
         self._depth = self._next_depth()
+        self.ahead = {request.key: self._ahead(request, chosen) for request in requests} if self._depth > 0 else {}
         self._drafting = 0.0
         for key, choice in chosen.items():
             self._drafted[key].proposed = choice.drafter
@@ -325,6 +328,11 @@ class Speculator:
             self.counters.of[drafted.verified].accepted += max(len(new) - 1, 0)
         drafted.verified = ""
         return new
+
+    def _ahead(self, request: Request, chosen: Mapping[Key, _Choice]) -> int:
+        drafted = chosen[request.key].length if request.key in chosen else 0
+        left = min(request.tokens_left, self._max_model_len - len(request.token_ids))
+        return min(drafted + self._depth, left)
 
     def _limit(self, request: Request) -> int:
         """The step's own token comes on top of the draft."""

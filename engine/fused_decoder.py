@@ -10,7 +10,7 @@ from torch.nn.functional import embedding
 
 from headrace.engine.base import OnLayer
 from headrace.engine.batch import ForwardBatch, RunningRows
-from headrace.engine.kv_cache import KVCache
+from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.weights import DecoderWeights, LayerWeights
@@ -44,7 +44,7 @@ class FusedDecoder:
         self._scale = config.head_dim**-0.5
 
     def forward(
-        self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None, running: RunningRows | None = None
+        self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None, running: RunningRows | None = None
     ) -> torch.Tensor:
         """See `Model.forward`. The hidden states of `running`'s R rows follow the batch's: [T + R, H]."""
         config, weights, prompts = self._config, self.weights, len(batch.token_ids)

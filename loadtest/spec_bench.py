@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from headrace.decode.controller import HeadCost
-from headrace.decode.head import HeadDrafter, time_head
+from headrace.decode.main import chain_drafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Sequence
 from headrace.decode.speculator import Counters, Speculator
@@ -54,7 +54,8 @@ class Prompts:
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
         self.step_seconds = time_steps(engine)
-        self.head_seconds = time_head(engine) if engine.head is not None else {}
+        drafter = chain_drafter(engine)
+        self.head_seconds = drafter.time_tokens() if drafter is not None else {}
         self._max_num_seqs = max_num_seqs
 
     def request(self, message: str, output: int) -> Sequence:
@@ -90,10 +91,10 @@ class Prompts:
         """A decode worker's, at its start."""
         seconds = self.step_seconds
         cost = StepCost(seconds.plain, self._max_num_seqs, seconds.drafted)
-        if self._engine.head is None:
+        drafter = chain_drafter(self._engine)
+        if drafter is None:
             return Speculator(NgramDrafter(), cost, self._engine.max_model_len)
-        head_cost = HeadCost(self.head_seconds)
-        return Speculator(NgramDrafter(), cost, self._engine.max_model_len, HeadDrafter(self._engine), head_cost)
+        return Speculator(NgramDrafter(), cost, self._engine.max_model_len, drafter, HeadCost(self.head_seconds))
 
     def forget(self) -> None:
         """Give all pages back."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from headrace.decode.head import MAX_WAITING, HeadDrafter, confidence_depth
+from headrace.decode.chain import confidence_depth
+from headrace.decode.head import MAX_WAITING, HeadDrafter
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import StepSeconds
