@@ -19,7 +19,7 @@ FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
 """Weight of a step in that average."""
-REFRESH_STEPS = 16
+REFRESH_STEPS = 32
 """`plain` and `verifying` are made anew after so many steps."""
 
 
@@ -76,33 +76,34 @@ class _Curve:
         """By point: logarithm of what a step takes now over what it took at the start."""
         self._seen = [0] * len(self._points)
         self._rows = np.arange(1, max_rows + 1)
+        self._beyond = np.maximum(self._rows - self._points[-1], 0)
 
     def observe(self, rows: int, seconds: float) -> float:
         """A step of so many rows took so long; returns the drift there after this."""
-        drifts = self.drifts
-        right = max(min(bisect_left(self._points, rows), len(self._points) - 1), 1)
+        points, drifts, seen = self._points, self.drifts, self._seen
+        right = min(bisect_left(points, rows), len(points) - 1) or 1
         left = right - 1
-        share = (rows - self._points[left]) / (self._points[right] - self._points[left])
-        share = max(share, 0.0)
-        low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
-        high = max(low, high)
+        share = (rows - points[left]) / (points[right] - points[left])
+        low = self._measured[left] * math.exp(drifts[left])
+        high = self._measured[right] * math.exp(drifts[right])
+        expected = low + (high - low) * share if high > low and share > 0.0 else low
+        inner = 0.0 if share < 0.0 else share if share < 1.0 else 1.0
         nearest = left if share < 0.5 else right
-        self._seen[nearest] += 1
-        most = max(FIRST_STRIDE / self._seen[nearest], STRIDE)
-        stride = min(max(math.log(max(seconds, 1e-9) / (low + (high - low) * share)), -most), most)
-        share = min(share, 1.0)
-        drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
-        drifts[right] += stride * min(2.0 * share, 1.0)
-        if 0 in self._seen:
-            for point in range(len(drifts)):
-                if self._seen[point] == 0 and point not in (left, right):
+        seen[nearest] += 1
+        most = max(FIRST_STRIDE / seen[nearest], STRIDE)
+        stride = min(max(math.log(max(seconds, 1e-9) / expected), -most), most)
+        drifts[left] += stride * min(2.0 - 2.0 * inner, 1.0)
+        drifts[right] += stride * min(2.0 * inner, 1.0)
+        if 0 in seen:
+            for point, steps in enumerate(seen):
+                if steps == 0 and point not in (left, right):
                     drifts[point] += stride
-        return drifts[left] * (1.0 - share) + drifts[right] * share
+        return drifts[left] * (1.0 - inner) + drifts[right] * inner
 
     def seconds(self) -> list[float]:
         """By rows, from 0 on."""
         now = (seconds * math.exp(drift) for seconds, drift in zip(self._measured, self.drifts, strict=True))
         points, costs = self._points, list(itertools.accumulate(now, max))
         slope = (costs[-1] - costs[-2]) / (points[-1] - points[-2])
-        lines = np.interp(self._rows, points, costs) + slope * np.maximum(self._rows - points[-1], 0)
+        lines = np.interp(self._rows, points, costs) + slope * self._beyond
         return [0.0, *lines.tolist()]
