@@ -2,8 +2,8 @@
 
 Greedy: 200 prompts to the built-in model in float32, with each drafter, alone and 16 at a time, against answers without
 drafts. `model` drafts with the built-in model itself, so nearly all of its guesses stand. Drawn: 50,000 requests to a
-tiny model with random weights, of which all answers' probabilities can be computed, and a chi-squared test at each of
-the first positions that drafts reach.
+tiny model with random weights, of which all answers' probabilities can be computed, and a chi-squared test at the first
+position that drafts reach.
 
 All of it takes some 20 minutes. It runs in pieces: `--seconds` ends it after the piece that is running, what is done is
 kept in `build/`, and the next run goes on from there.
@@ -47,7 +47,7 @@ from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
 DRAFTERS = ("ngram", "head", "model")
-PROMPTS, PIECE, OUTPUT = 200, 50, 24
+PROMPTS, PIECE, OUTPUT = 200, 25, 16
 BATCHES = (1, 16)
 
 
@@ -67,9 +67,8 @@ FREE, FREE_HEAD = FixedCost({1: 1.0, 256: 1.001}, TOGETHER), HeadCost({1: 1e-6})
 TEMPERATURES = (0.5, 1.0, 1.5)
 TOP_K, TOP_P = 12, 0.95
 VOCABULARY = 16
-POSITIONS, DRAWN = 4, 6
-"""Of a drawn answer's tokens, the first so many are looked at. The first two are no drafter's that works behind a
-step."""
+POSITION, DRAWN = 2, 4
+"""Of a drawn answer's tokens, this one is looked at: the first that a drafter reaches which works behind a step."""
 DRAWN_PROMPT = 8 * 16 + 1
 """Its tokens: so many that `ngram` finds most pairs in them. All but the last one are computed once."""
 STATE = Path("build/spec-lossless.json")
@@ -191,30 +190,29 @@ def said_by_itself(model: LlamaForCausalLM) -> list[int]:
 
 
 @torch.inference_mode()
-def expected_marginals(model: LlamaForCausalLM, prompt: list[int], temperature: float) -> list[torch.Tensor]:
-    """[V] float64 for each position: over all ways to get there."""
-    marginals, weights = [], torch.ones(1, dtype=torch.float64)
+def expected_marginal(model: LlamaForCausalLM, prompt: list[int], temperature: float) -> torch.Tensor:
+    """[V] float64: over all ways to get to the position."""
+    weights = torch.ones(1, dtype=torch.float64)
     contexts = torch.tensor([prompt])
-    for _ in range(POSITIONS):
+    for _ in range(POSITION + 1):
         logits = torch.cat([model(part).logits[:, -1].float() for part in torch.split(contexts, 512)])
         joint = weights.unsqueeze(1) * distribution(logits, temperature)
-        marginals.append(joint.sum(0))
         kept = joint.reshape(-1) > 0
         tokens = torch.arange(VOCABULARY).repeat(len(contexts)).unsqueeze(1)
         contexts = torch.cat((contexts.repeat_interleave(VOCABULARY, 0), tokens), 1)[kept]
         weights = joint.reshape(-1)[kept]
-    return marginals
+    return joint.sum(0)
 
 
 def compare_drawn(drafter: str, temperature: float, draws: int) -> dict[str, float]:
-    """Chi-squared of each position that drafts reach, over what is exceeded with probability 0.001."""
+    """Chi-squared over what is exceeded with probability 0.001."""
     with tempfile.TemporaryDirectory() as folder:
         target, head = tiny_folders(Path(folder))
         engine = load_tiny(target, head if drafter == "head" else None, target if drafter == "model" else None)
         model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     prompt = said_by_itself(model)
-    expected = expected_marginals(model, prompt, temperature)
-    counts = torch.zeros(POSITIONS, VOCABULARY, dtype=torch.float64)
+    expected = expected_marginal(model, prompt, temperature)
+    counts = torch.zeros(VOCABULARY, dtype=torch.float64)
     drafts = speculator(engine, drafter, FREE, FREE_HEAD)
     shared = engine.pool.allocate(engine.pool.pages_for(len(prompt) - 1))
     engine.prefill([PrefillChunk(prompt, 0, len(prompt) - 1, shared, SamplingParams(max_tokens=1))])
@@ -223,17 +221,17 @@ def compare_drawn(drafter: str, temperature: float, draws: int) -> dict[str, flo
         for one in finished(
             engine, iter(_drawn_requests(engine, prompt, temperature, seeds, shared)), TOGETHER, drafts
         ):
-            for position, token in enumerate(one.token_ids[len(prompt) :][:POSITIONS]):
-                counts[position, token] += 1
-    found: dict[str, float] = {}
-    for position in range(2, POSITIONS):
-        support = expected[position] > 0
-        hoped = draws * expected[position][support]
-        found[f"outside {position}"] = float(counts[position][~support].sum())
-        chi_squared = float(((counts[position][support] - hoped) ** 2 / hoped).sum())
-        found[f"position {position}"] = chi_squared / chi_squared_limit(int(support.sum()) - 1)
+            counts[one.token_ids[len(prompt) + POSITION]] += 1
+    support = expected > 0
+    hoped = draws * expected[support]
+    chi_squared = float(((counts[support] - hoped) ** 2 / hoped).sum())
     of_drafter = drafts.counters.of[drafter]
-    return found | {"drafted": of_drafter.drafted, "accepted": of_drafter.accepted}
+    return {
+        "chi squared": chi_squared / chi_squared_limit(int(support.sum()) - 1),
+        "excluded": float(counts[~support].sum()),
+        "drafted": of_drafter.drafted,
+        "accepted": of_drafter.accepted,
+    }
 
 
 def _drawn_requests(
@@ -301,11 +299,9 @@ def figures(done: Mapping[str, Mapping[str, float]], wanted: Mapping[str, Any]) 
         if name.startswith("drawn"):
             part = done.get(name, {})
             why = "" if part else "not run"
-            for position in range(2, POSITIONS):
-                value = part.get(f"position {position}")
-                found.append(Figure(f"{name}: chi-squared over its limit, position {position}", value, "", "<= 1", why))
-            outside = sum(part.get(f"outside {position}", 0) for position in range(2, POSITIONS)) if part else None
-            found.append(Figure(f"{name}: tokens that the filters exclude", outside, "", "= 0", why))
+            chi_squared, excluded = part.get("chi squared"), part.get("excluded")
+            found.append(Figure(f"{name}: chi-squared over its limit", chi_squared, "", "<= 1", why))
+            found.append(Figure(f"{name}: tokens that the filters exclude", excluded, "", "= 0", why))
             share = part["accepted"] / max(part["drafted"], 1) if part else None
             found.append(Figure(f"{name}: accepted of drafted", share, "", "", why))
     return found
