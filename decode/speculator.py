@@ -32,7 +32,7 @@ DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
-DEPTH_STEPS = 4
+DEPTH_STEPS = 8
 """How far a head guesses is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""

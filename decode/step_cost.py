@@ -19,8 +19,9 @@ FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
 """Weight of a step in that average."""
-REFRESH_STEPS = 32
-"""`plain` and `verifying` are made anew after so many steps."""
+REFRESH_ROWS = 128
+"""After steps of so many rows together they are learned from, and `plain` and `verifying` made anew: so that this takes
+as little time a request of one as of many."""
 
 
 class StepCost:
@@ -41,19 +42,25 @@ class StepCost:
         self._curves = {False: _Curve(measured, most), True: _Curve(verifying or measured, most)}
         """By whether drafts were verified."""
         self._mean_drift = 0.0
-        self._observed = 0
+        self._observed: list[tuple[int, float, bool]] = []
+        self._rows_observed = 0
         self._refresh()
 
     def observe(self, rows: int, seconds: float, verified: bool) -> None:
         """A step of so many rows took so long; whether drafted tokens are among them."""
-        self._mean_drift += AVERAGING * (self._curves[verified].observe(rows, seconds) - self._mean_drift)
-        self._observed += 1
-        if self._observed % REFRESH_STEPS == 0:
-            for curve in self._curves.values():
-                curve.drifts[:] = [
-                    drift + FADING * REFRESH_STEPS * (self._mean_drift - drift) for drift in curve.drifts
-                ]
-            self._refresh()
+        self._observed.append((rows, seconds, verified))
+        self._rows_observed += rows
+        if self._rows_observed >= REFRESH_ROWS:
+            self._learn()
+
+    def _learn(self) -> None:
+        for rows, seconds, verified in self._observed:
+            self._mean_drift += AVERAGING * (self._curves[verified].observe(rows, seconds) - self._mean_drift)
+        fading = FADING * len(self._observed)
+        for curve in self._curves.values():
+            curve.drifts[:] = [drift + fading * (self._mean_drift - drift) for drift in curve.drifts]
+        self._observed, self._rows_observed = [], 0
+        self._refresh()
 
     def _refresh(self) -> None:
         self.plain = self._curves[False].seconds()
