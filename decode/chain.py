@@ -16,6 +16,11 @@ from headrace.messages.request import SamplingParams
 
 DOUBTFUL = 0.2
 """A draft whose tokens are all right with so little probability, as its drafter sees it, does not get longer."""
+UP_TO_DATE = 8
+"""A request with no more tokens to read is read whenever drafts are made."""
+MAX_CATCHING_UP = 64
+"""Of all others, those that are least behind first, so many tokens are read at a time: so that neither a look whether
+drafts would pay, nor drafts that begin to pay again, delay a step by much."""
 STEPS_APART, CONFIDENCES = 4, 8
 """Acceptance is estimated by so many places in a draft, the last for all that follow, and as many steps of
 probability."""

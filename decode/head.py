@@ -1,7 +1,7 @@
 """Drafts of a head over the target's hidden states, all on the thread that runs the engine.
 
 After each step a request has states for the positions that the step has settled. The head reads them when it drafts,
-which is not each time: until then they wait.
+which is not each time: until then they wait. A request of which too many wait is drafted for no more.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from functools import partial
 
 import torch
 
-from headrace.decode.chain import draft_chains, time_tokens
+from headrace.decode.chain import MAX_CATCHING_UP, UP_TO_DATE, draft_chains, time_tokens
 from headrace.decode.drafter import Draft
 from headrace.decode.sequence import Key
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.draft_head import DraftHead
 from headrace.engine.engine import Engine
 
-MAX_WAITING = 64
-"""Positions that wait to be read, of all requests: then they are read in any case."""
+MAX_WAITING = MAX_CATCHING_UP
+"""Positions of a request that wait to be read at most. To read all that a full batch says would take 4 % of its steps,
+in which drafts hardly ever pay."""
 
 
 @dataclass
@@ -33,6 +34,8 @@ class _Waiting:
     features: list[torch.Tensor] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     """Those after each position."""
+    is_lost: bool = False
+    """Too much waited."""
 
 
 class HeadDrafter:
@@ -54,9 +57,9 @@ class HeadDrafter:
         started = time.perf_counter()
         self._follow(batch)
         drafts: dict[Key, Draft] = {}
-        if depth > 0 or sum(len(one.token_ids) for one in self._waiting.values()) >= MAX_WAITING:
+        if depth > 0:
             states, keys, positions = self._read(batch)
-            if depth > 0 and keys:
+            if keys:
                 read = partial(self._forward, batch)
                 drafts = draft_chains(self._head, read, batch, states, keys, positions, depth)
         self.seconds = time.perf_counter() - started
@@ -70,13 +73,23 @@ class HeadDrafter:
             waiting = self._waiting.get(seen.key)
             if waiting is None:
                 waiting = self._waiting[seen.key] = _Waiting(seen.position)
+            if waiting.is_lost:
+                continue
             assert waiting.position + len(waiting.token_ids) == seen.position, "a step was missed"
             waiting.features.append(features[seen.first_row : seen.first_row + len(seen.token_ids)].clone())
             waiting.token_ids += seen.token_ids
+            if len(waiting.token_ids) > MAX_WAITING:
+                waiting.features, waiting.token_ids, waiting.is_lost = [], [], True
 
     def _read(self, batch: DecodeBatch[Key]) -> tuple[torch.Tensor, list[Key], list[int]]:
-        """Read all that waits; returns each request's newest state and its position."""
-        read = {key: one for key, one in self._waiting.items() if one.token_ids}
+        """Read what waits, of all requests or of those least behind; returns their newest states and positions."""
+        left, read = MAX_CATCHING_UP, dict[Key, _Waiting]()
+        for key, one in sorted(self._waiting.items(), key=lambda item: len(item[1].token_ids)):
+            count = len(one.token_ids)
+            if count > UP_TO_DATE:
+                left -= count
+            if count > 0 and (count <= UP_TO_DATE or left >= 0):
+                read[key] = one
         if not read:
             return torch.empty(0), [], []
         counts = [len(one.token_ids) for one in read.values()]

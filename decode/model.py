@@ -14,17 +14,11 @@ from functools import partial
 
 import torch
 
-from headrace.decode.chain import draft_chains, time_tokens
+from headrace.decode.chain import MAX_CATCHING_UP, UP_TO_DATE, draft_chains, time_tokens
 from headrace.decode.drafter import Draft
 from headrace.decode.sequence import Key
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.engine import Engine
-
-UP_TO_DATE = 8
-"""A request with no more tokens to read is read whole whenever drafts are made."""
-MAX_CATCHING_UP = 64
-"""Of all others, those that are least behind first, so many tokens are read at a time: so that drafts that begin to pay
-again after a long pause delay no step by much."""
 
 
 @dataclass

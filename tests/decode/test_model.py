@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
+from headrace.decode.chain import MAX_CATCHING_UP
 from headrace.decode.controller import HeadCost
-from headrace.decode.model import MAX_CATCHING_UP, ModelDrafter
+from headrace.decode.model import ModelDrafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Sequence
 from headrace.decode.speculator import Speculator
