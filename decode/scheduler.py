@@ -152,8 +152,11 @@ class DecodeScheduler:
             if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
         ]
         missing = sum(sequence.pages_missing(page_size) for sequence in short)
-        if missing > self._pool.num_free and self.in_flight:
-            return None
+        if missing > self._pool.num_free:
+            if self.in_flight:
+                return None
+            for sequence in self._running.values():  # nobody is given up for what a drafter may read into
+                self.roll_back(sequence)
         plan = Plan(leaves=self._leaving)
         self._leaving = []
         for sequence in joining:

@@ -113,6 +113,21 @@ def test_a_smaller_model_guesses_as_it_does_alone(tmp_path: Path, shape: dict[st
     assert guess == [token.token_id for token in expected][: len(guess)]
 
 
+@pytest.mark.skipif(not can_pack(), reason="needs AVX2 and numba")
+def test_a_model_of_more_bits_is_packed_beside_a_packed_one(tmp_path: Path) -> None:
+    """Rounded: it guesses nearly as it does alone, here with the same first token. Its pages lie apart."""
+    shape = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32}
+    draft = checkpoint(tmp_path / "draft", num_key_value_heads=1, num_hidden_layers=5, **shape)
+    target, options = locate_model("smollm2").path, {"dtype": "auto", "kv_cache_bytes": 2**27}
+    engines = [load(target, draft, **options) for _ in range(2)]
+    assert engines[0].layout.num_layers == 30 + 1
+    assert engines[0].draft is not None
+    assert engines[0].draft.model.follows_tables
+    output, guess = first_draft(*engines, PROMPT)
+    (expected,) = generate(load(draft, None), [[*PROMPT, *output]], [GREEDY], 1)
+    assert guess[0] == expected[0].token_id
+
+
 def test_layers_of_a_draft_model_share_pages(tmp_path: Path) -> None:
     """As many as fit."""
     target = checkpoint(tmp_path / "target", num_hidden_layers=4, num_key_value_heads=4)

@@ -203,6 +203,24 @@ def test_pages_that_a_drafter_reads_into_come_with_the_step_before() -> None:
     assert plan.new_pages == {}
 
 
+def test_pages_ahead_are_given_back_before_anybody_is_given_up() -> None:
+    """One request has a page that it may need later, another needs one now."""
+    pool = PagePool(3, PAGE_SIZE)
+    scheduler = DecodeScheduler(pool, 2)
+    first, second = arrived(pool, "a", PAGE_SIZE - 1), arrived(pool, "b", PAGE_SIZE - 1)
+    scheduler.add(first)
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    scheduler.reserve(plan, {}, {("a", 0): 2})
+    assert pool.num_free == 0
+    second.append(5)
+    second.append(5)
+    plan = scheduler.schedule()
+    assert plan.preempted == []
+    assert plan.kept_pages == {("a", 0): 1}
+    assert list(plan.new_pages) == [("b", 0)]
+
+
 def test_drafts_take_free_pages_only() -> None:
     """They are cut, or dropped, where pages run out; nobody gives way."""
     pool = PagePool(4, PAGE_SIZE)
