@@ -7,6 +7,7 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -28,6 +29,8 @@ OTHERS_WEIGHT = 4.0
 MEMORY, REQUEST_MEMORY = 0.998, 0.94
 """What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
 
+HEAD_STRIDE = 0.02
+"""A draft moves what a head is taken to cost by so much at most, in logarithms of seconds."""
 MAX_HEAD_DEPTH = 6
 """Tokens that a head guesses in a row at most."""
 
@@ -139,8 +142,18 @@ class HeadCost:
         each = seconds[-1] / rows[-1]
         of_token: list[float] = np.interp(at, rows, seconds).tolist()
         of_token[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+        self._drift = 0.0
+        """Logarithm of what it takes now over what was measured."""
         self._of = [[each * depth for depth in range(MAX_HEAD_DEPTH + 1)] for each in of_token]
 
     def of(self, num_requests: int) -> list[float]:
         """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
-        return self._of[min(num_requests, MAX_ROWS)]
+        each = self._of[min(num_requests, MAX_ROWS)]
+        return each if self._drift == 0.0 else [seconds * math.exp(self._drift) for seconds in each]
+
+    def observe(self, num_requests: int, depth: int, seconds: float) -> None:
+        """Drafts that were to have so many tokens took so long: less where they ended early, more where others have the
+        cores, too. So what was measured is the least that they are taken to cost.
+        """
+        ratio = seconds / self.of(num_requests)[depth]
+        self._drift = max(self._drift + min(max(math.log(max(ratio, 1e-9)), -HEAD_STRIDE), HEAD_STRIDE), 0.0)

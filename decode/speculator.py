@@ -245,6 +245,8 @@ class Speculator:
         if self._head is not None:
             seconds -= self._head.seconds
             counters.head_seconds += self._head.seconds
+            if self._head_cost is not None and self._guessed_depth > 0 and self._num_requests > 0:
+                self._head_cost.observe(self._num_requests, self._guessed_depth, self._head.seconds)
         if self._num_requests > 0:
             started = time.perf_counter()
             self._cost.observe(self._num_requests + drafted, max(seconds - self._drafting, 0.0), bool(drafts))

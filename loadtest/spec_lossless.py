@@ -58,11 +58,18 @@ class FixedCost(StepCost):
         """See `StepCost`."""
 
 
+class FixedHeadCost(HeadCost):
+    """Learns nothing, either."""
+
+    def observe(self, num_requests: int, depth: int, seconds: float) -> None:
+        """See `HeadCost`."""
+
+
 COST = FixedCost({1: 1.0, 16: 2.0, 256: 17.0}, 16)
 """Of steps, in any unit: drafts pay as they do in float32 on a CPU."""
-HEAD_COST = HeadCost({1: 0.05})
+HEAD_COST = FixedHeadCost({1: 0.05})
 DRAWS, TOGETHER = 50_000, 100
-FREE, FREE_HEAD = FixedCost({1: 1.0, 256: 1.001}, TOGETHER), HeadCost({1: 1e-6})
+FREE, FREE_HEAD = FixedCost({1: 1.0, 256: 1.001}, TOGETHER), FixedHeadCost({1: 1e-6})
 """For drawn answers: a tiny model's guesses are seldom right, and all of them are to be verified."""
 TEMPERATURES = (0.5, 1.0, 1.5)
 TOP_K, TOP_P = 12, 0.95
