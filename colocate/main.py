@@ -73,7 +73,7 @@ async def serve(
         nixl_endpoint(settings, model.engine.cache) as nixl,
     ):
         engine, kind = model.engine, model.engine.device.type
-        layout = layout_of(model.folder.fingerprint, engine.layout, engine.model_config.vocab_size)
+        layout = layout_of(model.kv_fingerprint, engine.layout, engine.model_config.vocab_size)
         most = settings.max_num_batched_tokens or TOKEN_BUDGET[kind]
         target = (settings.itl_target or TARGET_MS[kind]) / 1000
         turns = await _turns(model, target, FEWEST_TOKENS[kind], most)

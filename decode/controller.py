@@ -7,7 +7,9 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,6 +29,8 @@ OTHERS_WEIGHT = 4.0
 MEMORY, REQUEST_MEMORY = 0.998, 0.94
 """What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
 
+HEAD_STRIDE = 0.02
+"""A draft moves what a head is taken to cost by so much at most, in logarithms of seconds."""
 MAX_HEAD_DEPTH = 6
 """Tokens that a head guesses in a row at most."""
 
@@ -92,25 +96,39 @@ def choose_lengths(
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
     has anyway. `drafting[n]`: seconds that it takes to draft n tokens of each request first.
     """
-    lengths = [0] * len(chances)
-    ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
-    so_far = [0] * len(chances)
-    deepest = 0
+    if len(chances) == 1:  # spelled out: these lines run before each step of a request alone
+        tokens, owners = chances[0], None
+    else:
+        ranked = sorted([(chance, d) for d, along in enumerate(chances) for chance in along], reverse=True)
+        tokens, owners = [chance for chance, _ in ranked], [d for _, d in ranked]
+    rows = cost.verifying[num_requests + 1 : min(num_requests + len(tokens), MAX_ROWS) + 1]
+    if drafting:
+        rows = [seconds + drafting[deepest] for seconds, deepest in zip(rows, _depths(tokens, owners), strict=False)]
     best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
     expected = float(num_requests)
-    for count, (chance, draft) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
+    for count, (chance, seconds) in enumerate(zip(tokens, rows, strict=False), 1):
         expected += chance
-        seconds = cost.verifying[num_requests + count]
-        if drafting:
-            so_far[draft] += 1
-            deepest = max(deepest, so_far[draft])
-            seconds += drafting[deepest]
-        rate = expected / seconds
-        if rate > best_rate:
-            best, best_rate = count, rate
-    for _, draft in ranked[:best]:
+        if expected > best_rate * seconds:
+            best, best_rate = count, expected / seconds
+    if owners is None:
+        return [best]
+    lengths = [0] * len(chances)
+    for draft in owners[:best]:
         lengths[draft] += 1
     return lengths
+
+
+def _depths(tokens: Sequence[float], owners: Sequence[int] | None) -> Iterable[int]:
+    """With so many of the tokens: how long the longest draft is. `owners` names each token's draft."""
+    if owners is None:
+        return range(1, len(tokens) + 1)
+    lengths: Counter[int] = Counter()
+    depths, deepest = [], 0
+    for draft in owners:
+        lengths[draft] += 1
+        deepest = max(deepest, lengths[draft])
+        depths.append(deepest)
+    return depths
 
 
 class HeadCost:
@@ -122,10 +140,20 @@ class HeadCost:
         at = np.arange(MAX_ROWS + 1)
         seconds = [measured[row] for row in rows]
         each = seconds[-1] / rows[-1]
-        self._seconds: list[float] = np.interp(at, rows, seconds).tolist()
-        self._seconds[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+        of_token: list[float] = np.interp(at, rows, seconds).tolist()
+        of_token[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+        self._drift = 0.0
+        """Logarithm of what it takes now over what was measured."""
+        self._of = [[each * depth for depth in range(MAX_HEAD_DEPTH + 1)] for each in of_token]
 
     def of(self, num_requests: int) -> list[float]:
         """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
-        each = self._seconds[min(num_requests, MAX_ROWS)]
-        return [each * depth for depth in range(MAX_HEAD_DEPTH + 1)]
+        each = self._of[min(num_requests, MAX_ROWS)]
+        return each if self._drift == 0.0 else [seconds * math.exp(self._drift) for seconds in each]
+
+    def observe(self, num_requests: int, depth: int, seconds: float) -> None:
+        """Drafts that were to have so many tokens took so long: less where they ended early, more where others have the
+        cores, too. So what was measured is the least that they are taken to cost.
+        """
+        ratio = seconds / self.of(num_requests)[depth]
+        self._drift = max(self._drift + min(max(math.log(max(ratio, 1e-9)), -HEAD_STRIDE), HEAD_STRIDE), 0.0)

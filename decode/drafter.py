@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headrace.decode.sequence import Key
 
@@ -12,8 +11,7 @@ MAX_DRAFT_TOKENS = 15
 """With the token before them, a draft makes 16 rows of a step at most."""
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """A guess of a request's next tokens."""
 
     token_ids: list[int]

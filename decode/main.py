@@ -6,12 +6,15 @@ import asyncio
 import logging
 
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.chain import ChainDrafter
 from headrace.decode.controller import HeadCost
-from headrace.decode.head import HeadDrafter, time_head
+from headrace.decode.head import HeadDrafter
+from headrace.decode.model import ModelDrafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost
 from headrace.decode.worker import DecodeWorker
+from headrace.engine.engine import Engine
 from headrace.engine.startup import LoadedModel, loaded_model
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
@@ -40,7 +43,7 @@ async def run(settings: Settings) -> None:
                 node,
                 model.engine,
                 model.device_thread,
-                layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
+                layout_of(model.kv_fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
                 max_num_seqs=settings.max_num_seqs,
                 listener=listener,
                 lines=lines,
@@ -63,11 +66,20 @@ async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator |
     for kind, by_rows in (("", seconds.plain), ("with drafts ", seconds.drafted)):
         log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
     cost = StepCost(seconds.plain, settings.max_num_seqs, seconds.drafted)
-    if engine.head is None:
+    drafter = chain_drafter(engine)
+    if drafter is None:
         return Speculator(NgramDrafter(), cost, engine.max_model_len)
     if engine.device.type != "cpu":
         log.info("the draft head drafts on a CPU only so far")
         return Speculator(NgramDrafter(), cost, engine.max_model_len)
-    of_head = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_head, engine)
-    log.info("a head's token takes %s", ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in of_head.items()))
-    return Speculator(NgramDrafter(), cost, engine.max_model_len, HeadDrafter(engine), HeadCost(of_head))
+    took = await asyncio.get_running_loop().run_in_executor(model.device_thread, drafter.time_tokens)
+    of_token = ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in took.items())
+    log.info("a token of the draft %s takes %s", drafter.name, of_token)
+    return Speculator(NgramDrafter(), cost, engine.max_model_len, drafter, HeadCost(took))
+
+
+def chain_drafter(engine: Engine) -> ChainDrafter | None:
+    """What drafts on the engine's thread, if it has been given something that does."""
+    if engine.draft is not None:
+        return ModelDrafter(engine)
+    return HeadDrafter(engine) if engine.head is not None else None

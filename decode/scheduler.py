@@ -6,9 +6,12 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.page_pool import PagePool
+
+NOTHING_AHEAD: Mapping[Key, int] = MappingProxyType({})
 
 
 @dataclass
@@ -149,8 +152,11 @@ class DecodeScheduler:
             if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
         ]
         missing = sum(sequence.pages_missing(page_size) for sequence in short)
-        if missing > self._pool.num_free and self.in_flight:
-            return None
+        if missing > self._pool.num_free:
+            if self.in_flight:
+                return None
+            for sequence in self._running.values():  # nobody is given up for what a drafter may read into
+                self.roll_back(sequence)
         plan = Plan(leaves=self._leaving)
         self._leaving = []
         for sequence in joining:
@@ -178,22 +184,24 @@ class DecodeScheduler:
         self._leaving = []
         return plan
 
-    def reserve(self, plan: Plan, drafts: Mapping[Key, list[int]]) -> None:
+    def reserve(self, plan: Plan, drafts: Mapping[Key, list[int]], ahead: Mapping[Key, int] = NOTHING_AHEAD) -> None:
         """Have the planned step verify these drafts of running requests, cut to what spare pages hold.
 
-        Nobody is given up for a draft.
+        `ahead`: tokens behind the newest one that a drafter may read after the step. Nobody is given up for a draft.
         """
         page_size = self._pool.page_size
         joined = {sequence.key for sequence in plan.joins}
-        for key, draft in drafts.items():
-            sequence = self._running[key]
+        for key in {**drafts, **ahead}:
+            sequence, draft = self._running[key], drafts.get(key, [])
             if sequence.is_moving:
                 continue
-            missing = max(min(sequence.pages_missing(page_size, len(draft)), self._pool.num_spare), 0)
+            wanted = max(len(draft), ahead.get(key, 0))
+            missing = max(min(sequence.pages_missing(page_size, wanted), self._pool.num_spare), 0)
             room = (len(sequence.pages) + missing) * page_size - len(sequence.token_ids) - sequence.in_flight
             if room <= 0:
                 continue
-            plan.drafts[key] = draft[:room]
+            if draft:
+                plan.drafts[key] = draft[:room]
             pages = self._pool.allocate(missing)
             sequence.pages.extend(pages)
             if pages and key not in joined:

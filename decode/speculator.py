@@ -11,7 +11,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from headrace.decode.chain import ChainDrafter
 from headrace.decode.controller import (
     MAX_HEAD_DEPTH,
     Acceptance,
@@ -20,7 +22,6 @@ from headrace.decode.controller import (
     choose_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
-from headrace.decode.head import HeadDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import StepCost
@@ -31,6 +32,8 @@ DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
+DEPTH_STEPS = 8
+"""How far a head guesses is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
 MAX_STEPS_AHEAD = 15
@@ -53,8 +56,7 @@ class _Drafted:
     """Whose draft the step before verified, if any."""
 
 
-@dataclass(frozen=True)
-class _Choice:
+class _Choice(NamedTuple):
     """The best guess for a request, and how much of it is worth verifying."""
 
     drafter: str
@@ -107,13 +109,15 @@ class Speculator:
         drafter: Drafter,
         cost: StepCost,
         max_model_len: int,
-        head: HeadDrafter | None = None,
+        head: ChainDrafter | None = None,
         head_cost: HeadCost | None = None,
     ) -> None:
         """`head` comes with its cost."""
         self.counters = Counters()
         self._drafter = drafter
         self._cost = cost
+        self.ahead: dict[Key, int] = {}
+        """Tokens behind each request's newest that the head may read after the next step."""
         self._head = head
         self._head_cost = head_cost
         self._num_requests = 0
@@ -125,6 +129,9 @@ class Speculator:
         """Tokens that the head is to guess at the end of the next step."""
         self._guessed_depth = 0
         """What it was asked for at the end of the last one."""
+        self._paying_depth = 0
+        """How far it pays to guess with `_depth_of` requests, for `_depth_lasts` more steps."""
+        self._depth_of = self._depth_lasts = 0
         self._steps_without_head = 0
         self._of_head: dict[Key, Draft] = {}
         """What it guessed at the end of the last one."""
@@ -139,6 +146,7 @@ class Speculator:
         chosen = self._choose(requests, costs, 0)
         self._found(bool(chosen))
         self._depth = self._next_depth()
+        self.ahead = {request.key: self._ahead(request, chosen) for request in requests} if self._depth > 0 else {}
         self._drafting = 0.0
         for key, choice in chosen.items():
             self._drafted[key].proposed = choice.drafter
@@ -193,16 +201,18 @@ class Speculator:
             placeholders = {key: min(limit, longest) for key, limit in limits.items() if limit > 0}
             guesses = {self._drafter.name: {key: Draft([-1] * n, range(n)) for key, n in placeholders.items()}}
         guessed = time.perf_counter()
-        best: dict[Key, tuple[str, Draft, list[float]]] = {}
+        best: dict[Key, tuple[float, str, Draft, list[float]]] = {}
         for name, of_drafter in guesses.items():
+            acceptance = self._acceptance[name]
             for key, guess in of_drafter.items():
                 drafted = self._drafted[key]
                 if costs is None:
                     drafted.guesses[name] = guess
-                chances = self._acceptance[name].chances(drafted.acceptance[name], guess)[unknown:]
-                if key not in best or sum(chances) > sum(best[key][2]):
-                    best[key] = (name, guess, chances)
-        along = [chances for _, _, chances in best.values()]
+                chances = acceptance.chances(drafted.acceptance[name], guess)[unknown:]
+                promised = sum(chances)
+                if key not in best or promised > best[key][0]:
+                    best[key] = (promised, name, guess, chances)
+        along = [chances for _, _, _, chances in best.values()]
         lengths = choose_lengths(along, len(requests), self._cost, costs or ()) if along else []
         if costs is not None and not any(lengths):
             self._fade(best)
@@ -210,7 +220,7 @@ class Speculator:
         self.counters.controlling_seconds += time.perf_counter() - guessed
         return {
             key: _Choice(name, guess, length)
-            for (key, (name, guess, _)), length in zip(best.items(), lengths, strict=True)
+            for (key, (_, name, guess, _)), length in zip(best.items(), lengths, strict=True)
             if length > 0
         }
 
@@ -235,6 +245,8 @@ class Speculator:
         if self._head is not None:
             seconds -= self._head.seconds
             counters.head_seconds += self._head.seconds
+            if self._head_cost is not None and self._guessed_depth > 0 and self._num_requests > 0:
+                self._head_cost.observe(self._num_requests, self._guessed_depth, self._head.seconds)
         if self._num_requests > 0:
             started = time.perf_counter()
             self._cost.observe(self._num_requests + drafted, max(seconds - self._drafting, 0.0), bool(drafts))
@@ -286,16 +298,20 @@ class Speculator:
         """
         if self._head is None or self._head_cost is None or not self._num_requests:
             return 0
-        started = time.perf_counter()
-        by_place = self._acceptance[BY_PLACE]
-        along = [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
-        costs = self._head_cost.of(self._num_requests)
-        depth = max(choose_lengths(along, self._num_requests, self._cost, costs))
-        self._steps_without_head = 0 if depth > 0 else self._steps_without_head + 1
+        if self._depth_lasts == 0 or self._num_requests != self._depth_of:
+            started = time.perf_counter()
+            by_place = self._acceptance[BY_PLACE]
+            along = [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
+            costs = self._head_cost.of(self._num_requests)
+            self._paying_depth = max(choose_lengths(along, self._num_requests, self._cost, costs))
+            self._depth_lasts, self._depth_of = DEPTH_STEPS, self._num_requests
+            self.counters.controlling_seconds += time.perf_counter() - started
+        self._depth_lasts -= 1
+        self._steps_without_head = 0 if self._paying_depth > 0 else self._steps_without_head + 1
         if self._steps_without_head == TRY_AGAIN_STEPS:
-            self._steps_without_head, depth = 0, 1
-        self.counters.controlling_seconds += time.perf_counter() - started
-        return depth
+            self._steps_without_head = 0
+            return 1
+        return self._paying_depth
 
     def _forget_all_but(self, keys: set[Key]) -> None:
         for key in [key for key in self._drafted if key not in keys]:
@@ -325,6 +341,11 @@ class Speculator:
             self.counters.of[drafted.verified].accepted += max(len(new) - 1, 0)
         drafted.verified = ""
         return new
+
+    def _ahead(self, request: Request, chosen: Mapping[Key, _Choice]) -> int:
+        drafted = chosen[request.key].length if request.key in chosen else 0
+        left = min(request.tokens_left, self._max_model_len - len(request.token_ids))
+        return min(drafted + self._depth, left)
 
     def _limit(self, request: Request) -> int:
         """The step's own token comes on top of the draft."""

@@ -19,8 +19,9 @@ FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
 """Weight of a step in that average."""
-REFRESH_STEPS = 16
-"""`plain` and `verifying` are made anew after so many steps."""
+REFRESH_ROWS = 128
+"""After steps of so many rows together they are learned from, and `plain` and `verifying` made anew: so that this takes
+as little time a request of one as of many."""
 
 
 class StepCost:
@@ -41,19 +42,25 @@ class StepCost:
         self._curves = {False: _Curve(measured, most), True: _Curve(verifying or measured, most)}
         """By whether drafts were verified."""
         self._mean_drift = 0.0
-        self._observed = 0
+        self._observed: list[tuple[int, float, bool]] = []
+        self._rows_observed = 0
         self._refresh()
 
     def observe(self, rows: int, seconds: float, verified: bool) -> None:
         """A step of so many rows took so long; whether drafted tokens are among them."""
-        self._mean_drift += AVERAGING * (self._curves[verified].observe(rows, seconds) - self._mean_drift)
-        self._observed += 1
-        if self._observed % REFRESH_STEPS == 0:
-            for curve in self._curves.values():
-                curve.drifts[:] = [
-                    drift + FADING * REFRESH_STEPS * (self._mean_drift - drift) for drift in curve.drifts
-                ]
-            self._refresh()
+        self._observed.append((rows, seconds, verified))
+        self._rows_observed += rows
+        if self._rows_observed >= REFRESH_ROWS:
+            self._learn()
+
+    def _learn(self) -> None:
+        for rows, seconds, verified in self._observed:
+            self._mean_drift += AVERAGING * (self._curves[verified].observe(rows, seconds) - self._mean_drift)
+        fading = FADING * len(self._observed)
+        for curve in self._curves.values():
+            curve.drifts[:] = [drift + fading * (self._mean_drift - drift) for drift in curve.drifts]
+        self._observed, self._rows_observed = [], 0
+        self._refresh()
 
     def _refresh(self) -> None:
         self.plain = self._curves[False].seconds()
@@ -76,33 +83,34 @@ class _Curve:
         """By point: logarithm of what a step takes now over what it took at the start."""
         self._seen = [0] * len(self._points)
         self._rows = np.arange(1, max_rows + 1)
+        self._beyond = np.maximum(self._rows - self._points[-1], 0)
 
     def observe(self, rows: int, seconds: float) -> float:
         """A step of so many rows took so long; returns the drift there after this."""
-        drifts = self.drifts
-        right = max(min(bisect_left(self._points, rows), len(self._points) - 1), 1)
+        points, drifts, seen = self._points, self.drifts, self._seen
+        right = min(bisect_left(points, rows), len(points) - 1) or 1
         left = right - 1
-        share = (rows - self._points[left]) / (self._points[right] - self._points[left])
-        share = max(share, 0.0)
-        low, high = (self._measured[point] * math.exp(drifts[point]) for point in (left, right))
-        high = max(low, high)
+        share = (rows - points[left]) / (points[right] - points[left])
+        low = self._measured[left] * math.exp(drifts[left])
+        high = self._measured[right] * math.exp(drifts[right])
+        expected = low + (high - low) * share if high > low and share > 0.0 else low
+        inner = 0.0 if share < 0.0 else share if share < 1.0 else 1.0
         nearest = left if share < 0.5 else right
-        self._seen[nearest] += 1
-        most = max(FIRST_STRIDE / self._seen[nearest], STRIDE)
-        stride = min(max(math.log(max(seconds, 1e-9) / (low + (high - low) * share)), -most), most)
-        share = min(share, 1.0)
-        drifts[left] += stride * min(2.0 - 2.0 * share, 1.0)
-        drifts[right] += stride * min(2.0 * share, 1.0)
-        if 0 in self._seen:
-            for point in range(len(drifts)):
-                if self._seen[point] == 0 and point not in (left, right):
+        seen[nearest] += 1
+        most = max(FIRST_STRIDE / seen[nearest], STRIDE)
+        stride = min(max(math.log(max(seconds, 1e-9) / expected), -most), most)
+        drifts[left] += stride * min(2.0 - 2.0 * inner, 1.0)
+        drifts[right] += stride * min(2.0 * inner, 1.0)
+        if 0 in seen:
+            for point, steps in enumerate(seen):
+                if steps == 0 and point not in (left, right):
                     drifts[point] += stride
-        return drifts[left] * (1.0 - share) + drifts[right] * share
+        return drifts[left] * (1.0 - inner) + drifts[right] * inner
 
     def seconds(self) -> list[float]:
         """By rows, from 0 on."""
         now = (seconds * math.exp(drift) for seconds, drift in zip(self._measured, self.drifts, strict=True))
         points, costs = self._points, list(itertools.accumulate(now, max))
         slope = (costs[-1] - costs[-2]) / (points[-1] - points[-2])
-        lines = np.interp(self._rows, points, costs) + slope * np.maximum(self._rows - points[-1], 0)
+        lines = np.interp(self._rows, points, costs) + slope * self._beyond
         return [0.0, *lines.tolist()]

@@ -206,7 +206,8 @@ class DecodeWorker:
         for sequence in plan.preempted:
             self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
         if speculator is not None and not runs_ahead:
-            self._scheduler.reserve(plan, self._allowed(speculator.propose(self._scheduler.batch())))
+            drafts = self._allowed(speculator.propose(self._scheduler.batch()))
+            self._scheduler.reserve(plan, drafts, speculator.ahead)
         if self._scheduler.num_running:
             self._scheduler.started()
         return plan

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.kv_cache import KVCache
+from headrace.engine.kv_cache import PagedLayers
 
 OnLayer = Callable[[int], None]
 
@@ -40,7 +40,7 @@ class Model(Protocol):
     features: torch.Tensor
     """[T, len(feature_layers) * H] of the last forward; the next one may overwrite it."""
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None) -> torch.Tensor:
         """Compute the batch and return the final, normalised hidden states [T, H].
 
         `on_layer(l)` is called as soon as the K and V of layer l are in the cache.

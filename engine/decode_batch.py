@@ -13,6 +13,7 @@ import torch
 
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine
+from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
 from headrace.engine.synthetic import SyntheticBatch, SyntheticEngine
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
@@ -81,6 +82,8 @@ class Seen(Generic[K]):
     """Of the features; as many rows count as there are tokens."""
     position: int
     """Of the first of them."""
+    token_id: int
+    """The one there."""
     token_ids: list[int]
     """Those after each position."""
 
@@ -119,8 +122,9 @@ class DecodeBatch(Generic[K]):
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
         self.seen: list[Seen[K]] = []
-        """What the last step's features are those of, where the engine has a draft head."""
+        """What the last step read, where the engine has a draft head or a draft model."""
         self._rows = np.arange(capacity)
+        self._keeps_seen = engine.head is not None or engine.draft is not None
         self._tokens = torch.zeros(capacity, dtype=torch.int64, device=engine.device)
         self._positions = torch.zeros_like(self._tokens)
         self._generated = torch.zeros_like(self._tokens)
@@ -221,13 +225,9 @@ class DecodeBatch(Generic[K]):
         if self._matchers:
             mask_rows(logits, [ConstrainedRows(self._row_of[key], own) for key, own in self._matchers.items()])
         tokens = self._sampler.sample(logits, self._generated[:rows])
-        if engine.head is not None:
-            self.seen = [
-                Seen(key, row, position, [token])
-                for row, (key, position, token) in enumerate(
-                    zip(self._keys, positions.tolist(), tokens.tolist(), strict=True)
-                )
-            ]
+        if self._keeps_seen:
+            read = (self._keys, range(rows), positions.tolist(), self._tokens[:rows].tolist())
+            self.seen = list(map(Seen, *read, [[token] for token in tokens.tolist()]))
         self._tokens[:rows] = tokens
         self._positions[:rows] += 1
         self._lengths = [length + 1 for length in self._lengths]
@@ -236,8 +236,17 @@ class DecodeBatch(Generic[K]):
         for key, matcher in self._matchers.items():
             matcher.advance([self._computed[self._row_of[key]][1].token_id])
 
-    def pack(self, keys: Sequence[K], starts: Sequence[int], token_ids: Sequence[Sequence[int]]) -> ForwardBatch:
-        """Tokens of some requests, each request's from a position on, within the pages that it has."""
+    def pack(
+        self,
+        keys: Sequence[K],
+        starts: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+        cache: PagedLayers | None = None,
+    ) -> ForwardBatch:
+        """Tokens of some requests, each request's from a position on, within the pages that it has.
+
+        `cache`: the draft model's, for which the plan is to be; otherwise the engine's.
+        """
         engine, page_size = self._engine, self._engine.layout.page_size
         rows = [self._row_of[key] for key in keys]
         counts = [len(tokens) for tokens in token_ids]
@@ -249,7 +258,7 @@ class DecodeBatch(Generic[K]):
             plan: PagedPlan | VerifyPlan = PagedPlan(table, owners.numpy())
         else:
             contexts = [start + count for start, count in zip(starts, counts, strict=True)]
-            plan = plan_verify(engine.cache.layer(0), table, counts, contexts)
+            plan = plan_verify((cache or engine.cache).layer(0), table, counts, contexts)
         return ForwardBatch(
             token_ids=torch.tensor([token for tokens in token_ids for token in tokens], device=engine.device),
             positions=positions,
@@ -281,9 +290,9 @@ class DecodeBatch(Generic[K]):
         for key, matcher in self._matchers.items():
             matcher.advance([token.token_id for token in found[self._row_of[key]]])
         self._sampler = None
-        if engine.head is not None:
+        if self._keeps_seen:
             ids = [[token.token_id for token in own] for own in found]
-            self.seen = list(map(Seen, self._keys, firsts, positions, ids))
+            self.seen = list(map(Seen, self._keys, firsts, positions, newest, ids))
         taken = torch.tensor([len(tokens) for tokens in found], device=engine.device)
         self._tokens[:rows] = torch.tensor([tokens[-1].token_id for tokens in found], device=engine.device)
         self._positions[:rows] += taken

@@ -17,6 +17,7 @@ from headrace.engine.batch import ForwardBatch
 from headrace.engine.cpu_share import CpuShare
 from headrace.engine.device import available_memory, can_pack, choose_device, choose_dtype
 from headrace.engine.draft_head import DraftHead, TorchHead, load_head
+from headrace.engine.draft_model import DraftCache, DraftModel, draft_layout, layers_taken
 from headrace.engine.errors import EngineError
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
@@ -62,6 +63,8 @@ class EngineConfig:
     random_weights: bool = False
     draft_head: Path | None = None
     """Folder of a draft head; the cache has a layer more for its keys and values."""
+    draft_model: Path | None = None
+    """Folder of a draft model, in place of a head; the cache has some layers more for its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,13 @@ class Engine:
         cache: KVCache,
         max_model_len: int,
         head: DraftHead | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
         self.model = model
         self.head = head
+        self.draft = draft
         self.cache = cache
         self.layout = cache.layout
         if head is not None:
@@ -160,14 +165,27 @@ class Engine:
             model_config.head_dim,
             config.page_size,
         )
+        drafts = None
+        if config.draft_model is not None:
+            draft_config = ModelConfig.from_folder(config.draft_model)
+            drafts = draft_layout(draft_config, layout)
+            layout = replace(layout, num_layers=layout.num_layers + layers_taken(drafts, layout))
+            with torch.inference_mode():
+                draft_model = _load_draft_model(config, draft_config, model, dtype, max_model_len, progress)
         # outside of inference mode, in which tensors are made that the handoff could not write to
         cache = KVCache(layout, _num_pages(config, layout, device, max_model_len), device)
-        return cls(config, model_config, model, cache, max_model_len, head)
+        draft = None
+        if drafts is not None:
+            vocabulary = min(model_config.vocab_size, draft_config.vocab_size)
+            draft = DraftModel(draft_config, draft_model, DraftCache(drafts, cache), vocabulary)
+        return cls(config, model_config, model, cache, max_model_len, head, draft)
 
     def _use_threads(self, threads: int) -> None:
         self.model.use_threads(threads)
         if self.head is not None:
             self.head.use_threads(threads)
+        if self.draft is not None:
+            self.draft.model.use_threads(threads)
 
     def warm_up(self) -> None:
         """Run some tokens through the model, so that the first requests find everything in place.
@@ -231,6 +249,10 @@ class Engine:
             sampled = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
             self._prefill_head(self.head, chunks, sampled, batch)
             layer_done(self.model_config.num_layers)
+        if self.draft is not None:
+            self.draft.forward(self._pack(chunks, self.draft))
+            for layer in range(self.model_config.num_layers, self.layout.num_layers):
+                layer_done(layer)
 
         def outputs() -> list[PrefillOutput]:
             tokens = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
@@ -300,18 +322,21 @@ class Engine:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _pack(self, chunks: Sequence[PrefillChunk]) -> ForwardBatch:
+    def _pack(self, chunks: Sequence[PrefillChunk], draft: DraftModel | None = None) -> ForwardBatch:
+        """The chunks' tokens, for the model or for a draft model."""
         laid_out = lay_out(chunks, self.layout.page_size)
         table = laid_out.table
         packed = (laid_out.token_ids, laid_out.positions, laid_out.slot_pages, laid_out.slot_offsets, table.reshape(-1))
         token_ids, at_positions, pages, offsets, flat_table = upload(packed, self.device)
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
-        heads = self.model_config.num_heads
         if self.model.follows_tables:
             paged = PagedPlan(flat_table.view(table.shape), np.repeat(np.arange(len(chunks)), lengths))
             return ForwardBatch(token_ids, at_positions, pages, offsets, paged)
-        plan = plan_prefill(self.cache.layer(0), flat_table.view(table.shape), lengths, contexts, heads)
+        layer, heads = self.cache.layer(0), self.model_config.num_heads
+        if draft is not None:
+            layer, heads = draft.cache.layer(0), draft.config.num_heads
+        plan = plan_prefill(layer, flat_table.view(table.shape), lengths, contexts, heads)
         return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
 
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> ArrivingTokens:
@@ -404,7 +429,33 @@ def _load_head(
     raise EngineError("a draft head needs a model of the fused path: leave --draft-head away")
 
 
-def _load_packed(folder: Path, model_config: ModelConfig, max_model_len: int, progress: Progress) -> Model | None:
+def _load_draft_model(
+    config: EngineConfig,
+    draft_config: ModelConfig,
+    target: Model,
+    dtype: torch.dtype,
+    max_model_len: int,
+    progress: Progress,
+) -> Model:
+    """A draft model that stores keys and values as the target does."""
+    folder, device = config.draft_model, choose_device(config.device)
+    assert folder is not None
+    if config.draft_head is not None:
+        raise EngineError("--draft-model and --draft-head: give one of them")
+    if device.type != "cpu":
+        raise EngineError("--draft-model drafts on a CPU only so far: leave it away")
+    if not target.follows_tables:
+        own = replace(config, model_folder=folder, model_impl="auto", quantization="none")
+        return _load_model(own, draft_config, device, dtype, max_model_len, progress)
+    packed = _load_packed(folder, draft_config, max_model_len, progress, rounds=True)
+    if packed is None:
+        raise EngineError("--draft-model: beside packed weights a model of Llama's shape drafts: give --dtype float32")
+    return packed
+
+
+def _load_packed(
+    folder: Path, model_config: ModelConfig, max_model_len: int, progress: Progress, *, rounds: bool = False
+) -> Model | None:
     """The model with packed weights, where they, the processor and what is installed allow it."""
     if not can_pack():
         return None
@@ -414,7 +465,7 @@ def _load_packed(folder: Path, model_config: ModelConfig, max_model_len: int, pr
         progress("compiling kernels, once on a machine", 0.0)
     from headrace.engine.packed_decoder import PackedDecoder, load_packed
 
-    weights = load_packed(folder, model_config, progress)
+    weights = load_packed(folder, model_config, progress, rounds=rounds)
     return None if weights is None else PackedDecoder(model_config, weights, max_model_len)
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import embedding
 
 from headrace.engine.base import OnLayer
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.kv_cache import KVCache
+from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.weights import DecoderWeights, LayerWeights
@@ -43,7 +43,7 @@ class FusedDecoder:
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
         self._scale = config.head_dim**-0.5
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None) -> torch.Tensor:
         """See `Model.forward`."""
         config, weights = self._config, self.weights
         residual = embedding(batch.token_ids, weights.embedding)

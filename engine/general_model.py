@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from headrace.engine.base import OnLayer
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.errors import EngineError
-from headrace.engine.kv_cache import KVCache
+from headrace.engine.kv_cache import PagedLayers
 from headrace.kernels.cache_write import write_cache
 
 ATTENTION = "headrace_paged"
@@ -33,7 +33,7 @@ class GeneralModel:
         self._model = model.to(device).eval()
         self.feature_layers: tuple[int, ...] = ()
         self.features = torch.empty(0, 0)
-        self._step: tuple[ForwardBatch, KVCache, OnLayer | None] | None = None
+        self._step: tuple[ForwardBatch, PagedLayers, OnLayer | None] | None = None
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         self._refuse_what_differs(max_model_len)
         for module in self._model.modules():
@@ -50,7 +50,7 @@ class GeneralModel:
             if isinstance(window, int) and window < max_model_len:
                 raise EngineError(f"this model attends to {window} tokens only; give --max-model-len {window} or less")
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None) -> torch.Tensor:
         """See `Model.forward`."""
         self._step = (batch, cache, on_layer)
         output = self._model.base_model(

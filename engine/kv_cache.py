@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,16 @@ class CacheLayout:
         """Bytes of one page of one layer, K and V together."""
         element = getattr(torch, self.dtype).itemsize
         return int(2 * self.page_size * self.num_kv_heads * self.head_dim * element)
+
+
+class PagedLayers(Protocol):
+    """What a model needs of a cache."""
+
+    layout: CacheLayout
+    num_pages: int
+
+    def layer(self, index: int) -> torch.Tensor:
+        """[pages, 2, KV heads, page size, head size] of one layer; pages may lie apart."""
 
 
 class KVCache:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,14 @@ import torch
 
 from headrace.engine.base import OnLayer
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.kv_cache import KVCache
+from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import Checkpoint, Progress
 from headrace.kernels import packed_decoder as kernels
-from headrace.kernels.packed_linear import BLOCK, aligned, pack
+from headrace.kernels.packed_linear import BLOCK, PackedWeight, aligned, pack
 from headrace.kernels.packed_state import Buffers, Inputs, Shape, Weights
 from headrace.kernels.paged_attention import PagedPlan
+from headrace.kernels.round_weights import round_to_4_bits
 from headrace.kernels.simd import LANES
 
 LAYERS_AT_ONCE = 5
@@ -39,8 +40,10 @@ class PackedWeights(NamedTuple):
     head_copies: int
 
 
-def load_packed(folder: Path, config: ModelConfig, progress: Progress) -> PackedWeights | None:
+def load_packed(folder: Path, config: ModelConfig, progress: Progress, *, rounds: bool = False) -> PackedWeights | None:
     """Pack a checkpoint's weights without loss; None where they are not of so few bits, or the model is not as simple.
+
+    With `rounds` those of more bits are rounded to 4.
 
     Raises `EngineError` where a weight is missing.
     """
@@ -49,12 +52,17 @@ def load_packed(folder: Path, config: ModelConfig, progress: Progress) -> Packed
         return None
     checkpoint = Checkpoint(folder, torch.device("cpu"), torch.float32)
     try:
-        return _pack_all(checkpoint, config, progress)
+        return _pack_all(checkpoint, config, progress, rounds)
     finally:
         checkpoint.close()
 
 
-def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -> PackedWeights | None:
+def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress, rounds: bool) -> PackedWeights | None:
+    def packed_form(weight: torch.Tensor, most_copies: int) -> PackedWeight | None:
+        packed = pack(weight.numpy())
+        fits = packed is not None and packed.copies <= most_copies
+        return packed if fits or not rounds else pack(round_to_4_bits(weight).numpy())
+
     records: dict[str, list[np.ndarray]] = {"qkv": [], "output": [], "gate_up": [], "down": []}
     norms: dict[str, list[np.ndarray]] = {"input_norms": [], "mlp_norms": []}
     for index in range(config.num_layers):
@@ -67,13 +75,13 @@ def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -
         if len(gate) % BLOCK:
             return None
         weights = {
-            "qkv": checkpoint.stacked(*[f"{attention}{part}_proj.weight" for part in "qkv"]).numpy(),
-            "output": checkpoint.get(attention + "o_proj.weight").numpy(),
-            "gate_up": in_turn(gate, up),
-            "down": checkpoint.get(mlp + "down_proj.weight").numpy(),
+            "qkv": checkpoint.stacked(*[f"{attention}{part}_proj.weight" for part in "qkv"]),
+            "output": checkpoint.get(attention + "o_proj.weight"),
+            "gate_up": torch.from_numpy(in_turn(gate, up)),
+            "down": checkpoint.get(mlp + "down_proj.weight"),
         }
         for name, weight in weights.items():
-            packed = pack(weight)
+            packed = packed_form(weight, 1)
             if packed is None or packed.copies != 1:
                 return None
             records[name].append(packed.records)
@@ -82,7 +90,7 @@ def _pack_all(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -
         progress("packing weights", (index + 1) / config.num_layers)
     embedding = checkpoint.get("model.embed_tokens.weight")
     tied = config.tied_head or "lm_head.weight" not in checkpoint
-    head = pack((embedding if tied else checkpoint.get("lm_head.weight")).numpy())
+    head = packed_form(embedding if tied else checkpoint.get("lm_head.weight"), 2)
     if head is None:
         return None
     flat = {name: aligned(np.stack(parts)).reshape(-1) for name, parts in records.items()}
@@ -99,9 +107,13 @@ def in_turn(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def kernel_weights(
-    records: Mapping[str, np.ndarray], norms: Mapping[str, np.ndarray], frequencies: np.ndarray, pages: np.ndarray
+    records: Mapping[str, np.ndarray],
+    norms: Mapping[str, np.ndarray],
+    frequencies: np.ndarray,
+    layers: Sequence[torch.Tensor],
 ) -> Weights:
-    """What the kernels read, by the names that models and draft heads share; `pages`: int16, the cache in one row."""
+    """What the kernels read, by the names that models and draft heads share; `layers`: the pages of each, float16."""
+    memory = torch.empty(0, dtype=torch.int16).set_(layers[0].untyped_storage())
     return Weights(
         input_norms=norms["input_norms"],
         qkv=records["qkv"],
@@ -112,11 +124,12 @@ def kernel_weights(
         norm=norms["norm"],
         head=records["head"],
         inverse_frequencies=frequencies,
-        pages=pages,
+        pages=memory.numpy(),
+        pages_at=np.array([pages.storage_offset() for pages in layers]),
     )
 
 
-def kernel_shape(config: ModelConfig, cache: KVCache, longest: int, **own: Any) -> Shape:
+def kernel_shape(config: ModelConfig, cache: PagedLayers, longest: int, **own: Any) -> Shape:
     """Sizes for requests of `longest` tokens; `own`: the fields of `Shape` that config and cache leave open."""
     page_size = cache.layout.page_size
     table_width = -(-longest // page_size) + 1
@@ -126,7 +139,7 @@ def kernel_shape(config: ModelConfig, cache: KVCache, longest: int, **own: Any) 
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        num_pages=cache.num_pages,
+        page_stride=cache.layer(0).stride(0),
         page_size=page_size,
         table_width=table_width,
         longest=-(-table_width * page_size // LANES) * LANES,
@@ -148,7 +161,7 @@ class PackedDecoder:
         self.feature_layers: tuple[int, ...] = ()
         self.features = torch.empty(0, 0)
         self._frequencies = config.rope.inverse_frequencies().numpy()
-        self._cache: KVCache | None = None
+        self._cache: PagedLayers | None = None
         self._rows = 0
         self._threads = 1
         self._team: Team | None = None
@@ -163,7 +176,7 @@ class PackedDecoder:
         self._threads = threads
         torch.set_num_threads(1)  # what is left to torch is small, and its pool would spin on the team's cores
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None) -> torch.Tensor:
         """See `Model.forward`. The result is overwritten by the next call."""
         plan, rows = batch.plan, len(batch.token_ids)
         assert isinstance(plan, PagedPlan)
@@ -202,17 +215,17 @@ class PackedDecoder:
         team.run(first, first + 2, self._threads)
         return team.logits[:rows]
 
-    def _team_for(self, rows: int, cache: KVCache) -> Team:
+    def _team_for(self, rows: int, cache: PagedLayers) -> Team:
         if self._team is None or rows > self._rows or cache is not self._cache:
             self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
             self._cache = cache
-            pages = cache.pages.view(torch.int16).view(-1).numpy()
-            weights = kernel_weights(self._weights.records, self._weights.norms, self._frequencies, pages)
+            layers = [cache.layer(index) for index in range(self._config.num_layers)]
+            weights = kernel_weights(self._weights.records, self._weights.norms, self._frequencies, layers)
             shape = self._shape(cache)
             self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
         return self._team
 
-    def _shape(self, cache: KVCache) -> Shape:
+    def _shape(self, cache: PagedLayers) -> Shape:
         config = self._config
         return kernel_shape(
             config,

@@ -104,8 +104,8 @@ class PackedHead:
         assert self._cache is not None, "attach comes first"
         if self._team is None or rows > self._rows:
             self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
-            pages = self._cache.layer(self._config.num_layers).view(torch.int16).view(-1).numpy()
-            weights = kernel_weights(self._records, self._norms, self._frequencies, pages)
+            layers = [self._cache.layer(self._config.num_layers)]
+            weights = kernel_weights(self._records, self._norms, self._frequencies, layers)
             shape = self._shape(self._cache)
             self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
         return self._team

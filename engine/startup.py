@@ -16,11 +16,15 @@ from headrace.engine.errors import EngineError
 from headrace.engine.host_memory import Populating, keep_freed_memory
 from headrace.engine.synthetic import SyntheticEngine
 from headrace.models.locate import BUILT_IN, BUILT_IN_HEAD, ModelFolder, locate_model
+from headrace.models.same_tokens import check_same_tokens
 from headrace.node import ModelIdentity
 from headrace.scaling.step_costs import StepCosts
 from headrace.settings import Settings
 
 log = logging.getLogger(__name__)
+
+MOST_HEX = 48
+"""Of the fingerprint that workers compare before they hand over."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class LoadedModel:
     engine: Engine
     device_thread: ThreadPoolExecutor
     identity: ModelIdentity
+    draft_folder: ModelFolder | None = None
+
+    @property
+    def kv_fingerprint(self) -> str:
+        """Of all models whose keys and values are in the cache."""
+        models = [self.folder] if self.draft_folder is None else [self.folder, self.draft_folder]
+        return "+".join(folder.fingerprint[: MOST_HEX // len(models)] for folder in models)
 
 
 @asynccontextmanager
@@ -43,16 +54,17 @@ async def loaded_model(settings: Settings, *, decodes: bool) -> AsyncIterator[Lo
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
-        engine = await loop.run_in_executor(device_thread, _load, settings, folder, decodes)
+        draft_folder = await loop.run_in_executor(device_thread, _locate_draft_model, settings, folder)
+        engine = await loop.run_in_executor(device_thread, _load, settings, folder, draft_folder, decodes)
         identity = ModelIdentity(folder.name, folder.fingerprint, engine.max_model_len)
         populating = Populating(engine.cache.pages)
         try:
-            yield LoadedModel(folder, engine, device_thread, identity)
+            yield LoadedModel(folder, engine, device_thread, identity, draft_folder)
         finally:
             populating.stop()
 
 
-def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
+def _load(settings: Settings, folder: ModelFolder, draft_folder: ModelFolder | None, decodes: bool) -> Engine:
     config = EngineConfig(
         model_folder=folder.path,
         device=settings.device,
@@ -68,6 +80,7 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
         cpu_threads=settings.cpu_threads,
         random_weights=settings.load_format == "dummy",
         draft_head=_draft_head(settings, folder),
+        draft_model=draft_folder.path if draft_folder is not None else None,
     )
     if settings.load_format == "synthetic":
         if settings.step_costs is None:
@@ -81,10 +94,21 @@ def _load(settings: Settings, folder: ModelFolder, decodes: bool) -> Engine:
     return engine
 
 
+def _locate_draft_model(settings: Settings, target: ModelFolder) -> ModelFolder | None:
+    """The draft model to load. Raises `ModelError` where it has other tokens than its target."""
+    if settings.speculation == "off" or settings.draft_model is None or settings.load_format == "synthetic":
+        return None
+    folder = locate_model(settings.draft_model, "--draft-model")
+    check_same_tokens(target.path, folder.path, settings.draft_model)
+    return folder
+
+
 def _draft_head(settings: Settings, folder: ModelFolder) -> Path | None:
     """The head to load. On a GPU none drafts yet, so there is none unless one is named."""
     if settings.speculation == "off" or settings.draft_head is not None:
         return settings.draft_head if settings.speculation == "auto" else None
+    if settings.draft_model is not None:
+        return None
     runs_built_in = folder.name == BUILT_IN and settings.model_impl != "transformers"
     if runs_built_in and settings.load_format == "auto" and choose_device(settings.device).type == "cpu":
         return BUILT_IN_HEAD

@@ -17,7 +17,7 @@ from headrace.engine.base import LayerAnnounced, OnLayer
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk, PrefillOutput
 from headrace.engine.errors import EngineError
-from headrace.engine.kv_cache import CacheLayout, KVCache
+from headrace.engine.kv_cache import CacheLayout, KVCache, PagedLayers
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.sampler import SampledToken
 from headrace.grammar import Matcher
@@ -38,7 +38,7 @@ class SyntheticModel:
     feature_layers: tuple[int, ...] = ()
     features = torch.empty(0, 0)
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, on_layer: OnLayer | None) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None) -> torch.Tensor:
         raise EngineError("a synthetic engine has no model to run")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,12 @@ class Settings(BaseModel):
     draft_head: Path | None = _field(
         None, "folder of an EAGLE-3 draft head for the model (default: the built-in model's own, on a CPU)", WORKER
     )
+    draft_model: str | None = _field(
+        None,
+        "a smaller model with the same tokenizer that drafts in place of a head, named as --model; the same for both "
+        "tiers, on a CPU",
+        WORKER,
+    )
     max_num_batched_tokens: int | None = _field(
         None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16
     )

@@ -48,6 +48,8 @@ async def run(settings: Settings) -> None:
             console.print(f"Redis at {shown} (watch the mesh: headrace top --redis {shown})", soft_wrap=True)
             console.print(f"model {settings.model}")
             await asyncio.to_thread(locate_model, settings.model)  # fetched or converted once, not by each worker
+            if settings.draft_model is not None:
+                await asyncio.to_thread(locate_model, settings.draft_model, "--draft-model")
             settings = settings.model_copy(update={"redis": url})
             fleet = Fleet(settings, Path(folder))
             screen = _Screen(console, fleet.children)

@@ -34,10 +34,10 @@ def _page_of(row, position, shape, inputs):
 
 
 @njit(nogil=True, forceinline=True)
-def _page_at(layer, page, values, kv_head, shape):
+def _page_at(layer, page, values, kv_head, weights, shape):
     """Where the keys (`values` 0) or values (1) of a head begin in a page."""
-    block = ((layer * shape.num_pages + page) * 2 + values) * shape.kv_heads + kv_head
-    return block * shape.page_size * shape.head_dim
+    block = values * shape.kv_heads + kv_head
+    return weights.pages_at[layer] + page * shape.page_stride + block * shape.page_size * shape.head_dim
 
 
 @njit(nogil=True)
@@ -63,7 +63,7 @@ def rotate_and_write(first, end, layer, weights, shape, inputs, buffers):
         for values in range(2):
             for head in range(shape.kv_heads):
                 at = row * width + (shape.heads + values * shape.kv_heads + head) * size
-                to = _page_at(layer, page, values, head, shape) + slot * size
+                to = _page_at(layer, page, values, head, weights, shape) + slot * size
                 for i in range(0, size, LANES):
                     store_halves(weights.pages, to + i, load_floats(buffers.qkv, at + i))
 
@@ -154,7 +154,7 @@ def attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
     scores = thread * group * longest
     for first in range(0, context, page_size):
         count = min(page_size, context - first)
-        keys = _page_at(layer, _page_of(row, first, shape, inputs), 0, kv_head, shape)
+        keys = _page_at(layer, _page_of(row, first, shape, inputs), 0, kv_head, weights, shape)
         for head in range(group):
             at = scores + head * longest + first
             _scores(buffers.qkv, query + head * size, weights.pages, keys, count, page_size, size, buffers.scores, at)
@@ -167,7 +167,7 @@ def attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
         buffers.shares[thread * group + head] = share
     for first in range(0, context, page_size):
         count = min(page_size, context - first)
-        values = _page_at(layer, _page_of(row, first, shape, inputs), 1, kv_head, shape)
+        values = _page_at(layer, _page_of(row, first, shape, inputs), 1, kv_head, weights, shape)
         for head in range(group):
             at = scores + head * longest + first
             _add_values(buffers.scores, at, weights.pages, values, count, size, buffers.attended, out + head * size)

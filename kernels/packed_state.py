@@ -22,7 +22,9 @@ class Weights(NamedTuple):
     head: np.ndarray
     inverse_frequencies: np.ndarray
     pages: np.ndarray
-    """The KV cache, bits of float16 [layers, pages, 2, KV heads, page size, head size]."""
+    """The KV cache, bits of float16; a page of a layer is [2, KV heads, page size, head size]."""
+    pages_at: np.ndarray
+    """int64 [layers]: where each layer's first page begins."""
 
 
 class Shape(NamedTuple):
@@ -36,7 +38,8 @@ class Shape(NamedTuple):
     head_dim: int
     vocabulary: int
     head_copies: int
-    num_pages: int
+    page_stride: int
+    """Numbers from one page of a layer to the next."""
     page_size: int
     table_width: int
     longest: int

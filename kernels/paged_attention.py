@@ -85,12 +85,23 @@ def _token_bytes(layer_pages: torch.Tensor) -> int:
 
 
 def gather_rows(block_table: torch.Tensor, layer_pages: torch.Tensor, context_length: int) -> torch.Tensor:
-    """Indices that bring [B, n] pages into the order [2, B, kv_heads, n]."""
+    """Indices into `page_rows` that bring [B, n] pages into the order [2, B, kv_heads, n]."""
     _, _, kv_heads, page_size, _ = layer_pages.shape
-    pages = block_table[:, : -(-context_length // page_size)]
-    both = torch.stack((pages * 2, pages * 2 + 1)).unsqueeze(2) * kv_heads
-    heads = torch.arange(kv_heads, device=pages.device).view(1, 1, kv_heads, 1)
+    firsts = block_table[:, : -(-context_length // page_size)] * (layer_pages.stride(0) // layer_pages.stride(2))
+    both = torch.stack((firsts, firsts + kv_heads)).unsqueeze(2)
+    heads = torch.arange(kv_heads, device=firsts.device).view(1, 1, kv_heads, 1)
     return (both + heads).reshape(-1)
+
+
+def page_rows(layer_pages: torch.Tensor) -> torch.Tensor:
+    """A layer's memory as [rows, page_size * head_dim]: the keys or the values of a head in a page are one row.
+
+    Pages may lie apart, by a whole number of rows.
+    """
+    num_pages, _, kv_heads, page_size, head_dim = layer_pages.shape
+    width = page_size * head_dim
+    rows = (num_pages - 1) * (layer_pages.stride(0) // width) + 2 * kv_heads
+    return layer_pages.as_strided((rows, width), (width, 1))
 
 
 def _group_rows(order: list[int], lengths: Sequence[int], token_bytes: int) -> list[list[int]]:
@@ -124,8 +135,8 @@ def soften(scores: torch.Tensor, softcap: float) -> torch.Tensor:
 def _decode_reference(
     queries: torch.Tensor, layer_pages: torch.Tensor, plan: DecodePlan, scaling: float, softcap: float | None
 ) -> torch.Tensor:
-    _, _, kv_heads, page_size, head_dim = layer_pages.shape
-    rows = layer_pages.view(-1, page_size * head_dim)
+    _, _, kv_heads, _, head_dim = layer_pages.shape
+    rows = page_rows(layer_pages)
     scaled = (queries if plan.order is None else queries.index_select(0, plan.order)) * scaling
     folded = scaled.view(-1, queries.shape[1] // kv_heads, head_dim)
     out = torch.empty_like(folded)

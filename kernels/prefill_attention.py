@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from headrace.kernels.launch import is_hopper, power_of_two
 from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import TensorDescriptor, tl, triton
-from headrace.kernels.paged_attention import gather_rows, soften
+from headrace.kernels.paged_attention import gather_rows, page_rows, soften
 from headrace.kernels.upload import upload
 
 if is_hopper():
@@ -73,7 +73,7 @@ class PrefillRequest:
     query_length: int
     context_length: int
     gather: torch.Tensor
-    """Rows of the cache seen as [pages * 2 * kv_heads, page_size * head_dim], keys before values, head by head."""
+    """Of `page_rows`, keys before values, head by head."""
 
 
 @dataclass(frozen=True)
@@ -370,8 +370,8 @@ def _mask(block: int, width: int, window: int | None, like: torch.Tensor) -> tor
 def _reference(
     queries: torch.Tensor, layer_pages: torch.Tensor, plan: TorchPlan, scaling: float, softcap: float | None
 ) -> torch.Tensor:
-    _, _, kv_heads, page_size, head_dim = layer_pages.shape
-    rows = layer_pages.view(-1, page_size * head_dim)
+    _, _, kv_heads, _, head_dim = layer_pages.shape
+    rows = page_rows(layer_pages)
     group = queries.shape[1] // kv_heads
     out = torch.empty_like(queries)
     by_head = queries.view(-1, kv_heads, group, head_dim)

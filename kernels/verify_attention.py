@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.paged_attention import GATHER_BYTES, gather_rows
+from headrace.kernels.paged_attention import GATHER_BYTES, gather_rows, page_rows
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def verify_attention(
     queries: torch.Tensor, layer_pages: torch.Tensor, plan: VerifyPlan, scaling: float
 ) -> torch.Tensor:
     """Attend from queries [T, heads, head_dim], packed. Returns [T, heads * head_dim]."""
-    _, _, kv_heads, page_size, head_dim = layer_pages.shape
-    pages = layer_pages.view(-1, page_size * head_dim)
+    _, _, kv_heads, _, head_dim = layer_pages.shape
+    pages = page_rows(layer_pages)
     heads = queries.shape[1]
     scaled = queries * scaling
     outputs = []

