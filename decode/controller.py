@@ -8,7 +8,6 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -40,23 +39,22 @@ class RequestAcceptance:
     """How often drafted tokens of one request stood, by depth, where all before them did."""
 
     def __init__(self) -> None:
-        self.stood = array("d", bytes(8 * DEPTHS))
-        self.seen = array("d", bytes(8 * DEPTHS))
+        self.stood = [0.0] * DEPTHS
+        self.seen = [0.0] * DEPTHS
 
     def fade(self) -> None:
         """Forget as much as an observation would."""
-        self.stood = array("d", [stood * REQUEST_MEMORY for stood in self.stood])
-        self.seen = array("d", [seen * REQUEST_MEMORY for seen in self.seen])
+        self.stood = [stood * REQUEST_MEMORY for stood in self.stood]
+        self.seen = [seen * REQUEST_MEMORY for seen in self.seen]
 
 
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
 
     def __init__(self) -> None:
-        # arrays, as numbers of their own lie all over the memory and are seldom in a cache after a step
-        self._stood = array("d", [PRIOR * PRIOR_WEIGHT] * DEPTHS)
-        self._seen = array("d", [PRIOR_WEIGHT] * DEPTHS)
-        self._rates = array("d", [PRIOR] * DEPTHS)
+        self._stood = [PRIOR * PRIOR_WEIGHT] * DEPTHS
+        self._seen = [PRIOR_WEIGHT] * DEPTHS
+        self._rates = [PRIOR] * DEPTHS
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
