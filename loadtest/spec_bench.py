@@ -12,6 +12,7 @@ import itertools
 import signal
 import statistics
 import sys
+import time
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -166,7 +167,14 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="not packed, as if there were no numba")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 1 to 64)")
     parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its time on the processor: for a machine that others use",
+    )
     options = parser.parse_args()
+    if options.cpu_time:
+        options.threads, time.perf_counter = 1, time.process_time
     config = EngineConfig(
         locate_model("smollm2").path, device="cpu", dtype="float32" if options.float32 else "auto",
         max_model_len=2048, max_num_seqs=max(BATCHES), kv_cache_bytes=3 * 2**30, cpu_threads=options.threads,

@@ -37,6 +37,7 @@ from headrace.decode.step_cost import StepCost
 from headrace.decode.training.head_module import HeadModule
 from headrace.decode.training.main import save
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
+from headrace.engine.sampler import BatchSampler
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import Offer
 from headrace.loadtest.report import Figure, publish
@@ -47,7 +48,7 @@ from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
 DRAFTERS = ("ngram", "head", "model")
-PROMPTS, PIECE, OUTPUT = 200, 25, 16
+PROMPTS, PIECE, OUTPUT = 200, 25, 8
 BATCHES = (1, 16)
 
 
@@ -76,8 +77,8 @@ TOP_K, TOP_P = 12, 0.95
 VOCABULARY = 16
 POSITION, DRAWN = 2, 4
 """Of a drawn answer's tokens, this one is looked at: the first that a drafter reaches which works behind a step."""
-DRAWN_PROMPT = 8 * 16 + 1
-"""Its tokens: so many that `ngram` finds most pairs in them. All but the last one are computed once."""
+DRAWN_PROMPT = 8 * 16
+"""Its tokens, in whole pages: so many that `ngram` finds most pairs in them."""
 STATE = Path("build/spec-lossless.json")
 
 
@@ -117,6 +118,7 @@ def built_in(drafter: str) -> tuple[Engine, Prompts]:
         EngineConfig(
             folder, device="cpu", dtype="float32", max_model_len=1024, max_num_seqs=16, kv_cache_bytes=2**31,
             draft_head=BUILT_IN_HEAD if drafter == "head" else None, draft_model=folder if drafter == "model" else None,
+            cpu_threads=1,
         )
     )  # fmt: skip
     engine.warm_up()
@@ -213,6 +215,7 @@ def expected_marginal(model: LlamaForCausalLM, prompt: list[int], temperature: f
 
 def compare_drawn(drafter: str, temperature: float, draws: int) -> dict[str, float]:
     """Chi-squared over what is exceeded with probability 0.001."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         target, head = tiny_folders(Path(folder))
         engine = load_tiny(target, head if drafter == "head" else None, target if drafter == "model" else None)
@@ -221,13 +224,15 @@ def compare_drawn(drafter: str, temperature: float, draws: int) -> dict[str, flo
     expected = expected_marginal(model, prompt, temperature)
     counts = torch.zeros(VOCABULARY, dtype=torch.float64)
     drafts = speculator(engine, drafter, FREE, FREE_HEAD)
-    shared = engine.pool.allocate(engine.pool.pages_for(len(prompt) - 1))
-    engine.prefill([PrefillChunk(prompt, 0, len(prompt) - 1, shared, SamplingParams(max_tokens=1))])
+    pages = engine.pool.allocate(engine.pool.pages_for(len(prompt)))
+    whole = PrefillChunk(prompt, 0, len(prompt), pages, SamplingParams(max_tokens=1))
+    with torch.inference_mode():
+        logits = engine.model.logits(engine.hidden_states([whole])[-1:])
+    engine.prefill([whole])
     for first in range(0, draws, TOGETHER):
         seeds = range(first, min(first + TOGETHER, draws))
-        for one in finished(
-            engine, iter(_drawn_requests(engine, prompt, temperature, seeds, shared)), TOGETHER, drafts
-        ):
+        requests = _drawn_requests(engine, prompt, temperature, seeds, pages, logits)
+        for one in finished(engine, iter(requests), TOGETHER, drafts):
             counts[one.token_ids[len(prompt) + POSITION]] += 1
     support = expected > 0
     hoped = draws * expected[support]
@@ -242,25 +247,23 @@ def compare_drawn(drafter: str, temperature: float, draws: int) -> dict[str, flo
 
 
 def _drawn_requests(
-    engine: Engine, prompt: list[int], temperature: float, seeds: range, shared: list[int]
+    engine: Engine, prompt: list[int], temperature: float, seeds: range, pages: list[int], logits: torch.Tensor
 ) -> list[Sequence]:
+    """Requests with their first tokens; all begin with the prompt's pages. `logits` [1, V] follow the prompt."""
     layout = layout_of("tiny", engine.layout, VOCABULARY)
     params = [
         SamplingParams(max_tokens=DRAWN, temperature=temperature, top_k=TOP_K, top_p=TOP_P, seed=seed) for seed in seeds
     ]
-    for _ in seeds:
-        engine.pool.share(shared)
-    pages = [[*shared, *engine.pool.allocate(1)] for _ in seeds]
-    start = len(prompt) - 1
-    chunks = [PrefillChunk(prompt, start, 1, own, one) for own, one in zip(pages, params, strict=True)]
+    sampler = BatchSampler([engine.sampling_row(one, prompt, 0) for one in params], VOCABULARY, engine.device)
+    tokens = sampler.sample(logits.repeat(len(seeds), 1), torch.zeros(len(seeds), dtype=torch.int64)).tolist()
     requests = []
-    for seed, own, one, output in zip(seeds, pages, params, engine.prefill(chunks), strict=True):
-        assert output.token is not None
+    for seed, one, token in zip(seeds, params, tokens, strict=True):
+        engine.pool.share(pages)
         offer = Offer(
             request_id=f"{seed}", attempt=0, gateway="bench", layout=layout, token_ids=prompt, generated=0,
             sampling=one, deadline=0,
         )  # fmt: skip
-        requests.append(Sequence(offer, [*prompt, output.token.token_id], own, 1))
+        requests.append(Sequence(offer, [*prompt, token], list(pages), 1))
     return requests
 
 
@@ -280,7 +283,7 @@ def pieces(quick: bool) -> Mapping[str, Callable[[], dict[str, float]]]:
         f"greedy, {drafter}, batch {batch}, {piece}": partial(compare_greedy, drafter, batch, piece)
         for piece, batch, drafter in itertools.product(range(PROMPTS // PIECE), BATCHES, DRAFTERS)
     }
-    return drawn if quick else greedy | drawn
+    return drawn if quick else drawn | greedy
 
 
 def figures(done: Mapping[str, Mapping[str, float]], wanted: Mapping[str, Any]) -> list[Figure]:
