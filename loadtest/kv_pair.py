@@ -187,9 +187,9 @@ class OneLine:
     def __init__(self, line: DataLine) -> None:
         self._line = line
 
-    def submit(self, peer_id: str, make: object, failed: object) -> None:
+    def submit(self, peer_id: str, make: object, failed: object, now: bool) -> None:
         """See `Lines`."""
-        self._line.submit(make, failed)  # type: ignore[arg-type]
+        self._line.submit(make, failed, now)  # type: ignore[arg-type]
 
     def reconnect(self, peer_id: str) -> None:
         """See `Lines`."""
