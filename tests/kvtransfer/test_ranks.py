@@ -109,6 +109,7 @@ class Both:
             refuse=self._refuse,
         )
         listener.start(self.receiver.arrivals.on_frame, lambda name: SOURCE, self._refuse)
+        self.address = listener.address
         self.line = DataLine(functools.partial(TcpConnection, listener.address, f"{SOURCE}@1"), TARGET)
         departures = LineDepartures(source.caches, "float32", self, loop.call_soon_threadsafe)
         self.sender = Sender(self._send, departures, source.staging_blocks)
