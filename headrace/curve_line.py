@@ -15,7 +15,7 @@ import numpy as np
 import zmq
 import zmq.auth.thread
 
-from headrace.data_line import MAX_HEADER_BYTES, STRIPES, TIMEOUT_SECONDS, OnFrame
+from headrace.data_line import MAX_HEADER_BYTES, STRIPES, TIMEOUT_SECONDS, Make, OnFrame
 from headrace.keys import MeshKey
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,12 @@ class CurveConnection:
         except zmq.ZMQError as error:
             raise ConnectionError(str(error)) from error
 
+    def send_now(self, make: Make) -> bool:
+        """See `Connection`. ZeroMQ's sockets belong to one thread."""
+        return False
+
     def interrupt(self) -> None:
-        """See `Connection`. A `send` that waits ends by its time-out: ZeroMQ's sockets belong to one thread."""
+        """See `Connection`. A `send` that waits ends by its time-out, for the same reason."""
         self._linger = 0
 
     def close(self) -> None:

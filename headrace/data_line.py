@@ -67,10 +67,13 @@ class Payload(Protocol):
 
 
 class Connection(Protocol):
-    """One connection's sending end, used by one thread."""
+    """One connection's sending end, used by one thread at a time."""
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         """Send a frame, or enough of it that it will arrive. Raises `OSError`."""
+
+    def send_now(self, make: Make) -> bool:
+        """From any thread: whether this frame without a payload could be sent without waiting. Raises `OSError`."""
 
     def interrupt(self) -> None:
         """From another thread: a `send` that waits is to raise soon."""
@@ -104,8 +107,10 @@ class DataLine:
         self._connect = connect
         self._jobs: list[queue.SimpleQueue[_Job | None]] = [queue.SimpleQueue() for _ in range(stripes)]
         """By stripe, filled in turns: what is small may give the receiver's threads, one a stripe, much to do."""
-        self._next = itertools.cycle(self._jobs)
+        self._next = itertools.cycle(range(stripes))
         self._connections: dict[int, Connection] = {}
+        self._sending = [threading.Lock() for _ in range(stripes)]
+        """By stripe, held while its connection is used."""
         self._ended = False
         self._threads = [
             threading.Thread(target=self._run, args=(stripe,), name=f"to {name} {stripe}", daemon=True)
@@ -114,9 +119,26 @@ class DataLine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, make: Make, failed: Callable[[str], None]) -> None:
-        """Send a frame soon, or call `failed` with the reason, on a thread of this line. Callers bound the queue."""
-        next(self._next).put((make, failed))
+    def submit(self, make: Make, failed: Callable[[str], None], now: bool = False) -> None:
+        """Send a frame soon, or call `failed` with the reason, on a thread of this line. Callers bound the queue.
+
+        `now`: `make` need not wait for anything, and gives no payload. So it is sent on this thread where that is
+        possible, instead of another one's having to wake up for it.
+        """
+        stripe = next(self._next)
+        if not (now and self._jobs[stripe].empty() and self._send_now(stripe, make)):
+            self._jobs[stripe].put((make, failed))
+
+    def _send_now(self, stripe: int, make: Make) -> bool:
+        if not self._sending[stripe].acquire(blocking=False):
+            return False
+        try:
+            connection = self._connections.get(stripe)
+            return connection is not None and connection.send_now(make)
+        except OSError:  # the stripe's thread will meet it, too
+            return False
+        finally:
+            self._sending[stripe].release()
 
     def reconnect(self) -> None:
         """What is submitted from now on goes over new connections. What is on the old ones may still arrive."""
@@ -126,11 +148,14 @@ class DataLine:
     def _run(self, stripe: int) -> None:
         while (job := self._jobs[stripe].get()) is not None and not self._ended:
             if job is _RECONNECT:
-                self._close(stripe)
+                with self._sending[stripe]:
+                    self._close(stripe)
                 continue
             make, failed = job
             try:
-                self._send(stripe, *make())
+                header, payload = make()
+                with self._sending[stripe]:
+                    self._send(stripe, header, payload)
             except Exception as error:  # whatever it is, it must reach who waits for the frame
                 if not isinstance(error, OSError):
                     log.exception("a frame could not be sent")
@@ -184,7 +209,7 @@ class TcpConnection:
         self._socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(TIMEOUT_SECONDS), 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _as_timeval(TIMEOUT_SECONDS))
         if is_loopback(host):
             _use_plain_congestion_control(self._socket)
         self.send(encode(Hello(name=name)), ())
@@ -195,6 +220,19 @@ class TcpConnection:
         left = [memoryview(preamble + header), *payload]
         while left:
             left = _after(left, self._socket.sendmsg(left[:MAX_PARTS]))
+
+    def send_now(self, make: Make) -> bool:
+        """See `Connection`. What the socket took in part breaks the connection, and comes whole over another."""
+        header, _ = make()
+        data = PREAMBLE.pack(MAGIC, len(header), 0) + header
+        try:
+            sent = self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        if sent < len(data):
+            _shut_down(self._socket)
+            return False
+        return True
 
     def interrupt(self) -> None:
         """See `Connection`."""
@@ -211,6 +249,11 @@ def _use_plain_congestion_control(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     except (OSError, AttributeError):
         log.debug("reno is not available")
+
+
+def _as_timeval(seconds: float) -> bytes:
+    """For SO_SNDTIMEO and SO_RCVTIMEO."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def _shut_down(connection: socket.socket) -> None:
@@ -270,7 +313,7 @@ class TcpListener:
             if member_id is None:
                 return
             connection.settimeout(None)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(FRAME_SECONDS), 0))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _as_timeval(FRAME_SECONDS))
             with self._lock:
                 self._connections[threading.current_thread()] = (connection, member_id)
             while True:

@@ -40,7 +40,7 @@ class DataLines:
         self._ended: list[DataLine] = []
         registry.on_leave.append(self._leave)
 
-    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None]) -> None:
+    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool = False) -> None:
         """See `DataLine.submit`; an unknown peer fails at once."""
         member = self._registry.members.get(peer_id)
         if member is None or not member.data_address:
@@ -48,7 +48,7 @@ class DataLines:
             return
         if peer_id not in self._lines:
             self._lines[peer_id] = DataLine(functools.partial(self._connect, member.data_address), peer_id)
-        self._lines[peer_id].submit(make, failed)
+        self._lines[peer_id].submit(make, failed, now)
 
     def reconnect(self, peer_id: str) -> None:
         """See `DataLine.reconnect`."""

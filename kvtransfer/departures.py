@@ -26,8 +26,9 @@ class Lines(Protocol):
         peer_id: str,
         make: Callable[[], tuple[bytes, Sequence[memoryview]]],
         failed: Callable[[str], None],
+        now: bool,
     ) -> None:
-        """Send what `make` gives soon, or call `failed`."""
+        """Send what `make` gives soon, or call `failed`. `now`: it waits for nothing, and is a header alone."""
 
     def reconnect(self, peer_id: str) -> None:
         """Use new connections from now on."""
@@ -58,7 +59,8 @@ class LineDepartures:
         def failed(reason: str) -> None:
             self._call_soon(functools.partial(handoff.fail, reason))
 
-        self._lines.submit(handoff.receiver, functools.partial(self.make, handoff, outgoing), failed)
+        names_alone = handoff.transport in ("shm", "cuda_ipc") and outgoing.staged is None and not outgoing.ready
+        self._lines.submit(handoff.receiver, functools.partial(self.make, handoff, outgoing), failed, names_alone)
 
     def reconnect(self, receiver: str) -> None:
         """See `Departures`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -41,6 +42,8 @@ MIB = 2**20
 MAIN_SIZE = 256
 FRAME_BYTES = MIB
 EXPOSED = "headrace_handoff_exposed_seconds_total"
+BY_NIXL = "handoff by nixl, UCX on loopback"
+"""Our own, with its checksums; UCX takes shared memory here."""
 PEER_SYSTEMS = ("mooncake-tcp", "nixl-tcp", "nixl-shm")
 
 Transfer = Callable[[int], Awaitable[float]]
@@ -111,6 +114,10 @@ async def measure(sizes: list[int], rounds: int, peers: str | None) -> tuple[Rat
             "tcp, CURVE": _config("tcp", largest, secured=True),
         }.items():
             transfers[name] = _pages(await stack.enter_async_context(pair(config, cache)))
+        if importlib.util.find_spec("nixl") is not None:
+            transfers[BY_NIXL] = _pages(await stack.enter_async_context(pair(_config("nixl", largest), cache)))
+        else:
+            absent[BY_NIXL] = "this Python has no nixl"
         target = touched_cache(_config("tcp", largest))
         copiers = stack.enter_context(ThreadPoolExecutor(STRIPES))
         transfers["memcpy"] = _memcpy(cache, target, 1, copiers)
@@ -200,6 +207,8 @@ def figures_of(rates: Rates, absent: dict[str, str]) -> list[Figure]:
     median = {name: statistics.median(of[MAIN_SIZE]) for name, of in rates.items()}
     figures = [Figure(f"{name}, {MAIN_SIZE} MiB", value, "GB/s") for name, value in median.items()]
     raw, memcpy = (max((n for n in rates if n.startswith(kind)), key=median.__getitem__) for kind in ("raw", "memcpy"))
+    if BY_NIXL in absent:
+        figures.append(Figure(f"{BY_NIXL}, {MAIN_SIZE} MiB", None, "GB/s", "", absent[BY_NIXL]))
     figures += [
         Figure(f"1 tcp over the best raw pyzmq ({raw})", _ratio(rates, "tcp", raw), "ratio", ">= 0.85"),
         Figure(f"1 shm over the best memcpy ({memcpy})", _ratio(rates, "shm", memcpy), "ratio", ">= 0.8"),

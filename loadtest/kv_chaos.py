@@ -103,11 +103,11 @@ class Accidents:
         for _ in range(self._times()):
             await self._node.mesh.send(peer, message)
 
-    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None]) -> None:
+    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool) -> None:
         """See `Lines`."""
         for _ in range(self._times()):
             damaged = functools.partial(self._damage, make) if self._happens(self.DAMAGED) else make
-            self._lines.submit(peer_id, damaged, failed)
+            self._lines.submit(peer_id, damaged, failed, now)
 
     def reconnect(self, peer_id: str) -> None:
         """See `Lines`."""

@@ -100,7 +100,7 @@ class Rig:
         elif isinstance(message, Commit):
             self.mutations.saw(encode(message))
 
-    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None]) -> None:
+    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool) -> None:
         """See `Lines`: what the honest worker sends is remembered."""
 
         def remember() -> tuple[bytes, Sequence[memoryview]]:
@@ -108,7 +108,7 @@ class Rig:
             self.mutations.saw(header, b"".join(payload))
             return header, payload
 
-        self._lines.submit(peer_id, remember, failed)
+        self._lines.submit(peer_id, remember, failed, now)
 
     def reconnect(self, peer_id: str) -> None:
         """See `Lines`."""

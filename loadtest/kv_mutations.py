@@ -205,7 +205,7 @@ class Mutations:
         good = self.random.randbytes(PAGE_BYTES)
         payload = good
         changes: dict[str, Any] = {}
-        match self.random.randrange(10):
+        match self.random.randrange(11):
             case 0:
                 changes["layer"] = self.random.choice([NUM_LAYERS, 2**31 - 1])
             case 1:
@@ -231,6 +231,8 @@ class Mutations:
                 payload = bytes(data)
             case 8:
                 changes["part"] = self.random.choice([1, 2**31 - 1])
+            case 10:
+                changes["num_layers"] = self.random.choice([NUM_LAYERS + 1, 2**31 - 1])
             case 9:
                 changes["sequence"] = 2**31 - 1
                 changes["checksum"] = bytes(8)

@@ -1,19 +1,20 @@
 """Two processes that hand pages over to each other by the real sender and receiver, without a model, a mesh or Redis.
 
-The control messages take a pipe instead of the mesh; the pages go as they do between workers.
+The control messages take a Unix socket instead of the mesh; the pages go as they do between workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import multiprocessing
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 import torch
 import xxhash
@@ -37,6 +38,7 @@ from headrace.settings import Settings
 from headrace.wire import Decoder, Message, encode
 
 SOURCE, TARGET = "source", "target"
+MAX_MESSAGE_BYTES = 2**20
 DIGEST = b"digest"
 VOCABULARY = 2**20
 """Asks the target for the digest of the prompt that came last."""
@@ -91,25 +93,27 @@ def touched_cache(config: PairConfig) -> KVCache:
 
 
 class Pipe:
-    """Control messages over a pipe, on the event loop."""
+    """Control messages, on the event loop: each a packet, about as fast as the mesh's."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE_BYTES)
         self._loop = asyncio.get_running_loop()
         self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._message = memoryview(bytearray(MAX_MESSAGE_BYTES))
         self._loop.add_reader(connection.fileno(), self._read)
 
     def _read(self) -> None:
-        try:
-            while self._connection.poll():
-                self._inbox.put_nowait(self._connection.recv_bytes())
-        except (EOFError, OSError):
+        size = 0
+        with contextlib.suppress(OSError):
+            size = self._connection.recv_into(self._message)
+        if not size:
             self._loop.remove_reader(self._connection.fileno())
-            self._inbox.put_nowait(b"")
+        self._inbox.put_nowait(bytes(self._message[:size]))
 
     def write(self, data: bytes) -> None:
         """Send."""
-        self._connection.send_bytes(data)
+        self._connection.send(data)
 
     async def read(self) -> bytes:
         """The next message; empty at the end."""
@@ -121,13 +125,13 @@ class Pipe:
         self._connection.close()
 
 
-def target_process(connection: Connection, config: PairConfig) -> None:
+def target_process(connection: socket.socket, config: PairConfig) -> None:
     """The receiving process."""
     logging.basicConfig(level=logging.INFO)
     asyncio.run(_target(connection, config))
 
 
-async def _target(connection: Connection, config: PairConfig) -> None:
+async def _target(connection: socket.socket, config: PairConfig) -> None:
     cache = touched_cache(config)
     async with nixl_endpoint(_settings(config), cache) as nixl:
         await _serve(connection, config, cache, nixl)
@@ -137,7 +141,7 @@ def _settings(config: PairConfig) -> Settings:
     return Settings(kv_transport="nixl" if config.transport == "nixl" else "tcp")
 
 
-async def _serve(connection: Connection, config: PairConfig, cache: KVCache, nixl: NixlEndpoint | None) -> None:
+async def _serve(connection: socket.socket, config: PairConfig, cache: KVCache, nixl: NixlEndpoint | None) -> None:
     pool = PagePool(config.num_pages, config.layout.page_size)
     pipe = Pipe(connection)
     digest = b""
@@ -187,9 +191,9 @@ class OneLine:
     def __init__(self, line: DataLine) -> None:
         self._line = line
 
-    def submit(self, peer_id: str, make: object, failed: object) -> None:
+    def submit(self, peer_id: str, make: object, failed: object, now: bool) -> None:
         """See `Lines`."""
-        self._line.submit(make, failed)  # type: ignore[arg-type]
+        self._line.submit(make, failed, now)  # type: ignore[arg-type]
 
     def reconnect(self, peer_id: str) -> None:
         """See `Lines`."""
@@ -271,7 +275,7 @@ async def _choose(handoff: Handoff) -> str:
 @asynccontextmanager
 async def pair(config: PairConfig, cache: KVCache | None = None) -> AsyncIterator[Pair]:
     """Both processes inside the block. `cache` may be shared by pairs of the same layout."""
-    here, there = multiprocessing.Pipe()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = multiprocessing.get_context("spawn").Process(target=target_process, args=(there, config), daemon=True)
     process.start()
     there.close()

@@ -380,7 +380,8 @@ class Moving(RuleBasedStateMachine):
         if not hasattr(self, "loop"):
             return
         world = self.world
-        world.there_is_alive = world.there_is_alive and not world.receiver.num_open
+        if world.receiver.num_open:
+            world.there_dies()
         self.loop.run_until_complete(move_all(world))
         self.loop.run_until_complete(settle())
         for key in list(world.received):

@@ -223,3 +223,76 @@ async def test_a_key_makes_it_curve(tmp_path: Path) -> None:
         assert isinstance(listener, CurveListener)
     async with data_listener("127.0.0.1", None) as listener:
         assert isinstance(listener, TcpListener)
+
+
+def test_a_header_alone_is_sent_on_the_thread_that_submits_it(ends: Ends, context: zmq.Context) -> None:
+    """Once a TCP connection is there and idle; by the line's own thread otherwise. It arrives in any case."""
+    line = line_to(ends, context)
+    makers: list[str] = []
+
+    def make() -> tuple[bytes, Sequence[memoryview]]:
+        makers.append(threading.current_thread().name)
+        return str(len(makers)).encode(), ()
+
+    for _ in range(12):
+        line.submit(make, lambda reason: makers.append(reason), now=True)
+        ends.frames.get(timeout=SECONDS)
+    here = [name for name in makers if name == threading.current_thread().name]
+    assert len(makers) == 12
+    assert bool(here) == isinstance(ends.listener, TcpListener)
+    line.end()
+    line.join()
+
+
+def test_a_line_that_is_to_reconnect_loses_nothing(ends: Ends, context: zmq.Context) -> None:
+    """What was sent before arrives, and what is sent after it, over another connection."""
+    line = line_to(ends, context)
+    for number in range(40):
+        send(line, bytes([number]), [bytes(100_000)])
+        if number % 10 == 5:
+            line.reconnect()
+    assert {ends.frames.get(timeout=SECONDS)[1] for _ in range(40)} == {bytes([number]) for number in range(40)}
+    line.end()
+    line.join()
+
+
+@pytest.mark.parametrize("ends", ["tcp"], indirect=True)
+def test_a_frame_that_meets_a_broken_connection_takes_a_new_one(ends: Ends, context: zmq.Context) -> None:
+    """The receiver closed it meanwhile, say: nobody is told of a failure."""
+    line = line_to(ends, context)
+    for _ in range(4):
+        send(line, b"before", [])
+        ends.frames.get(timeout=SECONDS)
+    ends.listener.drop("prefill-1")
+    failures: list[str] = []
+    for number in range(40):  # the first ones may still be taken by the socket, and are lost
+        line.submit(lambda number=number: (bytes([number]), [memoryview(bytes(100_000))]), failures.append)
+    while ends.frames.get(timeout=SECONDS)[1] != bytes([39]):
+        assert not failures
+    line.end()
+    line.join()
+
+
+@pytest.mark.parametrize("ends", ["tcp"], indirect=True)
+def test_a_frame_that_stops_in_its_middle_ends_its_connection(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads it is told; between frames there may be any silence."""
+    monkeypatch.setattr("headrace.data_line.FRAME_SECONDS", 0.05)
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def on_frame(sender: str, header: memoryview, payload: Payload) -> None:
+        try:
+            payload.read_into([memoryview(bytearray(payload.size))])
+        except ConnectionError as error:
+            told.put(str(error))
+            raise
+        told.put("whole")
+
+    ends.listener._on_frame = on_frame  # type: ignore[attr-defined]
+    host, _, port = ends.listener.address.rpartition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        for header, payload in ((encode(Hello(name="prefill-1@1")), b""), (b"h", b"abc")):
+            connection.sendall(PREAMBLE.pack(MAGIC, len(header), len(payload)) + header + payload)
+        assert told.get(timeout=SECONDS) == "whole"
+        connection.sendall(PREAMBLE.pack(MAGIC, 1, 10) + b"h" + b"half")
+        assert "within a frame" in told.get(timeout=SECONDS)
+        assert connection.recv(1) == b""

@@ -91,7 +91,7 @@ class BytesPayload:
 class NoLines:
     """Lines that nothing is sent on: for `LineDepartures.make` alone."""
 
-    def submit(self, peer_id: str, make: object, failed: object) -> None:
+    def submit(self, peer_id: str, make: object, failed: object, now: bool) -> None:
         """Never called."""
         raise AssertionError
 

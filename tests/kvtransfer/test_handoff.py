@@ -5,8 +5,29 @@ from __future__ import annotations
 import pytest
 import xxhash
 
-from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, Segment, State
-from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, OnDataLine, Pages, Part, Refuse, Released
+from headrace.kvtransfer.handoff import (
+    MAX_REPEATS,
+    PATIENCE_SECONDS,
+    Flight,
+    Handoff,
+    HandoffFailed,
+    Outgoing,
+    Segment,
+    State,
+)
+from headrace.kvtransfer.messages import (
+    Abort,
+    Ack,
+    Commit,
+    Credit,
+    Grant,
+    OnDataLine,
+    Pages,
+    Part,
+    Refuse,
+    Released,
+    Renew,
+)
 from headrace.wire import Decoder, encode
 from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, frame_of, make_offer
 
@@ -325,3 +346,106 @@ def test_workers_that_cut_alike_send_no_byte_for_those_that_do_not() -> None:
     header, payload = frame_of(sender, [filled(1)], item)
     assert b"part" not in header + encode(Grant(**R, held_pages=0, window_bytes=BIG))
     assert len(payload) == PAGE_BYTES
+
+
+class Clock:
+    """Turned by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now
+
+
+def on_the_way(clock: Clock, flight: Flight | None = None) -> Handoff:
+    """One that has sent two messages, one second apart."""
+    sender = Handoff(make_offer(range(4)), [0], filled(1), clock)
+    assert sender.seconds_until_overdue() is None
+    sender.offer_to("decode-1", flight)
+    assert sender.seconds_until_overdue() is None
+    sender.handle(Grant(**R, held_pages=0, window_bytes=BIG))
+    assert sender.seconds_until_overdue() is None
+    for layer in (0, 1):
+        sender.layer_ready(Segment(layer, 0, 1))
+        assert sequences(sender) == [layer]
+        clock.now += 1
+    return sender
+
+
+def test_pages_that_are_overdue_are_asked_for_and_sent_again() -> None:
+    """GRANTED -> GRANTED: what had been on the way for long when it was asked, and is not here."""
+    clock = Clock()
+    sender = on_the_way(clock)
+    assert sender.seconds_until_overdue() == 0
+    assert sender.ask() == [Renew(handoffs=[("r", 0, 2)])]
+    assert sender.seconds_until_overdue() == PATIENCE_SECONDS
+    sender.layer_ready(Segment(2, 0, 1))
+    assert sequences(sender) == [2]
+    sender.handle(Credit(**R, sequence=1))
+    assert sender.lost_some
+    assert sequences(sender) == [1]
+    assert (sender.repeats, sender.sent_pages) == (1, 3)
+    sender.handle(Credit(**R, sequence=3))
+    assert (sender.seconds_until_overdue(), sender.lost_some) == (None, False)
+
+
+def test_nothing_is_sent_again_before_the_receiver_was_asked() -> None:
+    """Credit may say little because little has been written."""
+    clock = Clock()
+    sender = on_the_way(clock)
+    sender.handle(Credit(**R, sequence=0))
+    assert drain(sender) == []
+
+
+def test_a_commit_without_an_answer_is_repeated_and_its_pages_asked_for() -> None:
+    """COMMITTED -> COMMITTED: any of them may be lost."""
+    clock = Clock()
+    sender = on_the_way(clock)
+    sender.layer_ready(Segment(2, 0, 1))
+    sender.finish(7, None)
+    *_, commit = drain(sender)
+    assert sender.seconds_until_overdue() == PATIENCE_SECONDS
+    clock.now += PATIENCE_SECONDS
+    assert sender.seconds_until_overdue() == 0
+    assert sender.ask() == [commit, Renew(handoffs=[("r", 0, 3)])]
+    sender.handle(Credit(**R, sequence=2))
+    assert sequences(sender) == [2]
+    assert sender.state is State.COMMITTED
+    sender.handle(Ack(**R))
+    assert (sender.state, sender.seconds_until_overdue()) == (State.DONE, None)
+
+
+def test_patience_doubles_and_ends() -> None:
+    """Then the lease decides."""
+    clock = Clock()
+    sender = on_the_way(clock)
+    patience = PATIENCE_SECONDS
+    for repeats in range(MAX_REPEATS + 1):
+        assert sender.seconds_until_overdue() == 0
+        sender.ask()
+        sender.handle(Credit(**R, sequence=0))
+        assert sequences(sender) == [0, 1]
+        assert sender.repeats == repeats + 1
+        patience *= 2
+        clock.now += patience
+    assert sender.seconds_until_overdue() is None
+
+
+def test_a_slow_way_makes_patient() -> None:
+    """Where pages usually take long, they are not overdue after half a second."""
+    clock = Clock()
+    flight = Flight(BIG)
+    sender = on_the_way(clock, flight)
+    sender.layer_ready(Segment(2, 0, 1))
+    sender.finish(7, None)
+    drain(sender)
+    clock.now += 3
+    sender.handle(Ack(**R))
+    assert flight.patience == 12
+    other = on_the_way(clock, flight)
+    assert other.seconds_until_overdue() == 10
+    for _ in range(100):
+        flight.note(0.001)
+    assert flight.patience == PATIENCE_SECONDS

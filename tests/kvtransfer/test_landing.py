@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 
 from headrace.kvtransfer.landing import Landing
@@ -155,3 +158,48 @@ def test_pages_are_complete_when_all_their_parts_are() -> None:
     assert landing.is_complete(3)
     assert not landing.claim(message(3, first=0, part=2))
     assert landing.problem is not None
+
+
+def test_a_message_whose_line_broke_may_come_again(notices: Notices) -> None:
+    """OPEN: half written pages are claimed once more, and count once."""
+    landing = notices.landing
+    part = message(0, count=3)
+    assert landing.claim(part)
+    landing.interrupted(part)
+    assert (landing.idle, landing.num_landed, landing.problem, notices.count) == (True, 0, None, 0)
+    assert landing.claim(part)
+    assert not landing.claim(part)
+    landing.written(part, None)
+    assert landing.num_landed == 1
+
+
+def test_the_last_thread_that_is_interrupted_ends_a_closed_landing(notices: Notices) -> None:
+    """CLOSED: the pages may be freed then."""
+    landing = notices.landing
+    part = message(0, count=3)
+    assert landing.claim(part)
+    landing.close()
+    landing.interrupted(part)
+    assert (landing.idle, notices.count) == (True, 1)
+
+
+def test_a_message_of_several_layers_takes_the_same_pages_of_each(notices: Notices) -> None:
+    """Whole or not at all."""
+    landing = notices.landing
+    both = msgspec.structs.replace(message(0, first=1, count=6), num_layers=2)
+    assert landing.claim(both)
+    landing.written(both, None)
+    assert landing.is_complete(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_layers": 3}, {"layer": 1}, {"blocks": [0] * 5}, {"num_layers": 2**31 - 1}],
+    ids=["more layers", "past the last", "uneven", "many"],
+)
+def test_layers_and_blocks_must_fit(notices: Notices, change: dict[str, Any]) -> None:
+    """OPEN -> BROKEN."""
+    both = msgspec.structs.replace(message(0, first=1, count=6), **({"num_layers": 2} | change))
+    assert not notices.landing.claim(both)
+    assert notices.landing.problem is not None
+    assert notices.landing.problem[0] == "sequence"

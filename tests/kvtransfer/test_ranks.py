@@ -109,11 +109,12 @@ class Both:
             refuse=self._refuse,
         )
         listener.start(self.receiver.arrivals.on_frame, lambda name: SOURCE, self._refuse)
+        self.address = listener.address
         self.line = DataLine(functools.partial(TcpConnection, listener.address, f"{SOURCE}@1"), TARGET)
         departures = LineDepartures(source.caches, "float32", self, loop.call_soon_threadsafe)
         self.sender = Sender(self._send, departures, source.staging_blocks)
 
-    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None]) -> None:
+    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool) -> None:
         """See `Lines`: the line to the only receiver, which may flip a bit on the way."""
 
         def damaged() -> tuple[bytes, list[memoryview]]:
@@ -122,7 +123,7 @@ class Both:
             data[len(data) // 2] ^= 4
             return header, [memoryview(data)]
 
-        self.line.submit(damaged if self.damaging else make, failed)
+        self.line.submit(damaged if self.damaging else make, failed, now and not self.damaging)
 
     def reconnect(self, peer_id: str) -> None:
         """See `Lines`."""
