@@ -283,11 +283,14 @@ class GraphDecoder:
         layer, attended = self._weights.layers[index], self._attended[: step.size]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         eps, pages, prompts = self._config.norm_eps, self._cache.layer(index), step.prompts
+        # what follows a few rows' attention is launched before that ends, which two ways to it do not allow
+        beside = self._beside if prompts is not None and step.size > self._max_narrow else None
         if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
             at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
             queries = rope_cache(qkv, at, self._rope, norms, eps, pages, slots, offsets)
-            # what follows a few rows' attention is launched before that ends, which two ways to it do not allow
-            with self._side_stream() if step.size > self._max_narrow else nullcontext():
+            if beside is not None:
+                beside.wait_stream(torch.cuda.current_stream())
+            with nullcontext() if beside is None else torch.cuda.stream(beside):
                 attend_paged(queries, pages, prompts.plan(step.size), self._heads.head_dim**-0.5, out=attended)
         fused_decode_attention(
             qkv,
@@ -302,18 +305,9 @@ class GraphDecoder:
             step.workspace,
             step.drafted,
         )
-        if prompts is not None and self._beside is not None:
-            torch.cuda.current_stream().wait_stream(self._beside)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
         return attended
-
-    @contextmanager
-    def _side_stream(self) -> Iterator[None]:
-        if self._beside is None:
-            yield
-            return
-        self._beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._beside):
-            yield
 
     def _forward_wide(self, step: _Step) -> torch.Tensor:
         """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns final hidden states."""
