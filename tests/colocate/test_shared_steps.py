@@ -31,6 +31,7 @@ class Batch(GraphBatch[Any]):
         self.chunks: list[Any] = []
         self.drafts: list[Any] = []
         self.fails = False
+        self.collected_late = False
 
     def start_with_prompts(self, chunks: Any, on_layer: Any = None) -> StartedPrefill:
         """Remember them."""
