@@ -163,6 +163,22 @@ async def test_a_step_starts_just_before_the_one_ahead_ends(thread: ThreadPoolEx
     await asyncio.wait_for(device.steps.before_step(3), 1)
 
 
+async def test_a_host_that_is_late_starts_steps_earlier(thread: ThreadPoolExecutor) -> None:
+    """Until it is not late any more: here it always is."""
+    device = Device(thread)
+    device.batch.collected_late = True
+    await device.step(ended=False)
+    for _ in range(30):
+        chunk = device.start(100)
+        await device.step()
+    waiting = asyncio.create_task(device.steps.before_step(3))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert waiting.done()
+    await device.step()
+    await chunk
+
+
 async def test_a_failed_step_fails_its_chunk_alone(thread: ThreadPoolExecutor) -> None:
     """In flight or as it starts; what waits is computed."""
     device = Device(thread)
