@@ -103,6 +103,8 @@ class SharedSteps:
         self._last_step: float | None = None
         self._ahead = 0.002
         """Seconds before the expected end of a step."""
+        self._was_late = False
+        """The step collected last had ended before: the next one began later than that ended."""
         self._batch: GraphBatch[Any] | None = None
         self._due = 0.0
         """When the next step is to be started, by the clock."""
@@ -195,11 +197,12 @@ class SharedSteps:
 
     def _ended(self, step: _Step, now: float) -> None:
         before, self._last_step = self._last_step, now
-        late = self._batch is not None and self._batch.collected_late
+        late, was_late = self._batch is not None and self._batch.collected_late, self._was_late
+        self._was_late = late
         self._ahead = min(self._ahead + EARLIER, EARLIEST) if late else max(self._ahead - LATER, LATEST)
         if step.prompts is not None and step.started is not None:
             step.prompts.resolve(step.started.outputs())
-        if before is not None and not late:
+        if before is not None and not late and not was_late:
             self._budget.saw(step.rows, step.prompts is not None, now - before)
 
     def _take(self) -> _Prompts | None:
