@@ -123,6 +123,9 @@ async def _turns(model: LoadedModel, target: float, fewest: int, most: int) -> T
     pages = engine.pool.allocate(engine.pool.pages_for(max(sizes, default=0)))
     seconds = await asyncio.get_running_loop().run_in_executor(device_thread, time_passes, engine, sizes, pages)
     engine.pool.release(pages)
+    for size in [size for size in sizes if any(seconds[size] >= seconds[larger] for larger in sizes if larger > size)]:
+        engine.graph_decoder.drop_size(size, "shared")
+        del seconds[size]
     log.info("a pass takes %s", ", ".join(f"{took * 1000:.1f} ms ({rows} rows)" for rows, took in seconds.items()))
     return SharedSteps(RowBudget(target, fewest, most, seconds), engine, device_thread)
 

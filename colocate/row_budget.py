@@ -2,8 +2,8 @@
 
 Captured passes take what their size takes, however few rows are filled. All sizes are measured at the start, and the
 largest is taken that keeps the gap between two tokens of a stream within the target; of those with which what waits
-needs as many passes, the smallest. What such a gap takes more than the pass (attention over long contexts, the host) is
-followed.
+needs as many passes, the smallest. What they take more in the end is followed: attention over long contexts and the
+host are the same for all sizes, while a chip that grows hot slows down the large ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from headrace.messages.request import SamplingParams
 
 REPEATS = 3
 STRIDE = 0.1
-"""Of what a measurement differs from what was expected."""
+"""Of what a measurement differs from what was expected: half of it is taken to be the size's own."""
+FORGOTTEN = 0.005
+"""Of that, with each measurement of whatever size, so that all sizes come into question again."""
 FARTHEST = 0.002
 """Seconds that a measurement is taken to differ at most: one that took long for some other reason counts little."""
 
@@ -35,11 +37,12 @@ class RowBudget:
         self._fewest = min(fewest, most)
         self._seconds = dict(sorted((rows, took) for rows, took in seconds.items() if rows <= most))
         self._extra = 0.0
-        self._step_seconds: float | None = None
+        self._own_extra = dict.fromkeys(self._seconds, 0.0)
+        self._step_seconds = 0.0
 
     def tokens(self, running: int, waiting: int) -> int:
         """Of prompts, in a pass with so many running requests; `waiting` are to be computed in all."""
-        fitting = [rows for rows, took in self._seconds.items() if took + self._extra <= self._target_seconds]
+        fitting = [size for size in self._seconds if self.expected(size, shared=True) <= self._target_seconds]
         room = max(max(fitting, default=0) - running, self._fewest // 2)
         passes = max(-(-waiting // room), 1)
         size = next((size for size in fitting if size >= -(-waiting // passes) + running), 0)
@@ -48,22 +51,21 @@ class RowBudget:
     def expected(self, rows: int, shared: bool) -> float:
         """Seconds that such a step is expected to take, with prompts or without; 0 where that is not known."""
         if not shared:
-            return self._step_seconds or 0.0
-        return self._measured(rows) + self._extra
+            return self._step_seconds
+        size = next((size for size in self._seconds if size >= rows), None)
+        return 0.0 if size is None else self._seconds[size] + self._extra + self._own_extra[size]
 
     def saw(self, rows: int, shared: bool, gap: float) -> None:
         """Seconds from the end of the step before to the end of this one."""
+        expected = self.expected(rows, shared)
+        differs = STRIDE * min(max(gap - expected, -FARTHEST), FARTHEST)
         if not shared:
-            self._step_seconds = gap if self._step_seconds is None else _followed(self._step_seconds, gap)
-        elif self._measured(rows):
-            self._extra = max(_followed(self._extra, gap - self._measured(rows)), 0.0)
-
-    def _measured(self, rows: int) -> float:
-        return next((took for size, took in self._seconds.items() if size >= rows), 0.0)
-
-
-def _followed(expected: float, seen: float) -> float:
-    return expected + STRIDE * min(max(seen - expected, -FARTHEST), FARTHEST)
+            self._step_seconds = self._step_seconds + differs if self._step_seconds else gap
+        elif expected:
+            self._extra = max(self._extra + differs / 2, 0.0)
+            self._own_extra = {size: (1 - FORGOTTEN) * extra for size, extra in self._own_extra.items()}
+            size = next(size for size in self._seconds if size >= rows)
+            self._own_extra[size] = max(self._own_extra[size] + differs / 2, 0.0)
 
 
 def measurable(engine: Engine, sizes: Sequence[int], most: int) -> list[int]:

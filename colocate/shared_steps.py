@@ -23,9 +23,11 @@ from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedP
 from headrace.engine.graph_batch import GraphBatch
 from headrace.kvtransfer.messages import Commit
 
-START_AHEAD = 0.002
+EARLIEST, LATEST = 0.05, 0.0005
 """Seconds before the end of a step at which the next one is scheduled: what the host takes to start it, and how far
-timers and what is expected of steps are off."""
+timers and what is expected of steps are off. How early that must be is found out."""
+EARLIER, LATER = 0.0003, 0.00001
+"""After a step that was started too late, and after one that was not: some 3 % are."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class SharedSteps:
         self._steps: deque[_Step] = deque()
         """On the device's thread."""
         self._last_step: float | None = None
+        self._ahead = 0.002
+        """Seconds before the expected end of a step."""
+        self._was_late = False
+        """The step collected last had ended before: the next one began later than that ended."""
+        self._batch: GraphBatch[Any] | None = None
         self._due = 0.0
         """When the next step is to be started, by the clock."""
 
@@ -149,6 +156,7 @@ class SharedSteps:
     def start_step(self, batch: RunningBatch[Any]) -> bool:
         """See `Alongside`."""
         assert isinstance(batch, GraphBatch)
+        self._batch = batch
         prompts = self._take()
         if prompts is None:
             self._steps.append(_Step(len(batch)))
@@ -168,7 +176,7 @@ class SharedSteps:
             self._ended(self._steps.popleft(), now)
         ahead = self._steps[0] if self._steps else None
         takes = self._budget.expected(ahead.rows, ahead.prompts is not None) if ahead is not None else 0.0
-        self._due = now + takes - START_AHEAD if ended else now
+        self._due = now + takes - self._ahead if ended else now
         with self._lock:
             self._running = running
         if not running:
@@ -189,9 +197,12 @@ class SharedSteps:
 
     def _ended(self, step: _Step, now: float) -> None:
         before, self._last_step = self._last_step, now
+        late, was_late = self._batch is not None and self._batch.collected_late, self._was_late
+        self._was_late = late
+        self._ahead = min(self._ahead + EARLIER, EARLIEST) if late else max(self._ahead - LATER, LATEST)
         if step.prompts is not None and step.started is not None:
             step.prompts.resolve(step.started.outputs())
-        if before is not None:
+        if before is not None and not late and not was_late:
             self._budget.saw(step.rows, step.prompts is not None, now - before)
 
     def _take(self) -> _Prompts | None:

@@ -23,6 +23,11 @@ class ArrivingTokens:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
+    @property
+    def are_here(self) -> bool:
+        """Whether nothing need be waited for."""
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> list[SampledToken]:
         """The tokens, as soon as they are here."""
         if self._done is not None:

@@ -79,6 +79,8 @@ class GraphBatch(Generic[K]):
         """(row, first column, end)."""
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
+        self.collected_late = False
+        """The step that was collected last had ended before that: the device may have waited for the next one."""
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -155,6 +157,7 @@ class GraphBatch(Generic[K]):
     def collect(self) -> list[tuple[K, SampledToken]]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
+        self.collected_late = step.tokens.are_here
         tokens = step.tokens.wait()
         found = self._standing(step, tokens) if step.drafts else list(zip(step.keys, tokens, strict=True))
         if self._matchers:

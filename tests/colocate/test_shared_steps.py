@@ -31,6 +31,7 @@ class Batch(GraphBatch[Any]):
         self.chunks: list[Any] = []
         self.drafts: list[Any] = []
         self.fails = False
+        self.collected_late = False
 
     def start_with_prompts(self, chunks: Any, on_layer: Any = None) -> StartedPrefill:
         """Remember them."""
@@ -162,6 +163,22 @@ async def test_a_step_starts_just_before_the_one_ahead_ends(thread: ThreadPoolEx
     await asyncio.wait_for(device.steps.before_step(3), 1)
 
 
+async def test_a_host_that_is_late_starts_steps_earlier(thread: ThreadPoolExecutor) -> None:
+    """Until it is not late any more: here it always is."""
+    device = Device(thread)
+    device.batch.collected_late = True
+    await device.step(ended=False)
+    for _ in range(30):
+        chunk = device.start(100)
+        await device.step()
+    waiting = asyncio.create_task(device.steps.before_step(3))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert waiting.done()
+    await device.step()
+    await chunk
+
+
 async def test_a_failed_step_fails_its_chunk_alone(thread: ThreadPoolExecutor) -> None:
     """In flight or as it starts; what waits is computed."""
     device = Device(thread)
@@ -186,12 +203,16 @@ def test_rows_are_as_many_as_the_target_allows() -> None:
     assert budget.tokens(20, 5000) == 492
     for _ in range(30):
         budget.saw(512, True, 0.0155)
-    assert budget.tokens(20, 5000) == 236
-    assert budget.expected(200, True) == pytest.approx(0.0124, abs=1e-4)
+    assert budget.tokens(20, 5000) == 364
+    assert budget.expected(500, True) == pytest.approx(0.0155, abs=2e-4)
+    assert budget.expected(384, True) == pytest.approx(0.0132, abs=2e-4)
     for _ in range(30):
-        budget.saw(256, True, 0.02)
+        budget.saw(384, True, 0.02)
+    assert budget.tokens(20, 5000) == 108
+    for _ in range(20):
+        budget.saw(128, True, 0.02)
     assert budget.tokens(20, 5000) == 64
-    for _ in range(60):
+    for _ in range(200):
         budget.saw(128, True, 0.008)
     assert [budget.tokens(running, 5000) for running in (20, 400, 500)] == [492, 112, 64]
     budget.saw(128, True, 5.0)  # a machine that was asleep

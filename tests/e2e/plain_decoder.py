@@ -35,6 +35,9 @@ class PlainDecoder:
         assert kind == "shared"
         return SIZES
 
+    def drop_size(self, size: int, kind: str) -> None:
+        """All are alike here."""
+
     def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
         """See `GraphDecoder`."""
         return rows + sum(chunk.length for chunk in chunks) <= SIZES[-1]
