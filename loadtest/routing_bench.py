@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import random
 import signal
 import statistics
 import sys
@@ -49,8 +50,10 @@ ON_GPU: dict[str, Any] = SHAPE | {
 }
 """That of Llama 3.2 1B, but for the vocabulary. All workers share the GPU."""
 OF_WORKERS: dict[str, Any] = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
-CONVERSATIONS = 6
-TURNS = 5
+CONVERSATIONS = 12
+TURNS = 3
+THINK_SECONDS = 1.0
+"""Between two turns, at most."""
 FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 512, 96, 8
 LONG_TOKENS, SHORT_TOKENS = 1536, 24
 LONG_AT_ONCE = 3
@@ -107,7 +110,9 @@ async def converse(mesh: ChaosMesh, client: StreamClient, numbers: Sequence[int]
 
     async def one(number: int) -> None:
         prompt = [token % VOCABULARY for token in unique_tokens(FIRST_TOKENS + TURNS * TURN_TOKENS, number)]
+        pauses = random.Random(number)
         for turn in range(TURNS):
+            await asyncio.sleep(pauses.uniform(0, THINK_SECONDS))
             answer = await client.complete(prompt[: FIRST_TOKENS + turn * TURN_TOKENS], ANSWER_TOKENS)
             side.prompts += 1
             if turn:

@@ -391,7 +391,6 @@ class PrefillWorker:
         """Returns the time at which the first token was known."""
         self._scheduler.add(job.key, len(job.entry.token_ids), job.cached_tokens)
         self._work.set()
-        self._publish_stats()  # others of the tier want to know how busy this one is
         try:
             async with asyncio.TaskGroup() as group:
                 if job.handoff is not None:
@@ -402,7 +401,8 @@ class PrefillWorker:
                 for page, page_hash in zip(job.pages, job.page_hashes, strict=False):
                     self._engine.pool.publish(page, page_hash)
                 if computed := job.page_hashes[job.cached_tokens // self._layout.page_size :]:
-                    self._tell_tier(Holds(page_hashes=computed[:MAX_HELD_PAGES]))
+                    waiting = self._scheduler.num_tokens
+                    self._tell_tier(Holds(waiting=waiting, page_hashes=computed[:MAX_HELD_PAGES]))
                 if job.handoff is not None:
                     assert token is not None, job.key
                     job.handoff.finish(token.token_id, token.logprobs)
@@ -503,7 +503,7 @@ class PrefillWorker:
                 case GivenBack(), "prefill":
                     self._intake.hurry()
                 case Holds(), "prefill":
-                    self._steering.heard(inbound.sender.id, message.page_hashes)
+                    self._steering.heard(inbound.sender, message.page_hashes, message.waiting)
                 case PassedOn(), "prefill":
                     self._take_passed(message)
                 case ((GivenBack() | Holds() | PassedOn()), _):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -87,7 +88,9 @@ async def test_what_there_is_no_room_for_goes_back_to_the_queue(redis_url: str, 
     """Untouched, and is passed on to nobody again."""
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[400, 400], decode_pages=[400]) as mesh:
         texts = await converse(mesh, range(4))
-        with mock.patch.object(asyncio.Semaphore, "locked", return_value=True):
+        with ExitStack() as full:
+            for worker in prefills(mesh):
+                full.enter_context(mock.patch.object(worker._room_for_passed, "locked", return_value=True))
             assert await converse(mesh, range(4)) == texts
         assert sum(worker._steering.steered for worker in prefills(mesh)) > 0
         assert sum(worker._recomputed for worker in prefills(mesh)) == 0
