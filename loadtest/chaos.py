@@ -135,6 +135,7 @@ class Streams:
         outcome = Outcome()
         try:
             for _ in range(MAX_REFUSALS):
+                started = time.monotonic()
                 async with self._session.post("/v1/completions", json=body) as response:
                     if response.status == 503:
                         self.refused += 1
@@ -143,7 +144,7 @@ class Streams:
                     if response.status != 200:
                         outcome.error = f"{response.status}: {await response.text()}"
                     else:
-                        await _read(response, outcome)
+                        await _read(response, outcome, started)
                     return outcome
             outcome.error = "refused for ever"
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -151,8 +152,8 @@ class Streams:
         return outcome
 
 
-async def _read(response: aiohttp.ClientResponse, outcome: Outcome) -> None:
-    started, last = time.monotonic(), 0.0
+async def _read(response: aiohttp.ClientResponse, outcome: Outcome, started: float) -> None:
+    last = 0.0
     async for line in response.content:
         if not line.startswith(b"data: {"):
             continue
