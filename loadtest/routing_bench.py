@@ -5,13 +5,14 @@
 2. Short prompts beside a backlog of long ones: computed by the decode worker where that is faster, and always handed
    over.
 
-Both ways alternate in one run, on the same processes, which a signal tells whether to choose.
+Each is taken alone. Both ways alternate in one run, on the same processes, which a signal tells whether to choose.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import random
 import signal
@@ -76,18 +77,26 @@ class Side:
     """Mean time between tokens of each stream beside."""
 
 
-def serve_either_way(name: str, environment: dict[str, str], log: str, apart: bool) -> None:
-    """A worker that chooses after SIGUSR1 and does not after SIGUSR2."""
-    choices: list[tuple[type, str]] = [(Steering, "better"), (InPlaceChoice, "choose")]
-    own = [getattr(kind, method) for kind, method in choices]
+METHODS: dict[type, str] = {Steering: "better", InPlaceChoice: "choose"}
+"""Of what chooses; where it returns None, nothing is chosen."""
+
+
+def serve_either_way(compared: type, name: str, environment: dict[str, str], log: str, apart: bool) -> None:
+    """A worker that chooses after SIGUSR1 and does not after SIGUSR2. Of `METHODS` it has but the one compared."""
+    own = getattr(compared, METHODS[compared])
 
     def choose(number: int, frame: object) -> None:
-        for (kind, method), chooses in zip(choices, own, strict=True):
-            setattr(kind, method, chooses if number == signal.SIGUSR1 else lambda *arguments: None)
+        setattr(compared, METHODS[compared], own if number == signal.SIGUSR1 else _nothing)
 
+    for kind in METHODS.keys() - {compared}:
+        setattr(kind, METHODS[kind], _nothing)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, choose)
     serve(name, environment, log, apart)
+
+
+def _nothing(*arguments: object) -> None:
+    """Chosen."""
 
 
 async def have_choose(mesh: ChaosMesh, chooses: bool) -> None:
@@ -159,13 +168,14 @@ async def ask_short(
 
 
 @asynccontextmanager
-async def mesh_on(device: str, prefill: int) -> AsyncIterator[tuple[ChaosMesh, aiohttp.ClientSession]]:
+async def mesh_on(device: str, prefill: int, compared: type) -> AsyncIterator[tuple[ChaosMesh, aiohttp.ClientSession]]:
     """So many prefill workers and a decode worker inside the block, and who asks them."""
+    life = functools.partial(serve_either_way, compared)
     of_workers = OF_WORKERS | ({} if device == "cpu" else {"device": device, "dtype": "bfloat16"})
     shape = SHAPE if device == "cpu" else ON_GPU
     with tempfile.TemporaryDirectory() as folder:
         async with (
-            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=serve_either_way, of_workers=of_workers) as mesh,
+            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=life, of_workers=of_workers) as mesh,
             aiohttp.ClientSession(mesh.local.url) as session,
         ):
             yield mesh, session
@@ -174,7 +184,7 @@ async def mesh_on(device: str, prefill: int) -> AsyncIterator[tuple[ChaosMesh, a
 async def measure_steering(device: str, rounds: int) -> list[Figure]:
     """The first part."""
     steered, unsteered = Side(), Side()
-    async with mesh_on(device, 2) as (mesh, session):
+    async with mesh_on(device, 2, Steering) as (mesh, session):
         await converse(mesh, session, range(CONVERSATIONS), Side())
         for turn, chooses in enumerate([True, False] * rounds, start=1):
             await have_choose(mesh, chooses)
@@ -195,7 +205,7 @@ async def measure_steering(device: str, rounds: int) -> list[Figure]:
 async def measure_in_place(device: str, rounds: int, shorts: int) -> list[Figure]:
     """The second part."""
     chosen, handed_over = Side(), Side()
-    async with mesh_on(device, 1) as (mesh, session):
+    async with mesh_on(device, 1, InPlaceChoice) as (mesh, session):
         numbers = itertools.count()
         await ask_short(mesh, session, numbers, 2, Side())
         for chooses in [True, False] * rounds:
