@@ -58,7 +58,7 @@ THINK_SECONDS = 1.0
 """Between two turns, at most."""
 FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 512, 96, 8
 LONG_TOKENS, LONG_ANSWER_TOKENS, SHORT_TOKENS = 1536, 32, 24
-LONG_AT_ONCE = 3
+LONG_AT_ONCE = 2
 SHORT_GAP_SECONDS = 0.15
 SETTLE_SECONDS = 0.5
 """Workers have the signal, and their figures are known, before anything is asked."""
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of each way instead of three")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    rounds, shorts = (1, 8) if options.quick else (3, 12)
+    rounds, shorts = (1, 5) if options.quick else (3, 10)
     figures = asyncio.run(measure_steering(options.device, rounds))
     figures += asyncio.run(measure_in_place(options.device, rounds, shorts))
     name = "routing" if options.device == "cpu" else "routing_gpu"
