@@ -307,6 +307,7 @@ class PrefillWorker:
             prefill_ms=max(time.time() - taken_at, 0.0) * 1000,
             handoff_ms=0.0,
             cached_tokens=handoff.held_pages * self._layout.page_size,
+            in_place=True,
         )
 
     def pages_of(self, request_id: str, attempt: int) -> list[int] | None:
