@@ -24,7 +24,7 @@ def log_request(answer: Answer) -> None:
     words.append(f"{tokens} tok")
     if (rate := _rate(answer)) is not None:
         words.append(f"{rate:.0f} tok/s")
-    words.append(f"kv={'recomputed' if any(each.attempt > 0 for each in answer.choices) else 'received'}")
+    words.append(f"kv={_kv(answer)}")
     if len(answer.choices) > 1:
         words.append(f"choices={len(answer.choices)}")
     if requeues := sum(each.requeues for each in answer.choices):
@@ -48,6 +48,14 @@ def _first_token(answer: Answer) -> str:
     first = max(ttft - report.queue_ms - report.prefill_ms - report.handoff_ms, 0)
     parts = f"queue {report.queue_ms:.0f} prefill {report.prefill_ms:.0f} kv {report.handoff_ms:.0f} first {first:.0f}"
     return f"ttft {ttft:.0f}ms ({parts})"
+
+
+def _kv(answer: Answer) -> str:
+    """Where the prompt's keys and values came from; the dearest way, where there are several choices."""
+    if any(choice.attempt > 0 for choice in answer.choices):
+        return "recomputed"
+    in_place = all(choice.report is not None and choice.report.in_place for choice in answer.choices)
+    return "in-place" if in_place else "received"
 
 
 def _rate(answer: Answer) -> float | None:

@@ -66,6 +66,8 @@ class Outcome:
     finish_reason: str = ""
     tokens: int = 0
     """As `usage` says."""
+    wait: float = 0.0
+    """Seconds until the first piece."""
     worst_pause: float = 0.0
     """Seconds between two pieces of it."""
     error: str = ""
@@ -87,6 +89,7 @@ class Findings:
     different: int = 0
     refused: int = 0
     """Times that a request was told to come back later."""
+    worst_wait: float = 0.0
     worst_pause: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     leaked: float = 0.0
@@ -95,6 +98,7 @@ class Findings:
     def add(self, outcome: Outcome, undisturbed: Outcome) -> None:
         """Compare an answer with the one that it should be."""
         self.outcomes += 1
+        self.worst_wait = max(self.worst_wait, outcome.wait)
         self.worst_pause = max(self.worst_pause, outcome.worst_pause)
         if outcome.error:
             self.errors.append(outcome.error)
@@ -131,6 +135,7 @@ class Streams:
         outcome = Outcome()
         try:
             for _ in range(MAX_REFUSALS):
+                started = time.monotonic()
                 async with self._session.post("/v1/completions", json=body) as response:
                     if response.status == 503:
                         self.refused += 1
@@ -139,7 +144,7 @@ class Streams:
                     if response.status != 200:
                         outcome.error = f"{response.status}: {await response.text()}"
                     else:
-                        await _read(response, outcome)
+                        await _read(response, outcome, started)
                     return outcome
             outcome.error = "refused for ever"
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -147,7 +152,7 @@ class Streams:
         return outcome
 
 
-async def _read(response: aiohttp.ClientResponse, outcome: Outcome) -> None:
+async def _read(response: aiohttp.ClientResponse, outcome: Outcome, started: float) -> None:
     last = 0.0
     async for line in response.content:
         if not line.startswith(b"data: {"):
@@ -157,7 +162,10 @@ async def _read(response: aiohttp.ClientResponse, outcome: Outcome) -> None:
             outcome.error = str(event["error"])
         for choice in event.get("choices", []):
             now = time.monotonic()
-            outcome.worst_pause = max(outcome.worst_pause, now - last if last else 0.0)
+            if last:
+                outcome.worst_pause = max(outcome.worst_pause, now - last)
+            else:
+                outcome.wait = now - started
             last = now
             outcome.text += choice["text"]
             outcome.finish_reason = choice["finish_reason"] or outcome.finish_reason
@@ -347,6 +355,7 @@ def figures(series: str, findings: Findings, requests: int) -> list[Figure]:
         Figure(f"{series}: text, end or usage otherwise different", findings.different, "streams", "= 0"),
         Figure(f"{series}: pages in use afterwards", findings.leaked, "pages", "= 0"),
         Figure(f"{series}: worst pause in a stream", findings.worst_pause, "s", pause),
+        Figure(f"{series}: worst wait for a first token", findings.worst_wait, "s"),
         Figure(f"{series}: answers of 503 with Retry-After", findings.refused, "answers"),
         *(Figure(f"{series}: {what}", count, "times") for what, count in sorted(findings.faults.items())),
         Figure(f"{series}: time", findings.seconds, "s"),

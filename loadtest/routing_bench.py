@@ -5,14 +5,16 @@
 2. Short prompts beside a backlog of long ones: computed by the decode worker where that is faster, and always handed
    over.
 
-Both ways alternate in one run, on the same processes, which a signal tells whether to choose.
+Each is taken alone. Both ways alternate in one run, on the same processes, which a signal tells whether to choose.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
+import random
 import signal
 import statistics
 import sys
@@ -23,11 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from headrace.loadtest.chaos_mesh import VOCABULARY, ChaosMesh, chaos_mesh, serve
-from headrace.loadtest.client import StreamClient
-from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import TINY
+from headrace.loadtest.timed_stream import TimedStream, completion, timed_stream
 from headrace.prefill.in_place import InPlaceChoice
 from headrace.prefill.steering import Steering
 from headrace.tasks import end_task
@@ -49,11 +52,13 @@ ON_GPU: dict[str, Any] = SHAPE | {
 }
 """That of Llama 3.2 1B, but for the vocabulary. All workers share the GPU."""
 OF_WORKERS: dict[str, Any] = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
-CONVERSATIONS = 6
-TURNS = 5
+CONVERSATIONS = 12
+TURNS = 3
+THINK_SECONDS = 1.0
+"""Between two turns, at most."""
 FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 512, 96, 8
-LONG_TOKENS, SHORT_TOKENS = 1536, 24
-LONG_AT_ONCE = 3
+LONG_TOKENS, LONG_ANSWER_TOKENS, SHORT_TOKENS = 1536, 32, 24
+LONG_AT_ONCE = 2
 SHORT_GAP_SECONDS = 0.15
 SETTLE_SECONDS = 0.5
 """Workers have the signal, and their figures are known, before anything is asked."""
@@ -72,18 +77,26 @@ class Side:
     """Mean time between tokens of each stream beside."""
 
 
-def serve_either_way(name: str, environment: dict[str, str], log: str, apart: bool) -> None:
-    """A worker that chooses after SIGUSR1 and does not after SIGUSR2."""
-    choices: list[tuple[type, str]] = [(Steering, "better"), (InPlaceChoice, "choose")]
-    own = [getattr(kind, method) for kind, method in choices]
+METHODS: dict[type, str] = {Steering: "better", InPlaceChoice: "choose"}
+"""Of what chooses; where it returns None, nothing is chosen."""
+
+
+def serve_either_way(compared: type, name: str, environment: dict[str, str], log: str, apart: bool) -> None:
+    """A worker that chooses after SIGUSR1 and does not after SIGUSR2. Of `METHODS` it has but the one compared."""
+    own = getattr(compared, METHODS[compared])
 
     def choose(number: int, frame: object) -> None:
-        for (kind, method), chooses in zip(choices, own, strict=True):
-            setattr(kind, method, chooses if number == signal.SIGUSR1 else lambda *arguments: None)
+        setattr(compared, METHODS[compared], own if number == signal.SIGUSR1 else _nothing)
 
+    for kind in METHODS.keys() - {compared}:
+        setattr(kind, METHODS[kind], _nothing)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, choose)
     serve(name, environment, log, apart)
+
+
+def _nothing(*arguments: object) -> None:
+    """Chosen."""
 
 
 async def have_choose(mesh: ChaosMesh, chooses: bool) -> None:
@@ -94,24 +107,37 @@ async def have_choose(mesh: ChaosMesh, chooses: bool) -> None:
     await asyncio.sleep(SETTLE_SECONDS)
 
 
+async def ask(mesh: ChaosMesh, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> TimedStream:
+    """One completion."""
+    return await timed_stream(session, completion(mesh.model, prompt, tokens))
+
+
+def prompt_of(length: int, number: int) -> list[int]:
+    """Unlike that of any other number, from its first token on."""
+    chance = random.Random(number)
+    return [chance.randrange(256, VOCABULARY) for _ in range(length)]
+
+
 async def count(mesh: ChaosMesh, *names: str) -> list[float]:
     """Counters of all workers together, when those of the last request have been published."""
     await asyncio.sleep(SETTLE_SECONDS)
     return [sum((await mesh.local.metrics(f"headrace_{name}")).values()) for name in names]
 
 
-async def converse(mesh: ChaosMesh, client: StreamClient, numbers: Sequence[int], side: Side) -> None:
+async def converse(mesh: ChaosMesh, session: aiohttp.ClientSession, numbers: Sequence[int], side: Side) -> None:
     """Conversations at once; every turn but the first has a prefix that was computed before."""
     names = ("prefix_cache_hits_total", "prefix_cache_queries_total", "prompts_steered_total")
     before = await count(mesh, *names)
 
     async def one(number: int) -> None:
-        prompt = [token % VOCABULARY for token in unique_tokens(FIRST_TOKENS + TURNS * TURN_TOKENS, number)]
+        prompt = prompt_of(FIRST_TOKENS + TURNS * TURN_TOKENS, number)
+        pauses = random.Random(number)
         for turn in range(TURNS):
-            answer = await client.complete(prompt[: FIRST_TOKENS + turn * TURN_TOKENS], ANSWER_TOKENS)
+            await asyncio.sleep(pauses.uniform(0, THINK_SECONDS))
+            answer = await ask(mesh, session, prompt[: FIRST_TOKENS + turn * TURN_TOKENS], ANSWER_TOKENS)
             side.prompts += 1
             if turn:
-                side.ttft.append(answer.time_to_first_token)
+                side.ttft.append(answer.ttft)
 
     await asyncio.gather(*[one(number) for number in numbers])
     hits, queries, steered = [after - at for after, at in zip(await count(mesh, *names), before, strict=True)]
@@ -119,21 +145,21 @@ async def converse(mesh: ChaosMesh, client: StreamClient, numbers: Sequence[int]
 
 
 async def ask_short(
-    mesh: ChaosMesh, client: StreamClient, numbers: itertools.count[int], shorts: int, side: Side
+    mesh: ChaosMesh, session: aiohttp.ClientSession, numbers: itertools.count[int], shorts: int, side: Side
 ) -> None:
     """Short prompts, one after the other, beside clients that ask for long ones all the time."""
     before = await count(mesh, "in_place_prompts_total")
 
     async def keep_asking() -> None:
         while True:
-            prompt = [token % VOCABULARY for token in unique_tokens(LONG_TOKENS, next(numbers))]
-            side.gaps.append((await client.complete(prompt, 4 * ANSWER_TOKENS)).inter_token_time)
+            times = (await ask(mesh, session, prompt_of(LONG_TOKENS, next(numbers)), LONG_ANSWER_TOKENS)).event_times
+            side.gaps.append((times[-1] - times[0]) / max(len(times) - 1, 1))
 
     asking = [asyncio.create_task(keep_asking()) for _ in range(LONG_AT_ONCE)]
     await asyncio.sleep(SETTLE_SECONDS)
     for _ in range(shorts):
-        prompt = [token % VOCABULARY for token in unique_tokens(SHORT_TOKENS, next(numbers))]
-        side.ttft.append((await client.complete(prompt, ANSWER_TOKENS)).time_to_first_token)
+        prompt = prompt_of(SHORT_TOKENS, next(numbers))
+        side.ttft.append((await ask(mesh, session, prompt, ANSWER_TOKENS)).ttft)
         await asyncio.sleep(SHORT_GAP_SECONDS)
     for task in asking:
         await end_task(task)
@@ -142,27 +168,28 @@ async def ask_short(
 
 
 @asynccontextmanager
-async def mesh_on(device: str, prefill: int) -> AsyncIterator[tuple[ChaosMesh, StreamClient]]:
+async def mesh_on(device: str, prefill: int, compared: type) -> AsyncIterator[tuple[ChaosMesh, aiohttp.ClientSession]]:
     """So many prefill workers and a decode worker inside the block, and who asks them."""
+    life = functools.partial(serve_either_way, compared)
     of_workers = OF_WORKERS | ({} if device == "cpu" else {"device": device, "dtype": "bfloat16"})
     shape = SHAPE if device == "cpu" else ON_GPU
     with tempfile.TemporaryDirectory() as folder:
         async with (
-            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=serve_either_way, of_workers=of_workers) as mesh,
-            StreamClient(mesh.local.url, mesh.model) as client,
+            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=life, of_workers=of_workers) as mesh,
+            aiohttp.ClientSession(mesh.local.url) as session,
         ):
-            yield mesh, client
+            yield mesh, session
 
 
 async def measure_steering(device: str, rounds: int) -> list[Figure]:
     """The first part."""
     steered, unsteered = Side(), Side()
-    async with mesh_on(device, 2) as (mesh, client):
-        await converse(mesh, client, range(CONVERSATIONS), Side())
+    async with mesh_on(device, 2, Steering) as (mesh, session):
+        await converse(mesh, session, range(CONVERSATIONS), Side())
         for turn, chooses in enumerate([True, False] * rounds, start=1):
             await have_choose(mesh, chooses)
             numbers = range(turn * CONVERSATIONS, (turn + 1) * CONVERSATIONS)
-            await converse(mesh, client, numbers, steered if chooses else unsteered)
+            await converse(mesh, session, numbers, steered if chooses else unsteered)
     rate, chance = steered.hits / steered.queries, unsteered.hits / unsteered.queries
     return [
         Figure("turns: prompts passed on", steered.chosen / steered.prompts, "of all"),
@@ -178,12 +205,12 @@ async def measure_steering(device: str, rounds: int) -> list[Figure]:
 async def measure_in_place(device: str, rounds: int, shorts: int) -> list[Figure]:
     """The second part."""
     chosen, handed_over = Side(), Side()
-    async with mesh_on(device, 1) as (mesh, client):
+    async with mesh_on(device, 1, InPlaceChoice) as (mesh, session):
         numbers = itertools.count()
-        await ask_short(mesh, client, numbers, 2, Side())
+        await ask_short(mesh, session, numbers, 2, Side())
         for chooses in [True, False] * rounds:
             await have_choose(mesh, chooses)
-            await ask_short(mesh, client, numbers, shorts, chosen if chooses else handed_over)
+            await ask_short(mesh, session, numbers, shorts, chosen if chooses else handed_over)
     return [
         Figure("short prompts: computed by the decode worker", chosen.chosen / chosen.prompts, "of all"),
         Figure("short prompts: median time to first token", statistics.median(chosen.ttft) * 1000, "ms"),
@@ -201,10 +228,10 @@ def _over(one: Side, other: Side) -> float:
 def main() -> None:
     """Run both parts, print, write; exit with 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round of each way instead of four")
+    parser.add_argument("--quick", action="store_true", help="one round of each way instead of three")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    rounds, shorts = (1, 8) if options.quick else (4, 20)
+    rounds, shorts = (1, 5) if options.quick else (3, 10)
     figures = asyncio.run(measure_steering(options.device, rounds))
     figures += asyncio.run(measure_in_place(options.device, rounds, shorts))
     name = "routing" if options.device == "cpu" else "routing_gpu"

@@ -1,8 +1,9 @@
 """Which prefill worker had better compute a prompt: the one that took it from the queue, or one that holds its prefix.
 
-Workers tell each other which pages they have computed (`Holds`). Who takes an entry knows so whether another one holds
-more of its prompt, and passes it on (`PassedOn`) where it will be computed no later there: where the tokens that wait
-before it, with those of its own that are missing, are no more than here. So nothing is passed on to the busiest.
+Workers tell each other which pages they have computed, and what is left to do (`Holds`). Who takes an entry knows so
+whether another one holds more of its prompt, and passes it on (`PassedOn`) where it will be computed no later there:
+where the tokens that wait before it, with those of its own that are missing, are no more than here. So nothing is
+passed on to the busiest.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ class Steering:
         self._registry = registry
         self._page_size = page_size
         self._holders = PrefixHolders()
-        self._passed: dict[str, tuple[dict[str, float], int]] = {}
-        """By worker: the figures that it published last, and the tokens passed on to it since."""
+        self._waiting: dict[str, tuple[dict[str, float], float]] = {}
+        """By worker: the figures that it published last, and what is known of its backlog since, in tokens."""
         registry.on_leave.append(self._forget)
 
-    def heard(self, worker: str, page_hashes: Sequence[bytes]) -> None:
-        """`worker` has computed these pages."""
-        self._holders.remember(worker, page_hashes)
+    def heard(self, worker: Member, page_hashes: Sequence[bytes], waiting: int) -> None:
+        """`worker` has computed these pages, and so many tokens wait there."""
+        self._holders.remember(worker.id, page_hashes)
+        self._waiting[worker.id] = worker.stats, waiting
 
     def better(self, page_hashes: Sequence[bytes], tokens: int, held: int, waiting: int) -> Member | None:
         """The worker to pass a prompt of `tokens` tokens on to, if there is one.
@@ -43,7 +45,7 @@ class Steering:
         if worker is None or worker.draining or held_there <= held:
             return None
         missing = tokens - held_there * self._page_size
-        if self._waiting(worker) + missing > waiting + tokens - held * self._page_size:
+        if self._backlog(worker) + missing > waiting + tokens - held * self._page_size:
             self.kept += 1
             return None
         return worker
@@ -52,18 +54,15 @@ class Steering:
         """The prompt is `worker`'s now."""
         self.steered += 1
         tokens -= self._holders.longest(page_hashes)[1] * self._page_size
-        self._passed[worker.id] = worker.stats, self._passed_since(worker) + tokens
+        self._waiting[worker.id] = worker.stats, self._backlog(worker) + tokens
 
-    def _waiting(self, worker: Member) -> float:
-        return worker.stats.get("prompt_tokens_waiting", 0.0) + self._passed_since(worker)
-
-    def _passed_since(self, worker: Member) -> int:
-        stats, tokens = self._passed.get(worker.id, (None, 0))
-        return tokens if stats is worker.stats else 0
+    def _backlog(self, worker: Member) -> float:
+        stats, tokens = self._waiting.get(worker.id, (None, 0.0))
+        return tokens if stats is worker.stats else worker.stats.get("prompt_tokens_waiting", 0.0)
 
     def _forget(self, member: Member) -> None:
         if member.tier == "prefill":
-            self._passed.pop(member.id, None)
+            self._waiting.pop(member.id, None)
             self._holders.forget(member.id)
 
     def figures(self) -> dict[str, float]:

@@ -312,6 +312,7 @@ class PrefillWorker:
             prefill_ms=max(time.time() - taken_at, 0.0) * 1000,
             handoff_ms=0.0,
             cached_tokens=handoff.held_pages * self._layout.page_size,
+            in_place=True,
         )
 
     async def _compile_grammar(self, sampling: SamplingParams) -> Matcher | None:
@@ -406,7 +407,6 @@ class PrefillWorker:
         """Returns the time at which the first token was known."""
         self._scheduler.add(job.key, len(job.entry.token_ids), job.cached_tokens)
         self._work.set()
-        self._publish_stats()  # others of the tier want to know how busy this one is
         try:
             async with asyncio.TaskGroup() as group:
                 if job.handoff is not None:
@@ -422,7 +422,8 @@ class PrefillWorker:
                 for page, page_hash in zip(job.pages, hashes, strict=False):
                     self._engine.pool.publish(page, page_hash)
                 if computed := hashes[job.cached_tokens // self._layout.page_size :]:
-                    self._tell_tier(Holds(page_hashes=computed[:MAX_HELD_PAGES]))
+                    waiting = self._scheduler.num_tokens
+                    self._tell_tier(Holds(waiting=waiting, page_hashes=computed[:MAX_HELD_PAGES]))
         except ExceptionGroup as failures:
             error = failures.exceptions[0]
             if isinstance(error, HandoffFailed):
@@ -539,7 +540,7 @@ class PrefillWorker:
                 case GivenBack(), "prefill":
                     self._intake.hurry()
                 case Holds(), "prefill":
-                    self._steering.heard(inbound.sender.id, message.page_hashes)
+                    self._steering.heard(inbound.sender, message.page_hashes, message.waiting)
                 case PassedOn(), "prefill":
                     self._take_passed(message)
                 case ((GivenBack() | Holds() | PassedOn()), _):

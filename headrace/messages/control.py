@@ -39,6 +39,8 @@ class PassedOn(Message, frozen=True, kw_only=True):
 class Holds(Message, frozen=True, kw_only=True):
     """From one prefill worker to the others: it has computed these pages of a prompt, named by their hashes."""
 
+    waiting: Count
+    """Prompt tokens that it has yet to compute."""
     page_hashes: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=MAX_HELD_PAGES)]
 
 

@@ -59,6 +59,8 @@ class PrefillReport(Message, frozen=True, kw_only=True):
     """From the first token to the decode worker's acknowledgement."""
     cached_tokens: Count
     """Prompt tokens found in the prefix cache."""
+    in_place: bool = False
+    """The decode worker computed the prompt itself; `prefill_ms` is until it had, and `handoff_ms` 0."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """One for each prompt token but the first. May arrive before or after the first `TokenEvent`."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from headrace.loadtest.chaos import Extent, chaos
 
-EXTENT = Extent(requests=20, seconds=6.5, kinds=6, output_tokens=48, at_once=6)
+EXTENT = Extent(requests=20, seconds=6.5, kinds=6, output_tokens=48, at_once=6, network_fault_seconds=1.5)
 
 
 @pytest.mark.timeout(150)  # seven processes on however few cores there are
@@ -21,3 +21,4 @@ async def test_streams_outlive(series: str, tmp_path: Path) -> None:
     assert findings.leaked == 0
     assert findings.outcomes >= EXTENT.requests
     assert findings.faults.total() >= 2
+    assert series != "network" or len(findings.faults) == 4

@@ -54,9 +54,13 @@ async def handed_over(redis_url: str, folder: Path, **options: Any) -> list[str]
 
 
 @pytest.mark.parametrize("speculates", [False, True])
-async def test_texts_are_the_same_in_place(redis_url: str, tmp_path: Path, always: None, speculates: bool) -> None:
+async def test_texts_are_the_same_in_place(
+    redis_url: str, tmp_path: Path, always: None, speculates: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Prompts longer than a pass are handed over; what was computed once is found again."""
+    caplog.set_level("INFO")
     expected = await handed_over(redis_url, tmp_path, speculates=speculates)
+    assert "kv=in-place" not in caplog.text
     options: dict[str, Any] = {"decode_pages": [400, 400], "most_prompt_tokens": 64, "speculates": speculates}
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[400], **options) as mesh:
         assert await ask(mesh) == expected  # the first prompts are computed by the prefill worker, for the cost of it
@@ -65,6 +69,7 @@ async def test_texts_are_the_same_in_place(redis_url: str, tmp_path: Path, alway
         assert figure(mesh, "in_place_prompts_total") >= len(PROMPTS) / 2
         assert await ask(mesh) == expected
         assert figure(mesh, "in_place_prompt_tokens_total") - tokens < sum(map(len, PROMPTS)) / 2
+        assert "kv=in-place" in caplog.text
         assert_no_page_is_used(mesh)
 
 

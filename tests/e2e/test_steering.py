@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from headrace.gateway import audit
 from headrace.loadtest.client import StreamClient
 from headrace.loadtest.prompts import unique_tokens
 from headrace.prefill.steering import Steering
@@ -87,14 +89,20 @@ async def test_what_there_is_no_room_for_goes_back_to_the_queue(redis_url: str, 
     """Untouched, and is passed on to nobody again."""
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[400, 400], decode_pages=[400]) as mesh:
         texts = await converse(mesh, range(4))
-        with mock.patch.object(asyncio.Semaphore, "locked", return_value=True):
+        with ExitStack() as full:
+            for worker in prefills(mesh):
+                full.enter_context(mock.patch.object(worker._room_for_passed, "locked", return_value=True))
             assert await converse(mesh, range(4)) == texts
         assert sum(worker._steering.steered for worker in prefills(mesh)) > 0
         assert sum(worker._recomputed for worker in prefills(mesh)) == 0
 
 
-async def test_an_emptied_redis_and_a_worker_that_stops_change_no_text(redis_url: str, tmp_path: Path) -> None:
+async def test_an_emptied_redis_and_a_worker_that_stops_change_no_text(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Entries that were passed on are given back like others, and a new worker holds nothing of the old one's."""
+    for name in ("FIRST_LOOK_SECONDS", "SECOND_LOOK_SECONDS", "TICK_SECONDS"):
+        monkeypatch.setattr(audit, name, 0.3)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[400, 400], decode_pages=[400]) as mesh:
         texts = await converse(mesh, range(CONVERSATIONS))
         asking = asyncio.create_task(converse(mesh, range(CONVERSATIONS)))

@@ -39,6 +39,10 @@ def _steering(*workers: Member) -> tuple[Steering, _Registry]:
     return Steering(registry, PAGE), registry  # type: ignore[arg-type]
 
 
+def _heard(steering: Steering, registry: _Registry, name: str, hashes: list[bytes], waiting: int = 0) -> None:
+    steering.heard(registry.members[name], hashes, waiting)
+
+
 def _better(steering: Steering, held: int = 0, waiting: int = 0) -> str | None:
     worker = steering.better(HASHES, len(PROMPT), held, waiting)
     return worker.id if worker is not None else None
@@ -46,10 +50,10 @@ def _better(steering: Steering, held: int = 0, waiting: int = 0) -> str | None:
 
 def test_a_prompt_goes_to_whoever_holds_more_of_it() -> None:
     """And stays where nobody does: what this worker holds itself it knows for sure."""
-    steering, _ = _steering(_worker("a"), _worker("b"))
+    steering, registry = _steering(_worker("a"), _worker("b"))
     assert _better(steering) is None
-    steering.heard("a", HASHES[:3])
-    steering.heard("b", page_hashes([*PROMPT[: PAGE * 5], *[9] * PAGE], PAGE)[3:])
+    _heard(steering, registry, "a", HASHES[:3])
+    _heard(steering, registry, "b", page_hashes([*PROMPT[: PAGE * 5], *[9] * PAGE], PAGE)[3:])
     assert _better(steering) == "b"
     assert _better(steering, held=4) == "b"
     assert _better(steering, held=5) is None
@@ -57,11 +61,11 @@ def test_a_prompt_goes_to_whoever_holds_more_of_it() -> None:
 
 def test_nothing_is_passed_on_to_the_busiest() -> None:
     """Its backlog may outweigh what this worker has to do by what the prefix saves, and no more; that is counted."""
-    steering, registry = _steering(_worker("a", waiting=100 + PAGE * 5))
-    steering.heard("a", HASHES[:5])
+    steering, registry = _steering(_worker("a"))
+    _heard(steering, registry, "a", HASHES[:5], waiting=100 + PAGE * 5)
     assert _better(steering, waiting=100) == "a"
     assert _better(steering, waiting=99) is None
-    registry.members["a"] = _worker("a", waiting=99 + PAGE * 5)
+    registry.members["a"] = _worker("a", waiting=99 + PAGE * 5)  # the newest figures count
     assert _better(steering, waiting=99) == "a"
     assert steering.figures() == {"prompts_steered_total": 0, "prompts_not_steered_total": 1}
 
@@ -69,7 +73,7 @@ def test_nothing_is_passed_on_to_the_busiest() -> None:
 def test_what_was_passed_on_counts_until_the_next_figures_have_it() -> None:
     """So that a burst is not all sent to one worker before it can say how busy it is."""
     steering, registry = _steering(_worker("a"))
-    steering.heard("a", HASHES[:4])
+    _heard(steering, registry, "a", HASHES[:4])
     chosen = []
     for _ in range(3):
         if (worker := steering.better(HASHES, len(PROMPT), 0, 0)) is not None:
@@ -83,7 +87,7 @@ def test_what_was_passed_on_counts_until_the_next_figures_have_it() -> None:
 def test_workers_that_leave_or_drain_get_nothing() -> None:
     """One that comes back under its name has nothing cached."""
     steering, registry = _steering(_worker("a"))
-    steering.heard("a", HASHES)
+    _heard(steering, registry, "a", HASHES)
     registry.members["a"] = _worker("a", draining=True)
     assert _better(steering) is None
     registry.members["a"] = _worker("a")
