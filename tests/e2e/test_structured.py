@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError
 
+from headrace import grammar
 from headrace.models.locate import locate_model
 from tests.e2e.test_moves import assert_nothing_is_held, moved_to, recomputed, until_running
 from tests.e2e.tiny_mesh import MODEL as TINY_MODEL
@@ -166,3 +167,25 @@ async def test_a_worker_that_cannot_follow_a_grammar_says_so(redis_url: str, tmp
             assert "does not suit structured output" in (await response.json())["error"]["message"]
         async with session.post("/v1/completions", json={**body, "structured_outputs": None}) as response:
             assert response.status == 200
+
+
+async def test_a_grammar_that_grows_too_large_on_its_way_ends_its_request_alone(
+    redis_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the decode worker, between tokens of others."""
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 60)
+    async with (
+        tiny_mesh(redis_url, folder, prefill_pages=[60], decode_pages=[60]) as mesh,
+        aiohttp.ClientSession(mesh.url) as session,
+    ):
+
+        async def ask(**fields: Any) -> tuple[int, dict[str, Any]]:
+            body = {"model": TINY_MODEL, "prompt": [5, 6], "max_tokens": 70, "seed": 1, "ignore_eos": True, **fields}
+            async with session.post("/v1/completions", json=body) as response:
+                return response.status, await response.json()
+
+        large = ask(structured_outputs={"regex": "((a|b)*a(a|b){18}){50}"})
+        (status, body), (other, _) = await asyncio.gather(large, ask())
+        assert (status, other) == (400, 200)
+        assert "too many states" in body["error"]["message"]
+    assert_nothing_is_held(mesh)
