@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MAX_COMPILED = 32
 """Grammars kept; a matcher in use keeps its own."""
+MAX_GBNF_CHARACTERS = 8192
+"""Some tenths of a second: it is turned into Lark's notation in a time that grows with the square."""
 MAX_LEXER_STATES = 10_000
 """Of one grammar, 1 to 2 kB each; found as outputs need them, and shared by these."""
 RENEWAL_TOKENS = 256
@@ -72,6 +74,8 @@ def of_grammar(text: str) -> str:
     """A context-free grammar, in Lark's notation or llama.cpp's (GBNF). Raises `GrammarError`."""
     from llguidance import grammar_from
 
+    if "::=" in text and len(text) > MAX_GBNF_CHARACTERS:
+        raise GrammarError(f"in llama.cpp's notation it may have {MAX_GBNF_CHARACTERS} characters: write it in Lark's")
     try:
         return grammar_from("grammar", _check_length(text))
     except ValueError as error:

@@ -138,6 +138,7 @@ def test_fields_that_ask_for_nothing_are_let_through(tokenizer: Tokenizer, field
         ({"structured_outputs": {"choice": ["水" * 9000] * 9}}, "structured_outputs.choice"),
         ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "a" * 65_537}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "root ::= " + '"a" ' * 3000}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"modalities": ["text", "audio"]}, "modalities"),
