@@ -53,6 +53,7 @@ def _start_and_collect(
         batch.add_pages(key, pages)
     for sequence in plan.joins:
         sampling = sequence.offer.sampling
+        assert (sequence.matcher is None) == (sampling.grammar is None), "who makes a sequence makes its matcher"
         batch.join(
             sequence.key, sequence.token_ids, sequence.generated, sequence.pages, sampling, matcher=sequence.matcher
         )

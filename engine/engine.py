@@ -79,7 +79,7 @@ class PrefillChunk:
     sampling: SamplingParams
     generated: int = 0
     matcher: Matcher | None = None
-    """Where the output follows a grammar; it starts here."""
+    """For who wants to know whether the output could follow its grammar; it starts here."""
 
     @property
     def is_last(self) -> bool:
@@ -342,7 +342,8 @@ class Engine:
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> ArrivingTokens:
         rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
         sampler = BatchSampler(rows, self.model_config.vocab_size, self.device)
-        constrained = [ConstrainedRows(row, c.matcher) for row, c in enumerate(chunks) if c.matcher is not None]
+        matchers = [chunk.matcher or self.grammars.matcher(chunk.sampling) for chunk in chunks]
+        constrained = [ConstrainedRows(row, own) for row, own in enumerate(matchers) if own is not None]
         for row, matcher, _ in constrained:
             matcher.start(chunks[row].token_ids[len(chunks[row].token_ids) - chunks[row].generated :])
         if constrained:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from pydantic import Field, ValidationInfo, field_validator
 
 from headrace.gateway.errors import BadRequest
@@ -12,9 +13,10 @@ from headrace.gateway.job import Job, Prompt
 from headrace.gateway.request_fields import Label, OutputLimit, Refused, RequestFields, parse, refuse
 from headrace.gateway.strict import Strict
 from headrace.gateway.tokenizer import Tokenizer
+from headrace.gateway.tools import MAX_TOOLS, MadeCall, ToolChoice, Tools, read_tool_use
 from headrace.messages.request import MAX_TOP_LOGPROBS
 
-NO_TOOLS = "tool calls are not supported"
+NO_FUNCTIONS = "tools have taken the place of functions"
 TEXT_ONLY = "only text is supported"
 
 
@@ -28,29 +30,31 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One message. A reply of this server can be sent back as it is."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] | None = None
+    """Of the assistant, whose content may be null then."""
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None
     name: str | None = None
     """Given to the chat template; refused where the template ignores it."""
+    tool_call_id: Label | None = None
+    """Of a `tool` message: whose result it is."""
     refusal: Any = None
     audio: Any = None
-    tool_calls: Any = None
     function_call: Any = None
     annotations: Any = None
 
     REFUSED: ClassVar[Refused] = {
         "refusal": ((), "this server makes no refusals"),
         "audio": ((), TEXT_ONLY),
-        "tool_calls": (([],), NO_TOOLS),
-        "function_call": ((), NO_TOOLS),
+        "function_call": ((), NO_FUNCTIONS),
         "annotations": (([],), "this server makes no annotations"),
     }
 
-    @field_validator("role", mode="before")
+    @field_validator("content")
     @classmethod
-    def _no_tool_messages(cls, value: Any) -> Any:
-        if value in ("tool", "function"):
-            raise ValueError(NO_TOOLS)
+    def _needs_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not (info.data.get("role") == "assistant" and info.data.get("tool_calls")):
+            raise ValueError("only the assistant's may be null, beside 'tool_calls'")
         return value
 
     @field_validator(*REFUSED)
@@ -60,8 +64,13 @@ class ChatMessage(Strict):
 
     def for_template(self) -> Mapping[str, Any]:
         """As chat templates expect a message; the parts of a content are joined by line breaks, as vLLM does."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": self.role, "content": content}
+        parts = self.content or ""
+        content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        message: dict[str, Any] = {"role": self.role, "content": content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         return message if self.name is None else {**message, "name": self.name}
 
 
@@ -78,8 +87,11 @@ class ChatRequest(RequestFields):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     service_tier: Literal["auto", "default"] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    """`auto` where there are tools."""
     parallel_tool_calls: bool | None = None
-    """No influence: there are no tools to call."""
+    """Whether an answer may call more than once; true where nothing is said."""
     chat_template_kwargs: dict[str, Any] | None = None
 
     audio: Any = None
@@ -92,15 +104,13 @@ class ChatRequest(RequestFields):
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
     store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
     REFUSED: ClassVar[Refused] = {
         "audio": ((), TEXT_ONLY),
-        "function_call": (("none",), NO_TOOLS),
-        "functions": (([],), NO_TOOLS),
+        "function_call": (("none",), NO_FUNCTIONS),
+        "functions": (([],), NO_FUNCTIONS),
         "modalities": ((["text"],), TEXT_ONLY),
         "moderation": ((), "moderation is not supported"),
         "prediction": ((), "predicted outputs are not supported"),
@@ -108,8 +118,6 @@ class ChatRequest(RequestFields):
         "prompt_cache_retention": ((), "how long a prompt stays cached can't be chosen"),
         "reasoning_effort": ((), "the effort of reasoning can't be chosen"),
         "store": ((False,), "answers are not stored"),
-        "tool_choice": (("none",), NO_TOOLS),
-        "tools": (([],), NO_TOOLS),
         "verbosity": ((), "verbosity can't be chosen"),
         "web_search_options": ((), "web search is not supported"),
     }
@@ -134,20 +142,29 @@ def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
         raise BadRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
     if tokenizer.template is None:
         raise BadRequest("This model has no chat template: use /v1/completions.", param="messages")
-    text = tokenizer.template.render([m.for_template() for m in request.messages], request.chat_template_kwargs or {})
+    tool_use = read_tool_use(request.tools, request.tool_choice, request.parallel_tool_calls)
+    tools = None if tool_use is None else [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    messages = [message.for_template() for message in request.messages]
+    text = tokenizer.template.render(messages, request.chat_template_kwargs or {}, tools)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     if not token_ids:
         raise BadRequest("The messages make an empty prompt.", param="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    sampling = request.sampling(tokenizer, logprobs)
+    if tool_use is not None:
+        if sampling.grammar is not None:
+            raise BadRequest("Give 'tools' or a form of the answer, not both.", param="tools")
+        sampling = msgspec.structs.replace(sampling, grammar=tool_use.checked_grammar(tokenizer.grammars))
     return request.model, Job(
         kind="chat",
         prompts=[Prompt(token_ids, text)],
         n=request.n or 1,
-        sampling=request.sampling(tokenizer, logprobs),
+        sampling=sampling,
         stop=request.stop_strings,
         stream=bool(request.stream),
         include_usage=request.include_usage,
         show_logprobs=bool(request.logprobs),
         user=request.user,
         service_tier="default" if request.service_tier else None,
+        tool_use=tool_use,
     )

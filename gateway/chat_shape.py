@@ -8,6 +8,7 @@ from typing import Any
 from headrace.gateway.answer import Answer
 from headrace.gateway.shape import header, token_fields, top_tokens
 from headrace.gateway.text import Delta, ScoredToken
+from headrace.gateway.tools import CallReader, joined
 
 
 class ChatShape:
@@ -17,6 +18,7 @@ class ChatShape:
         self._answer = answer
         self._model = model
         self._begun: set[int] = set()
+        self._readers: dict[int, CallReader] = {}
 
     def chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
         """The first chunk of a choice carries the role."""
@@ -24,12 +26,18 @@ class ChatShape:
             return None
         message: dict[str, Any] = {} if index in self._begun else {"role": "assistant", "content": ""}
         self._begun.add(index)
-        if delta.text or delta.tokens:
-            message["content"] = delta.text
+        text, calls, finish_reason = self._read(index, delta.text, finish_reason)
+        if text or (delta.tokens and not calls):
+            message["content"] = text
+        if calls:
+            message["tool_calls"] = calls
         return {"index": index, "delta": message, "logprobs": self._logprobs(delta), "finish_reason": finish_reason}
 
     def whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        text, calls, finish_reason = self._read(index, delta.text, finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": joined(calls)}
         logprobs = self._logprobs(delta) or (
             {"content": [], "refusal": None} if self._answer.job.show_logprobs else None
         )
@@ -38,6 +46,17 @@ class ChatShape:
     def envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         kind = "chat.completion.chunk" if streamed else "chat.completion"
         return {**header(self._answer, self._model, kind), "choices": choices}
+
+    def _read(self, index: int, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """What of a choice's new text is content, what calls of tools, and why it ended, if it has."""
+        use = self._answer.job.tool_use
+        if use is None:
+            return text, [], finish_reason
+        reader = self._readers.setdefault(index, CallReader(use.most_calls))
+        read = reader.push(text, ended=finish_reason is not None)
+        if finish_reason == "stop" and reader.num_calls:
+            finish_reason = "tool_calls"
+        return read.content, read.calls, finish_reason
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if not delta.tokens:

@@ -42,14 +42,23 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateRefused(f"the model's chat template can't be read: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self.takes_tools = "tools" in variables
         self.options = variables - OURS - set(environment.globals) - set(special_tokens)
         """Variables that a client may set with `chat_template_kwargs`."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt that asks for the next assistant message.
 
-        Raises `BadRequest` where the template refuses the messages, has no such option, or ignores a message's `name`.
+        Raises `BadRequest` where the template refuses the messages, has no such option, or ignores a message's `name`,
+        tools or calls of tools.
         """
+        if not self.takes_tools and (tools or any("tool_calls" in m or m["role"] == "tool" for m in messages)):
+            raise BadRequest("This model's chat template has no place for tools.", param="tools")
         for name in options:
             if name not in self.options:
                 known = ", ".join(sorted(self.options)) or "none"
@@ -57,17 +66,22 @@ class ChatTemplate:
                     f"This model's chat template has no option {name!r}. Its options: {known}.",
                     param="chat_template_kwargs",
                 )
-        prompt = self._render(messages, options)
+        prompt = self._render(messages, options, tools)
         nameless = [{key: value for key, value in message.items() if key != "name"} for message in messages]
-        if nameless != list(messages) and self._render(nameless, options) == prompt:
+        if nameless != list(messages) and self._render(nameless, options, tools) == prompt:
             raise BadRequest("This model's chat template has no place for a message's `name`.", param="messages")
         return prompt
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> str:
         named = [{**message, "role": ROLES.get(message["role"], message["role"])} for message in messages]
         variables = {**self._special_tokens, **options, "messages": named, "add_generation_prompt": True}
         try:
-            return self._template.render(**variables, tools=None, documents=None)
+            return self._template.render(**variables, tools=tools, documents=None)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise BadRequest(
                 f"This model's chat template refuses the messages: {error or type(error).__name__}", param="messages"

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from headrace.gateway.errors import ContextLengthExceeded
+from headrace.gateway.tools import ToolUse
 from headrace.messages.request import SamplingParams
 
 Kind = Literal["chat", "completion"]
@@ -38,6 +39,7 @@ class Job:
     show_logprobs: bool = False
     user: str | None = None
     service_tier: str | None = None
+    tool_use: ToolUse | None = None
 
     @property
     def choices(self) -> int:

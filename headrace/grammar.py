@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 MAX_COMPILED = 32
 """Grammars kept; a matcher in use keeps its own."""
+MAX_GBNF_CHARACTERS = 8192
+"""Some tenths of a second: it is turned into Lark's notation in a time that grows with the square."""
 MAX_LEXER_STATES = 10_000
-"""Of one grammar, 1 to 2 kB each; found as the output needs them."""
+"""Of one grammar, 1 to 2 kB each; found as outputs need them, and shared by these."""
+RENEWAL_TOKENS = 256
+"""An output that fills a new lexer sooner is given up."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between two tokens of JSON at most: enough for a line break and five levels of indentation, and a model that loops
 comes to an end."""
@@ -70,6 +74,8 @@ def of_grammar(text: str) -> str:
     """A context-free grammar, in Lark's notation or llama.cpp's (GBNF). Raises `GrammarError`."""
     from llguidance import grammar_from
 
+    if "::=" in text and len(text) > MAX_GBNF_CHARACTERS:
+        raise GrammarError(f"in llama.cpp's notation it may have {MAX_GBNF_CHARACTERS} characters: write it in Lark's")
     try:
         return grammar_from("grammar", _check_length(text))
     except ValueError as error:
@@ -98,7 +104,10 @@ class Grammars:
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
     def compile(self, grammar: str) -> LLMatcher:
-        """A matcher at its start, to be copied. Raises `GrammarError`; takes up to some tenths of a second."""
+        """A matcher at its start, to be copied; the copies share a lexer.
+
+        Raises `GrammarError`. Takes milliseconds, or some tenths of a second.
+        """
         if len(grammar) > MAX_GRAMMAR_TEXT:
             raise GrammarError(f"as a grammar it is longer than {MAX_GRAMMAR_TEXT} characters")
         with self._lock:
@@ -112,9 +121,19 @@ class Grammars:
         if is_new:
             try:
                 found.set_result(self._compile(grammar))
-            except Exception as error:
+            except GrammarError as error:
                 found.set_exception(error)
+            except BaseException as error:  # which a panic in the library is
+                found.set_exception(GrammarError(f"it can't be compiled: {error!r}"))
         return found.result()
+
+    def renew(self, grammar: str, full: LLMatcher) -> LLMatcher:
+        """The same without the states that outputs have brought to the lexer of `full`, an earlier one."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is not None and found.done() and found.exception() is None and found.result() is full:
+                del self._compiled[grammar]
+        return self.compile(grammar)
 
     def prepare(self, grammar: str) -> None:
         """Compile it for those who will ask; what is wrong with it they will hear."""
@@ -163,32 +182,33 @@ class Matcher:
     def __init__(self, grammars: Grammars, grammar: str, sampling: SamplingParams) -> None:
         self._grammars = grammars
         self._grammar = grammar
+        self._compiled: LLMatcher | None = None
         self._matcher: LLMatcher | None = None
+        """A copy of that."""
         self._min_tokens = sampling.min_tokens
         self._ends = sampling.stop_token_ids
-        self._generated = 0
+        self._output: list[int] = []
+        self._renewed_at = -RENEWAL_TOKENS
         self.error: str | None = None
 
     def start(self, output: Sequence[int]) -> None:
         """Begin anew, after these output tokens. Compiles the grammar where nobody has."""
-        self.error, self._generated = None, 0
+        self.error, self._output = None, []
         try:
-            self._matcher = self._grammars.compile(self._grammar).deep_copy()
+            self._compiled = self._grammars.compile(self._grammar)
         except GrammarError as error:
             self.error = str(error)
         else:
+            self._matcher = self._compiled.deep_copy()
             self.advance(output)
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Take output tokens. After the end of the grammar's text there can only be more tokens that end the output."""
-        self._generated += len(token_ids)
-        if self._matcher is None:
-            return
-        taken = self._matcher.try_consume_tokens(list(token_ids))
-        if not self._matcher.is_stopped() and taken < len(token_ids):
-            self._matcher.consume_token(token_ids[taken])  # which is an error, for good
-        if self._matcher.is_error():
-            self._fail(self._matcher)
+        self._output += token_ids
+        if self._matcher is not None:
+            _consume(self._matcher, token_ids)
+            if self._matcher.is_error() and not self._renew():
+                self.error = self.error or _reason(self._matcher)
 
     def standing(self, draft: Sequence[int]) -> int:
         """How many tokens of a draft are allowed, one after the other."""
@@ -203,21 +223,49 @@ class Matcher:
         if self._matcher is None:
             masks[:] = _bits(self._ends, masks.shape[1])
             return
+        self._fill(self._matcher, masks, draft)
+        if self._matcher.is_error() and self._renew():
+            self._fill(self._matcher, masks, draft)
+        if self._matcher.is_error():
+            self.error = self.error or _reason(self._matcher)
+
+    def _fill(self, matcher: LLMatcher, masks: np.ndarray, draft: Sequence[int]) -> None:
         taken = 0
         for row in masks:
-            row[:] = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(row)]
-            if self._generated + taken < self._min_tokens and (without := row & ~_bits(self._ends, len(row))).any():
+            row[:] = np.frombuffer(matcher.compute_bitmask(), np.int32)[: len(row)]
+            is_early = len(self._output) + taken < self._min_tokens
+            if is_early and (without := row & ~_bits(self._ends, len(row))).any():
                 row[:] = without
-            if taken == len(draft) or not self._matcher.try_consume_tokens([draft[taken]]):
+            if taken == len(draft) or not matcher.try_consume_tokens([draft[taken]]):
                 break
             taken += 1
         masks[taken + 1 :] = masks[taken]  # where the text is at its end; elsewhere nothing is drawn with these
-        self._matcher.rollback(taken)
-        if self._matcher.is_error():
-            self._fail(self._matcher)
+        matcher.rollback(taken)
 
-    def _fail(self, matcher: LLMatcher) -> None:
-        self.error = self.error or _reason(matcher)
+    def _renew(self) -> bool:
+        """Where the lexer is full, of what all outputs of the grammar brought to it, go on with a new one.
+
+        False where that is not what is wrong, or where this output alone fills one too soon.
+        """
+        assert self._matcher is not None
+        assert self._compiled is not None
+        too_soon = len(self._output) - self._renewed_at < RENEWAL_TOKENS
+        if too_soon or "too many states" not in self._matcher.get_error():
+            return False
+        self._renewed_at = len(self._output)
+        try:
+            self._compiled = self._grammars.renew(self._grammar, self._compiled)
+        except GrammarError:
+            return False
+        self._matcher = self._compiled.deep_copy()
+        _consume(self._matcher, self._output)
+        return not self._matcher.is_error()
+
+
+def _consume(matcher: LLMatcher, token_ids: Sequence[int]) -> None:
+    taken = matcher.try_consume_tokens(list(token_ids))
+    if not matcher.is_stopped() and taken < len(token_ids):
+        matcher.consume_token(token_ids[taken])  # which is an error, for good
 
 
 def _reason(matcher: LLMatcher) -> str:
@@ -227,5 +275,5 @@ def _reason(matcher: LLMatcher) -> str:
 def _bits(token_ids: Sequence[int], words: int) -> np.ndarray:
     """[words] int32: these tokens' bits."""
     bits = np.zeros(words * 32, np.uint8)
-    bits[list(token_ids)] = 1
+    bits[[token for token in token_ids if token < len(bits)]] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)

@@ -1,7 +1,8 @@
 """`make chaos`: streams over a mesh whose workers, Redis and network fail, compared with undisturbed ones.
 
 Three series: workers are killed and stopped; the same while Redis is killed and comes back empty; a proxy breaks the
-connections between the tiers. The streams are greedy, sampled with a seed, and ended by stop strings, in turns.
+connections between the tiers. The streams are greedy, sampled with a seed, and ended by stop strings, in turns; one in
+four follows a grammar.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from headrace.tasks import end_task
 
 PROMPT_TOKENS = 40
 STOP_CHARACTERS = 9
+FORM = r"((t[0-9]+){1,3}-[a-f]{2};){999}"
+"""Of the streams that follow a grammar; it lasts longer than they."""
 FAULT_SECONDS = 3.0
 STOP_SECONDS = 5.0
 RESTART_SECONDS = 0.5
@@ -184,7 +187,9 @@ def _late(text: str) -> str:
 
 def _body(model: str, number: int, tokens: int) -> dict[str, Any]:
     chance = random.Random(number)
+    form = {"structured_outputs": {"regex": FORM}} if number % 4 == 1 else {}
     return {
+        **form,
         "model": model,
         "prompt": [chance.randrange(256, VOCABULARY) for _ in range(PROMPT_TOKENS)],
         "max_tokens": tokens,

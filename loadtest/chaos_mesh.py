@@ -40,7 +40,7 @@ from headrace.wire import Decoder
 
 NAMESPACE = "chaos"
 VOCABULARY = 2048
-MODEL = {**TINY, "vocab_size": VOCABULARY}
+MODEL = {**TINY, "vocab_size": VOCABULARY, "eos_token_id": 255}
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 PRELOADED = ["headrace.loadtest.chaos_mesh", "headrace.prefill.main", "headrace.decode.main"]

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError
 
+from headrace import grammar
 from headrace.models.locate import locate_model
 from tests.e2e.test_moves import assert_nothing_is_held, moved_to, recomputed, until_running
 from tests.e2e.tiny_mesh import MODEL as TINY_MODEL
@@ -23,8 +24,8 @@ MODEL = "smollm2"
 SCHEMA = {
     "type": "object",
     "properties": {
-        "city": {"type": "string", "maxLength": 20},
-        "people": {"type": "integer", "minimum": 0, "maximum": 9999999},
+        "city": {"type": "string", "maxLength": 8},
+        "people": {"type": "integer", "minimum": 0, "maximum": 999},
         "kind": {"enum": ["capital", "town"]},
     },
     "required": ["city", "people", "kind"],
@@ -63,7 +64,9 @@ async def test_every_other_form_is_followed(client: AsyncOpenAI) -> None:
     number = await complete(regex=r"[0-9]{3}-[0-9]{2}")
     assert len(number.text) == 6
     assert all(text in "0123456789-" for top in number.logprobs.top_logprobs[:6] for text in top)
-    assert json.loads((await complete(json={"type": "array", "items": {"type": "boolean"}, "minItems": 2})).text)
+    assert json.loads(
+        (await complete(json={"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2})).text
+    )
     assert (await complete(grammar='root ::= "(" root ")" | "x"')).text.strip("()") == "x"
     chat = await client.chat.completions.create(messages=MESSAGES, response_format={"type": "json_object"}, **options)
     text = chat.choices[0].message.content or ""
@@ -164,3 +167,25 @@ async def test_a_worker_that_cannot_follow_a_grammar_says_so(redis_url: str, tmp
             assert "does not suit structured output" in (await response.json())["error"]["message"]
         async with session.post("/v1/completions", json={**body, "structured_outputs": None}) as response:
             assert response.status == 200
+
+
+async def test_a_grammar_that_grows_too_large_on_its_way_ends_its_request_alone(
+    redis_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the decode worker, between tokens of others."""
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 60)
+    async with (
+        tiny_mesh(redis_url, folder, prefill_pages=[60], decode_pages=[60]) as mesh,
+        aiohttp.ClientSession(mesh.url) as session,
+    ):
+
+        async def ask(**fields: Any) -> tuple[int, dict[str, Any]]:
+            body = {"model": TINY_MODEL, "prompt": [5, 6], "max_tokens": 70, "seed": 1, "ignore_eos": True, **fields}
+            async with session.post("/v1/completions", json=body) as response:
+                return response.status, await response.json()
+
+        large = ask(structured_outputs={"regex": "((a|b)*a(a|b){18}){50}"})
+        (status, body), (other, _) = await asyncio.gather(large, ask())
+        assert (status, other) == (400, 200)
+        assert "too many states" in body["error"]["message"]
+    assert_nothing_is_held(mesh)

@@ -68,9 +68,7 @@ def answer(
         replayed = list(known[key][:so_far]) if so_far else []
         tokens = [*prompt, *replayed]
         pages.append(pool.allocate(pool.pages_for(len(prompt) + own.max_tokens)))
-        matcher = engine.grammars.matcher(own)
-        chunk = PrefillChunk(tokens, 0, len(tokens), pages[key], own, len(replayed), matcher)
-        first = engine.prefill([chunk])[0].token
+        first = engine.prefill([PrefillChunk(tokens, 0, len(tokens), pages[key], own, len(replayed))])[0].token
         assert first is not None
         outputs.append([*map(SampledToken, replayed), first])
         batch.join(key, [*tokens, first.token_id], len(replayed) + 1, pages[key], own, engine.grammars.matcher(own))

@@ -168,7 +168,7 @@ async def test_every_error_has_openai_s_shape(open_gateway: OpenGateway) -> None
     """Status, type, code, param and a message that says what to do."""
     async with open_gateway(max_body_bytes=2000) as gateway:
         cases = [
-            ("/v1/chat/completions", {**CHAT, "tools": [{}]}, 400, "invalid_value", "tools"),
+            ("/v1/chat/completions", {**CHAT, "tools": [{}]}, 400, "missing_field", "tools[0].type"),
             ("/v1/chat/completions", {**CHAT, "model": "gpt"}, 404, "model_not_found", "model"),
             ("/v1/chat/completions", {**CHAT, "user": "x" * 3000}, 413, "body_too_large", None),
             ("/v1/completions", {**COMPLETION, "max_tokens": 600}, 400, "context_length_exceeded", "prompt"),

@@ -17,9 +17,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace import grammar
 from headrace.grammar import (
     MAX_COMPILED,
-    MAX_LEXER_STATES,
     Grammars,
     Matcher,
     of_choice,
@@ -178,10 +178,10 @@ def test_masks_along_a_draft_are_those_of_its_tokens_one_by_one(
     assert allowed(matcher)[0].tolist() == along[0].tolist()
 
 
-@pytest.mark.parametrize("grammar", [of_choice(["ab"]), of_regex("ab+"), of_regex("ab?")])
-def test_after_the_end_there_are_only_ends(grammars: Grammars, tokenizer: tokenizers.Tokenizer, grammar: str) -> None:
+@pytest.mark.parametrize("form", [of_choice(["ab"]), of_regex("ab+"), of_regex("ab?")])
+def test_after_the_end_there_are_only_ends(grammars: Grammars, tokenizer: tokenizers.Tokenizer, form: str) -> None:
     """As many as one likes, also in drafts."""
-    matcher, single = started(grammars, grammar), started(grammars, grammar)
+    matcher, single = started(grammars, form), started(grammars, form)
     draft = [*tokenizer.encode("ab").ids, END, END, END]
     along = allowed(matcher, draft)
     matcher.advance(draft)
@@ -229,16 +229,43 @@ def test_what_does_not_follow_is_told_and_only_the_end_may_come(grammars: Gramma
     assert allowed(broken)[0].tolist() == [END]
 
 
-def test_a_lexer_that_grows_too_large_ends_its_request(grammars: Grammars, tokenizer: tokenizers.Tokenizer) -> None:
-    """A pattern whose states double with each letter."""
-    matcher, chance = started(grammars, of_regex("(a|b)*a(a|b){18}c")), random.Random(0)
-    letters = [tokenizer.encode(letter).ids[0] for letter in "ab"]
-    for _ in range(MAX_LEXER_STATES):
+def write_letters(matcher: Matcher, tokenizer: tokenizers.Tokenizer, seed: int, count: int) -> None:
+    """At random, until the output has to end; a pattern's states may double with each."""
+    letters, chance = [tokenizer.encode(letter).ids[0] for letter in "ab"], random.Random(seed)
+    for _ in range(count):
         matcher.advance([letters[chance.randrange(2)]])
         if allowed(matcher)[0].tolist() == [END]:
             break
+
+
+def test_an_output_that_fills_its_lexer_at_once_ends(
+    folder: Path, tokenizer: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is bounded."""
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 200)
+    matcher = started(Grammars(folder, VOCABULARY), of_regex("(a|b)*a(a|b){18}c"))
+    write_letters(matcher, tokenizer, 0, 1000)
     assert "too many states" in (matcher.error or "")
     assert allowed(matcher)[0].tolist() == [END]
+
+
+def test_outputs_that_fill_their_lexer_together_go_on_with_a_new_one(
+    folder: Path, tokenizer: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often a grammar is used, and also while one of its outputs is long."""
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 4000)
+    grammars, pattern = Grammars(folder, VOCABULARY), of_regex("(a|b)*a(a|b){18}c")
+    first = grammars.compile(pattern)
+    long = started(grammars, pattern)
+    for seed in range(12):
+        other = started(grammars, pattern)
+        write_letters(other, tokenizer, seed, 60)
+        write_letters(long, tokenizer, seed, 60)
+        assert (other.error, long.error) == (None, None)
+    assert grammars.compile(pattern) is not first
+    fresh = started(Grammars(folder, VOCABULARY), pattern)
+    fresh.advance(long._output)
+    assert allowed(fresh)[0].tolist() == allowed(long)[0].tolist()
 
 
 @pytest.mark.parametrize(
