@@ -36,7 +36,7 @@ from headrace.prefill.steering import Steering
 from headrace.tasks import end_task
 
 SHAPE: dict[str, Any] = TINY | {
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "hidden_size": 256,
     "intermediate_size": 768,
     "head_dim": 64,
@@ -52,12 +52,12 @@ ON_GPU: dict[str, Any] = SHAPE | {
 }
 """That of Llama 3.2 1B, but for the vocabulary. All workers share the GPU."""
 OF_WORKERS: dict[str, Any] = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
-CONVERSATIONS = 12
+CONVERSATIONS = 6
 TURNS = 3
 THINK_SECONDS = 1.0
 """Between two turns, at most."""
 FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 512, 96, 8
-LONG_TOKENS, LONG_ANSWER_TOKENS, SHORT_TOKENS = 1536, 32, 24
+LONG_TOKENS, LONG_ANSWER_TOKENS, SHORT_TOKENS = 1024, 32, 24
 LONG_AT_ONCE = 2
 SHORT_GAP_SECONDS = 0.15
 SETTLE_SECONDS = 0.5
