@@ -36,8 +36,8 @@ DEPTH_STEPS = 8
 """How far a head guesses is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
-TRYING_SHARE = 0.01
-"""Of the time, which that may take at most: where a guess takes longer than a third of a step it comes less often."""
+TRYING_SHARE = 0.005
+"""Of the time, which that may take at most: where a guess takes longer than a sixth of a step it comes less often."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 

@@ -189,7 +189,7 @@ class UselessHead:
         return {1: 0.5}
 
 
-def test_a_head_that_is_never_right_is_tried_for_a_hundredth_of_the_time() -> None:
+def test_a_head_that_is_never_right_is_hardly_ever_tried() -> None:
     """So nobody is slower for it, and it is noticed when it becomes good."""
     head = UselessHead()
     cost = StepCost({1: 1.0, 2: 1.001}, 8)
@@ -202,5 +202,5 @@ def test_a_head_that_is_never_right_is_tried_for_a_hundredth_of_the_time() -> No
         sequence.append(step + 8)
         if step >= 1000:
             spent, tries = spent + head.seconds, tries + (head.seconds > 0)
-    assert tries > 20
-    assert spent < 0.012 * 2000
+    assert tries > 10
+    assert spent < 0.006 * 2000
