@@ -13,16 +13,12 @@ from functools import partial
 
 import torch
 
-from headrace.decode.chain import MAX_CATCHING_UP, UP_TO_DATE, draft_chains, time_tokens
+from headrace.decode.chain import MAX_UNREAD, draft_chains, time_tokens, to_be_read
 from headrace.decode.drafter import Draft
 from headrace.decode.sequence import Key
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.draft_head import DraftHead
 from headrace.engine.engine import Engine
-
-MAX_WAITING = MAX_CATCHING_UP
-"""Positions of a request that wait to be read at most. To read all that a full batch says would take 4 % of its steps,
-in which drafts hardly ever pay."""
 
 
 @dataclass
@@ -78,18 +74,13 @@ class HeadDrafter:
             assert waiting.position + len(waiting.token_ids) == seen.position, "a step was missed"
             waiting.features.append(features[seen.first_row : seen.first_row + len(seen.token_ids)].clone())
             waiting.token_ids += seen.token_ids
-            if len(waiting.token_ids) > MAX_WAITING:
+            if len(waiting.token_ids) > MAX_UNREAD:
                 waiting.features, waiting.token_ids, waiting.is_lost = [], [], True
 
     def _read(self, batch: DecodeBatch[Key]) -> tuple[torch.Tensor, list[Key], list[int]]:
         """Read what waits, of all requests or of those least behind; returns their newest states and positions."""
-        left, read = MAX_CATCHING_UP, dict[Key, _Waiting]()
-        for key, one in sorted(self._waiting.items(), key=lambda item: len(item[1].token_ids)):
-            count = len(one.token_ids)
-            if count > UP_TO_DATE:
-                left -= count
-            if count > 0 and (count <= UP_TO_DATE or left >= 0):
-                read[key] = one
+        chosen = to_be_read({key: len(one.token_ids) for key, one in self._waiting.items()})
+        read = {key: self._waiting[key] for key in chosen}
         if not read:
             return torch.empty(0), [], []
         counts = [len(one.token_ids) for one in read.values()]

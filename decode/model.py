@@ -1,8 +1,9 @@
 """Drafts of a smaller model, all on the thread that runs the engine.
 
-It reads each token of a request, as the target does, but only when it drafts: until then tokens wait. A prompt's keys
-and values were computed by the prefill worker and came with the target's. Where some are missing, as after a move of a
-request whose tokens had not been read, its guesses are worse and nothing else.
+It reads each token of a request, as the target does, but only when it drafts: until then tokens wait. A request of
+which too many wait is drafted for no more. A prompt's keys and values were computed by the prefill worker and came with
+the target's. Where some are missing, as after a move of a request whose tokens had not been read, its guesses are worse
+and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 
 import torch
 
-from headrace.decode.chain import MAX_CATCHING_UP, UP_TO_DATE, draft_chains, time_tokens
+from headrace.decode.chain import MAX_UNREAD, draft_chains, time_tokens, to_be_read
 from headrace.decode.drafter import Draft
 from headrace.decode.sequence import Key
 from headrace.engine.decode_batch import DecodeBatch
@@ -28,6 +29,8 @@ class _Unread:
     position: int
     """Of the first."""
     token_ids: list[int]
+    is_lost: bool = False
+    """There were too many."""
 
 
 class ModelDrafter:
@@ -45,7 +48,7 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
-        """See `ChainDrafter`. A request that is far behind gets no draft yet."""
+        """See `ChainDrafter`. A request that is far behind gets no draft."""
         started = time.perf_counter()
         self._follow(batch)
         drafts: dict[Key, Draft] = {}
@@ -65,30 +68,30 @@ class ModelDrafter:
             unread = self._unread.get(seen.key)
             if unread is None:
                 unread = self._unread[seen.key] = _Unread(seen.position, [seen.token_id])
+            if unread.is_lost:
+                continue
             unread.token_ids += seen.token_ids
+            if len(unread.token_ids) > MAX_UNREAD:
+                unread.token_ids, unread.is_lost = [], True
 
     def _catch_up(self, batch: DecodeBatch[Key]) -> tuple[torch.Tensor, list[Key], list[int]]:
-        """Read what waits; returns the newest states of requests of which nothing is left, and their positions."""
-        left, counts = MAX_CATCHING_UP, dict[Key, int]()
-        for key, unread in sorted(self._unread.items(), key=lambda item: len(item[1].token_ids)):
-            count = min(len(unread.token_ids), batch.room(key) - unread.position)
-            if len(unread.token_ids) > UP_TO_DATE:
-                count = min(count, left)
-                left -= count
-            if count > 0:
-                counts[key] = count
-        if not counts:
+        """Read what waits, of all requests or of those least behind; returns their newest states and positions."""
+        unread = {
+            key: len(one.token_ids)
+            for key, one in self._unread.items()
+            if one.position + len(one.token_ids) <= batch.room(key)
+        }
+        keys = to_be_read(unread)
+        if not keys:
             return torch.empty(0), [], []
-        reads = [self._unread[key] for key in counts]
-        token_ids = [one.token_ids[:count] for one, count in zip(reads, counts.values(), strict=True)]
-        states = self._read(batch, torch.empty(0), list(counts), [one.position for one in reads], token_ids)
-        ends = torch.tensor(list(counts.values())).cumsum(0) - 1
-        for one, count in zip(reads, counts.values(), strict=True):
-            one.position += count
-            del one.token_ids[:count]
-        done = [row for row, one in enumerate(reads) if not one.token_ids]
-        keys = list(counts)
-        return states[ends[done]], [keys[row] for row in done], [reads[row].position - 1 for row in done]
+        reads = [self._unread[key] for key in keys]
+        starts, token_ids = [one.position for one in reads], [one.token_ids for one in reads]
+        states = self._read(batch, torch.empty(0), keys, starts, token_ids)
+        for one in reads:
+            one.position += len(one.token_ids)
+            one.token_ids = []
+        ends = torch.tensor([unread[key] for key in keys]).cumsum(0) - 1
+        return states[ends], keys, [one.position - 1 for one in reads]
 
     def _read(
         self,

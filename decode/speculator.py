@@ -36,6 +36,8 @@ DEPTH_STEPS = 8
 """How far a head guesses is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
+TRYING_SHARE = 0.005
+"""Of the time, which that may take at most: where a guess takes longer than a sixth of a step it comes less often."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 
@@ -133,6 +135,8 @@ class Speculator:
         """How far it pays to guess with `_depth_of` requests, for `_depth_lasts` more steps."""
         self._depth_of = self._depth_lasts = 0
         self._steps_without_head = 0
+        self._tried = 0.0
+        """Seconds of tries that are not made up for yet."""
         self._of_head: dict[Key, Draft] = {}
         """What it guessed at the end of the last one."""
         self._drafting = 0.0
@@ -245,6 +249,8 @@ class Speculator:
         if self._head is not None:
             seconds -= self._head.seconds
             counters.head_seconds += self._head.seconds
+            tried = self._head.seconds if self._guessed_depth > self._paying_depth else 0.0
+            self._tried = max(self._tried - TRYING_SHARE * seconds, 0.0) + tried
             if self._head_cost is not None and self._guessed_depth > 0 and self._num_requests > 0:
                 self._head_cost.observe(self._num_requests, self._guessed_depth, self._head.seconds)
         if self._num_requests > 0:
@@ -308,7 +314,7 @@ class Speculator:
             self.counters.controlling_seconds += time.perf_counter() - started
         self._depth_lasts -= 1
         self._steps_without_head = 0 if self._paying_depth > 0 else self._steps_without_head + 1
-        if self._steps_without_head == TRY_AGAIN_STEPS:
+        if self._steps_without_head >= TRY_AGAIN_STEPS and self._tried <= 0.0:
             self._steps_without_head = 0
             return 1
         return self._paying_depth

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from headrace.decode.chain import confidence_depth
-from headrace.decode.head import MAX_WAITING, HeadDrafter
+from headrace.decode.chain import MAX_UNREAD, confidence_depth
+from headrace.decode.head import HeadDrafter
 from headrace.engine.decode_batch import DecodeBatch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import StepSeconds
@@ -96,15 +96,15 @@ def test_what_waits_is_read_later_with_the_same_result(engine: Engine, prompts: 
 def test_no_more_waits_than_may(engine: Engine) -> None:
     """A request that a head was not asked about for long is not drafted for."""
     drafter, batch = HeadDrafter(engine), DecodeBatch[tuple[str, int]](engine)
-    pages = engine.pool.allocate(engine.pool.pages_for(MAX_WAITING + 8))
+    pages = engine.pool.allocate(engine.pool.pages_for(MAX_UNREAD + 8))
     (output,) = engine.prefill([PrefillChunk([1, 2, 3], 0, 3, pages, GREEDY)])
     assert output.token is not None
     batch.join(("a", 0), [1, 2, 3, output.token.token_id], 1, pages, GREEDY)
-    for _ in range(MAX_WAITING + 2):
+    for _ in range(MAX_UNREAD + 2):
         batch.start()
         batch.collect()
         assert drafter.draft(batch, 0) == {}
-        assert sum(len(one.token_ids) for one in drafter._waiting.values()) <= MAX_WAITING
+        assert sum(len(one.token_ids) for one in drafter._waiting.values()) <= MAX_UNREAD
     batch.step()
     assert drafter.draft(batch, 3) == {}
     engine.pool.release(pages)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from headrace.decode.chain import MAX_CATCHING_UP
+from headrace.decode.chain import MAX_UNREAD
 from headrace.decode.controller import HeadCost
 from headrace.decode.model import ModelDrafter
 from headrace.decode.ngram import NgramDrafter
@@ -156,8 +156,9 @@ def test_a_draft_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         load(target, draft)
 
 
-def test_a_long_pause_is_caught_up_with_in_parts(tmp_path: Path) -> None:
-    """No step reads more than a part; what is guessed in the end is as without a pause."""
+@pytest.mark.parametrize("pause", [MAX_UNREAD - 3, MAX_UNREAD + 5])
+def test_after_a_pause_it_guesses_as_without_unless_that_was_too_long(tmp_path: Path, pause: int) -> None:
+    """What waits is read at once; of more than so many tokens nothing is kept."""
     folder = checkpoint(tmp_path / "a")
     engine = load(folder, folder)
     (expected,) = generate(load(folder, None), [PROMPT], [GREEDY], 90)
@@ -166,15 +167,17 @@ def test_a_long_pause_is_caught_up_with_in_parts(tmp_path: Path) -> None:
     token, _ = prefill(engine, PROMPT, pages, GREEDY, chunk=40)
     batch, drafter = DecodeBatch[Key](engine), ModelDrafter(engine)
     batch.join(("a", 0), [*PROMPT, token.token_id], 1, pages, GREEDY)
-    for _ in range(MAX_CATCHING_UP + 5):
+    for _ in range(pause):
         batch.step()
         assert drafter.draft(batch, 0) == {}
     batch.step()
-    assert drafter.draft(batch, DEPTH) == {}
-    batch.step()
-    guess = drafter.draft(batch, DEPTH)["a", 0].token_ids
-    made = MAX_CATCHING_UP + 8
-    assert guess == tokens[made : made + len(guess)]
+    guesses = drafter.draft(batch, DEPTH)
+    if pause > MAX_UNREAD:
+        assert guesses == {}
+    else:
+        guess = guesses["a", 0].token_ids
+        assert guess
+        assert guess == tokens[pause + 2 : pause + 2 + len(guess)]
     engine.pool.release(pages)
 
 

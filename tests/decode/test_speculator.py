@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import msgspec
 
+from headrace.decode.controller import HeadCost
 from headrace.decode.drafter import Draft
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import MAX_STEPS_AHEAD, Speculator
 from headrace.decode.step_cost import StepCost
+from headrace.engine.decode_batch import DecodeBatch
 from headrace.messages.request import SamplingParams
 from tests.kvtransfer.parts import make_offer
 
@@ -169,3 +171,36 @@ def test_a_drafter_that_was_no_good_is_tried_again() -> None:
         pauses += since == 20
     assert 2 < pauses < 100
     assert len(drafter.asked) < 600
+
+
+class UselessHead:
+    """Is never right, and takes half a step for a token."""
+
+    name = "head"
+    seconds = 0.0
+
+    def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
+        """As many tokens as asked for."""
+        self.seconds = 0.5 * depth
+        return {("a", 0): Draft([7] * depth, range(depth))} if depth else {}
+
+    def time_tokens(self) -> dict[int, float]:
+        """For one request."""
+        return {1: 0.5}
+
+
+def test_a_head_that_is_never_right_is_hardly_ever_tried() -> None:
+    """So nobody is slower for it, and it is noticed when it becomes good."""
+    head = UselessHead()
+    cost = StepCost({1: 1.0, 2: 1.001}, 8)
+    speculating = Speculator(NgramDrafter(), cost, 10**6, head, HeadCost(head.time_tokens()))
+    sequence, batch, spent, tries = request([1, 2, 3], max_tokens=10**6), object.__new__(DecodeBatch), 0.0, 0
+    for step in range(3000):
+        drafts = speculating.propose([sequence])
+        speculating.look(batch)
+        speculating.ran(drafts, 1.0 + head.seconds)
+        sequence.append(step + 8)
+        if step >= 1000:
+            spent, tries = spent + head.seconds, tries + (head.seconds > 0)
+    assert tries > 10
+    assert spent < 0.006 * 2000
