@@ -8,11 +8,13 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 import numpy as np
 
 from headrace.decode.drafter import Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 GAIN = 1.05
 """By how much drafts must be expected to be faster: the estimates are no better than that."""
@@ -26,9 +28,6 @@ OTHERS_WEIGHT = 4.0
 """What other requests have shown counts as so many observations of a new one."""
 MEMORY, REQUEST_MEMORY = 0.998, 0.94
 """What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
-
-MAX_HEAD_DEPTH = 6
-"""Tokens that a head guesses in a row at most."""
 
 
 class RequestAcceptance:
@@ -87,37 +86,51 @@ class Acceptance:
 def choose_lengths(
     chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost, drafting: Sequence[float] = ()
 ) -> list[int]:
-    """How many tokens of each draft to verify, for the most expected tokens a second.
+    """`best_lengths` against steps without drafts."""
+    return best_lengths(chances, num_requests, cost.verifying, num_requests / cost.plain[num_requests], drafting)[0]
+
+
+def best_lengths(
+    chances: Sequence[Sequence[float]],
+    num_requests: int,
+    seconds_of: Sequence[float],
+    rate: float,
+    drafting: Sequence[float] = (),
+) -> tuple[list[int], float]:
+    """How many tokens of each draft to verify, for the most expected tokens a second, and how many these are.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway. `drafting[n]`: seconds that it takes to draft n tokens of each request first.
+    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request.
+    `rate`: tokens a second without: zeros and this are returned where drafts are not expected to beat it.
     """
     lengths = [0] * len(chances)
     ranked = sorted(((chance, d) for d, along in enumerate(chances) for chance in along), reverse=True)
     so_far = [0] * len(chances)
     deepest = 0
-    best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
+    best, best_rate = 0, GAIN * rate
     expected = float(num_requests)
     for count, (chance, draft) in enumerate(ranked[: max(MAX_ROWS - num_requests, 0)], 1):
         expected += chance
-        seconds = cost.verifying[num_requests + count]
+        seconds = seconds_of[num_requests + count]
         if drafting:
             so_far[draft] += 1
             deepest = max(deepest, so_far[draft])
             seconds += drafting[deepest]
-        rate = expected / seconds
-        if rate > best_rate:
-            best, best_rate = count, rate
+        if expected / seconds > best_rate:
+            best, best_rate = count, expected / seconds
     for _, draft in ranked[:best]:
         lengths[draft] += 1
-    return lengths
+    return lengths, best_rate if best else rate
 
 
 class HeadCost:
     """What a head takes for one more token of each of so many requests."""
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
-        """`measured`: seconds by requests. Beyond them, a request costs what the last ones did."""
+    def __init__(self, measured: Mapping[int, float], most: int = MAX_ROWS) -> None:
+        """`measured`: seconds by requests. Beyond them, a request costs what the last ones did, up to `most`, more than
+        which it guesses nothing for.
+        """
+        self._most = most
         rows = sorted(measured)
         at = np.arange(MAX_ROWS + 1)
         seconds = [measured[row] for row in rows]
@@ -127,5 +140,5 @@ class HeadCost:
 
     def of(self, num_requests: int) -> list[float]:
         """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
-        each = self._seconds[min(num_requests, MAX_ROWS)]
-        return [each * depth for depth in range(MAX_HEAD_DEPTH + 1)]
+        each = self._seconds[min(num_requests, MAX_ROWS)] if num_requests <= self._most else inf
+        return [0.0] + [each * depth for depth in range(1, MAX_HEAD_DEPTH + 1)]

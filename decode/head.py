@@ -8,7 +8,7 @@ slots of the request's pages that the next reading overwrites: so refused tokens
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -130,7 +130,7 @@ def confidence_depth(step: int, probability: float) -> int:
 
 
 @torch.inference_mode()
-def time_head(engine: Engine) -> Mapping[int, float]:
+def time_head(engine: Engine) -> dict[int, float]:
     """Seconds that one more token costs, by the number of requests it is drafted for: the fastest of several."""
     from headrace.messages.request import SamplingParams
 

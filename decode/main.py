@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from headrace.data_lines import DataLines, data_listener
-from headrace.decode.controller import HeadCost
-from headrace.decode.head import HeadDrafter, time_head
-from headrace.decode.ngram import NgramDrafter
-from headrace.decode.speculator import Speculator
-from headrace.decode.step_cost import StepCost
+from headrace.decode.head import time_head
+from headrace.decode.speculator import Speculator, new_speculator
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.startup import LoadedModel, loaded_model
 from headrace.engine.step_timing import time_steps
@@ -51,14 +49,16 @@ async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator |
         return None
     engine = model.engine
     seconds = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_steps, engine)
-    for kind, by_rows in (("", seconds.plain), ("with drafts ", seconds.drafted)):
-        log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
-    cost = StepCost(seconds.plain, settings.max_num_seqs, seconds.drafted)
-    if engine.head is None:
-        return Speculator(NgramDrafter(), cost, engine.max_model_len)
-    if engine.device.type != "cpu":
-        log.info("the draft head drafts on a CPU only so far")
-        return Speculator(NgramDrafter(), cost, engine.max_model_len)
-    of_head = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_head, engine)
-    log.info("a head's token takes %s", ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in of_head.items()))
-    return Speculator(NgramDrafter(), cost, engine.max_model_len, HeadDrafter(engine), HeadCost(of_head))
+    for kind, by_rows in (
+        ("", seconds.plain),
+        ("with drafts ", seconds.drafted),
+        ("with drafts of the device ", seconds.ahead),
+    ):
+        if by_rows:
+            log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
+    of_head: Mapping[int, float] = seconds.guess
+    if engine.head is not None and engine.graph_head is None:
+        of_head = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_head, engine)
+    if of_head:
+        log.info("a head's token takes %s", ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in of_head.items()))
+    return new_speculator(engine, seconds, of_head)

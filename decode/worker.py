@@ -17,7 +17,7 @@ from headrace.decode.mover import Mover
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
-from headrace.decode.step import Alongside, run_step
+from headrace.decode.step import Alongside, plan_step, run_step
 from headrace.decode.watch import ended
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
@@ -170,7 +170,7 @@ class DecodeWorker:
                 self._give_up_running()
             else:
                 self._gauge.ended(loop.time(), self._scheduler.num_running)
-                self._apply(tokens, plan is not None and bool(plan.drafts))
+                self._apply(tokens)
                 if tokens:
                     self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
                 if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
@@ -179,18 +179,10 @@ class DecodeWorker:
             self._publish()
 
     def _schedule(self) -> Plan | None:
-        speculator, runs_ahead = self._speculator, self._scheduler.in_flight > 0
-        if speculator is not None and runs_ahead and speculator.waits(self._scheduler.batch()):
-            return None
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return None
-        for sequence in plan.preempted:
-            self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-        if speculator is not None and not runs_ahead:
-            self._scheduler.reserve(plan, speculator.propose(self._scheduler.batch()))
-        if self._scheduler.num_running:
-            self._scheduler.started()
+        plan = plan_step(self._scheduler, self._speculator)
+        if plan is not None:
+            for sequence in plan.preempted:
+                self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
         return plan
 
     def _give_up_running(self) -> None:
@@ -216,11 +208,10 @@ class DecodeWorker:
             self._speculator.look(self._batch)
         return tokens
 
-    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None, drafted: bool) -> None:
+    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:
             return
-        self._scheduler.collected()
-        if drafted:
+        if self._scheduler.collected():
             self._apply_drafted(tokens)
             return
         running = self._scheduler.running

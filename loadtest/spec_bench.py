@@ -16,12 +16,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from headrace.decode.controller import HeadCost
-from headrace.decode.head import HeadDrafter, time_head
-from headrace.decode.ngram import NgramDrafter
+from headrace.decode.head import time_head
 from headrace.decode.sequence import Sequence
-from headrace.decode.speculator import Counters, Speculator
-from headrace.decode.step_cost import StepCost
+from headrace.decode.speculator import Counters, Speculator, new_speculator
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
@@ -45,7 +42,7 @@ FAST_ENOUGH = {("editing", 1): ">= 2", ("open chat", 1): ">= 1.3"}
 class Prompts:
     """Prompts whose KV is computed once and copied to the pages of each request."""
 
-    def __init__(self, engine: Engine, max_num_seqs: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         folder = locate_model("smollm2")
         self._engine = engine
         self._layout = layout_of(folder.fingerprint, engine.layout, engine.model_config.vocab_size)
@@ -54,8 +51,8 @@ class Prompts:
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
         self.step_seconds = time_steps(engine)
-        self.head_seconds = time_head(engine) if engine.head is not None else {}
-        self._max_num_seqs = max_num_seqs
+        on_cpu = engine.head is not None and engine.graph_head is None
+        self.head_seconds = time_head(engine) if on_cpu else {}
 
     def request(self, message: str, output: int) -> Sequence:
         """A request for exactly `output` greedy tokens, as the receiver hands it over."""
@@ -88,12 +85,7 @@ class Prompts:
 
     def speculator(self) -> Speculator:
         """A decode worker's, at its start."""
-        seconds = self.step_seconds
-        cost = StepCost(seconds.plain, self._max_num_seqs, seconds.drafted)
-        if self._engine.head is None:
-            return Speculator(NgramDrafter(), cost, self._engine.max_model_len)
-        head_cost = HeadCost(self.head_seconds)
-        return Speculator(NgramDrafter(), cost, self._engine.max_model_len, HeadDrafter(self._engine), head_cost)
+        return new_speculator(self._engine, self.step_seconds, self.head_seconds)
 
     def forget(self) -> None:
         """Give all pages back."""
@@ -208,7 +200,7 @@ def main() -> None:
     )  # fmt: skip
     engine = Engine.load(config)
     engine.warm_up()
-    prompts = Prompts(engine, max(BATCHES))
+    prompts = Prompts(engine)
     if options.lossless:
         part = slice(*options.part)
         name = "-".join(map(str, [*options.lossless, *options.part[:1]]))
