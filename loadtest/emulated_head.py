@@ -67,6 +67,7 @@ class EmulatedHead:
         self._comes = torch.stack(comes, 1)
         self._rates = torch.zeros(MAX_HEAD_DEPTH, device=following.device)
 
+    @torch.inference_mode()
     def be_right(self, rates: Sequence[float]) -> None:
         """With these probabilities from now on, the last one at all further places, too."""
         every = [rates[min(place, len(rates) - 1)] for place in range(MAX_HEAD_DEPTH)]

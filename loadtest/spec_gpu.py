@@ -14,6 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.speculator import Speculator, new_speculator
+from headrace.engine.draft_head import TorchHead
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.model_config import ModelConfig
@@ -93,6 +95,9 @@ def load_random(shape: dict[str, Any], largest: int, longest: int) -> tuple[Engi
                 projection.weight.mul_(0.1)
         weights.head.weight.copy_(weights.embedding[followers])
     engine.model.norms_are_folded = True  # random ones are ones, on any device
+    assert isinstance(engine.head, TorchHead)
+    own = engine.head.weights  # on a CPU in a mapped file, where kernels find them unaligned
+    engine.head.weights = replace(own, fc=own.fc.clone(), output=own.output.clone(), down=own.down.clone())
     engine.prepare_decode(lambda what, fraction: None, drafts=True)
     assert engine.graph_head is not None
     assert engine.graph_decoder is not None
