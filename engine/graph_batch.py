@@ -1,14 +1,15 @@
 """The running batch of a decode worker on a GPU.
 
-The next step is on its way before the tokens of this one are read, but for steps that verify drafts: what they drew is
-compared with the drafts on the device, and the host has to know it, too, before it can draft again.
+The next step is on its way before the tokens of this one are read. What was drawn is compared with drafts on the
+device, which advances the requests, so that holds for drafts of a head on the device, too: step after step verifies
+what the one before it has guessed, and the host hears of it later. Drafts of the host's follow tokens that it knows.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from headrace.engine.arriving import ArrivingTokens
 from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import NO_DRAFTS
+from headrace.engine.draft_head import ON_DEVICE
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
@@ -37,11 +39,14 @@ class _Running(Generic[K]):
 
     keys: list[K]
     tokens: ArrivingTokens
-    drafts: Mapping[K, Sequence[int]] = field(default_factory=dict)
+    lengths: Sequence[int] = ()
+    """Of each request's draft, in a step with drafts."""
+    guessed: frozenset[K] = frozenset()
+    """Whose drafts are a head's."""
     penalized: Sequence[SamplingRow] = ()
-    """Where requests have penalties and there are drafts: the sampling state after each row."""
-    is_known: bool = False
-    """Whether the matchers have taken its tokens."""
+    """Where requests have penalties and there are drafts that the host knew: the sampling state after each row."""
+    found: list[tuple[K, SampledToken]] | None = None
+    """Its tokens, once they have been waited for."""
 
 
 class GraphBatch(Generic[K]):
@@ -62,23 +67,21 @@ class GraphBatch(Generic[K]):
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
         self._num_pages = np.zeros(capacity, dtype=np.int64)
-        self._positions = np.full(capacity, -1, dtype=np.int32)
-        self._generated = np.zeros(capacity, dtype=np.int32)
         self._pages = np.zeros(tuple(decoder.block_table.shape), dtype=np.int32)
-        self._layout = torch.zeros(
-            decoder.rows.layout.shape, dtype=torch.int32, pin_memory=engine.device.type == "cuda"
-        )
-        """The rows of a step with drafts, before they are sent."""
         self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
         """By the rows of each request, while the batch has the same members."""
-        self._new_tokens: dict[int, int] = {}
-        """By row: tokens that the device does not know, those of rows that joined."""
+        self._joined: dict[int, tuple[int, int, int]] = {}
+        """By row: newest token, its position and the number of output tokens of a request that joined."""
         self._moved: dict[int, int] = {}
-        """By row: the row whose token, which the device alone knows, belongs there now."""
+        """By row: the row whose state, which the device alone knows, belongs there now."""
         self._table_changes: list[tuple[int, int, int]] = []
         """(row, first column, end)."""
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
+        self._guessed: dict[K, int] = {}
+        """How many tokens of these requests the head has guessed behind the newest step."""
+        self.verified: dict[K, list[int]] = {}
+        """The head's drafts that the step collected last has verified."""
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -94,14 +97,12 @@ class GraphBatch(Generic[K]):
     ) -> None:
         """See `RunningBatch.join`."""
         row = len(self._keys)
-        assert row < len(self._positions), "the batch is full"
+        assert row < len(self._pages), "the batch is full"
         self._keys.append(key)
         self._row_of[key] = row
         self._sampling.append(self._engine.sampling_row(sampling, token_ids, generated))
-        self._positions[row] = len(token_ids) - 1
-        self._generated[row] = generated
         self._num_pages[row] = 0
-        self._new_tokens[row] = token_ids[-1]
+        self._joined[row] = token_ids[-1], len(token_ids) - 1, generated
         self.add_pages(key, pages)
         self._members_changed = True
         if matcher is not None:
@@ -112,26 +113,26 @@ class GraphBatch(Generic[K]):
         """Remove a request; the last row takes its place."""
         row, last = self._row_of.pop(key), len(self._keys) - 1
         if row != last:
-            for column in (self._positions, self._generated, self._num_pages, self._pages):
+            for column in (self._num_pages, self._pages):
                 column[row] = column[last]
             self._row_of[self._keys[last]] = row
             self._table_changes.append((row, 0, int(self._num_pages[row])))
-        self._move_token(last, row)
-        self._positions[last] = -1
+        self._move(last, row)
+        self._guessed.pop(key, None)
         self._keys[row], self._sampling[row] = self._keys[last], self._sampling[last]
         self._keys.pop()
         self._sampling.pop()
         self._matchers.pop(key, None)
         self._members_changed = True
 
-    def _move_token(self, source: int, target: int) -> None:
-        token, origin = self._new_tokens.pop(source, None), self._moved.pop(source, source)
-        self._new_tokens.pop(target, None)
+    def _move(self, source: int, target: int) -> None:
+        joined, origin = self._joined.pop(source, None), self._moved.pop(source, source)
+        self._joined.pop(target, None)
         self._moved.pop(target, None)
         if source == target:
             return
-        if token is not None:
-            self._new_tokens[target] = token
+        if joined is not None:
+            self._joined[target] = joined
         else:
             self._moved[target] = origin
 
@@ -145,7 +146,9 @@ class GraphBatch(Generic[K]):
 
     def keep_pages(self, key: K, count: int) -> None:
         """See `RunningBatch`."""
-        self._num_pages[self._row_of[key]] = count
+        row = self._row_of[key]
+        self._num_pages[row] = count
+        self._table_changes.append((row, count, count))
 
     @property
     def in_flight(self) -> int:
@@ -155,46 +158,60 @@ class GraphBatch(Generic[K]):
     def collect(self) -> list[tuple[K, SampledToken]]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
-        tokens = step.tokens.wait()
-        found = self._standing(step, tokens) if step.drafts else list(zip(step.keys, tokens, strict=True))
-        if self._matchers:
-            self._advance(step, found)
+        found = self._found(step)
+        drafts, first = step.tokens.drafts, 0
+        self.verified = {}
+        for key, length in zip(step.keys, step.lengths, strict=False):
+            if key in step.guessed:
+                self.verified[key] = drafts[first + 1 : first + length + 1]
+            first += length + 1
         return found
 
-    def _advance(self, step: _Running[K], found: Sequence[tuple[K, SampledToken]]) -> None:
-        """Have the matchers take a step's tokens, once."""
-        if not step.is_known:
-            step.is_known = True
-            for key, token in found:
+    def _found(self, step: _Running[K]) -> list[tuple[K, SampledToken]]:
+        """The tokens of a step, which is waited for; the first time the matchers take them."""
+        if step.found is None:
+            tokens = step.tokens.wait()
+            step.found = self._standing(step, tokens) if step.lengths else list(zip(step.keys, tokens, strict=True))
+            for key, token in step.found if self._matchers else ():
                 if (matcher := self._matchers.get(key)) is not None:
                     matcher.advance([token.token_id])
+        return step.found
 
     def _standing(self, step: _Running[K], drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
-        found, first = [], 0
-        for request, key in enumerate(step.keys):
-            draft, last = step.drafts.get(key, ()), first
-            for token in draft:
-                if token != drawn[last].token_id:
-                    break
+        drafts, found, first = step.tokens.drafts, [], 0
+        for request, (key, length) in enumerate(zip(step.keys, step.lengths, strict=True)):
+            last, end = first, first + length
+            while last < end and drafts[last + 1] == drawn[last].token_id:
                 last += 1
             found += [(key, token) for token in drawn[first : last + 1]]
-            self._positions[request] += last - first + 1
-            self._generated[request] += last - first + 1
             if step.penalized:
                 self._sampling[request] = step.penalized[last]
-            first += len(draft) + 1
+            first = end + 1
         return found
 
     @torch.inference_mode()
-    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
-        """See `RunningBatch`; returns while the device is at work. A step with drafts is alone in flight."""
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
+        """See `RunningBatch`; returns while the device is at work."""
         self._send_changes()
-        if drafts:
-            assert not self._running, "drafts follow tokens that are known"
-            self._start_drafted(drafts)
+        if drafts or depth:
+            self._start_drafted(
+                [self._known_draft(row, drafts.get(key, ())) for row, key in enumerate(self._keys)], depth
+            )
         else:
             self._sample(self._decoder.step(len(self._keys)))
+        self._guessed = dict.fromkeys(self._keys, depth) if depth else {}
+
+    def _known_draft(self, row: int, draft: Sequence[int]) -> Sequence[int]:
+        """What there is of a draft: a head has guessed nothing where a request has just joined or prompts rode along,
+        and the host needs to know what penalties count and grammars follow.
+        """
+        if not draft or draft[0] != ON_DEVICE:
+            return draft
+        key = self._keys[row]
+        if self._sampling[row].counts is not None or key in self._matchers:
+            return ()
+        return draft[: self._guessed.get(key, 0)]
 
     @torch.inference_mode()
     def start_with_prompts(
@@ -205,6 +222,7 @@ class GraphBatch(Generic[K]):
         prompts = self._engine.start_shared(chunks, on_layer, len(self._keys))
         assert prompts.running_logits is not None
         self._sample(prompts.running_logits)
+        self._guessed = {}
         return prompts
 
     def _sample(self, logits: torch.Tensor) -> None:
@@ -214,41 +232,53 @@ class GraphBatch(Generic[K]):
         if self._sampler is None:
             self._sampler = self._new_sampler(self._sampling)
         if self._matchers:
-            for step in self._running:  # the device has this step's work and goes on meanwhile
-                self._advance(step, list(zip(step.keys, step.tokens.wait(), strict=True)))
-            mask_rows(logits, [ConstrainedRows(self._row_of[key], own) for key, own in self._matchers.items()])
+            self._mask(logits, range(rows), [()] * rows)
         generated = state.generated[:rows]
         sampled = self._sampler.sample(logits, generated)
         logprobs = self._sampler.logprobs(sampled, logits)
         state.tokens[:rows] = sampled
         state.positions[:rows] += 1
         generated += 1
-        self._positions[:rows] += 1
-        self._generated[:rows] += 1
         self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs)))
 
-    def _start_drafted(self, drafts: Mapping[K, Sequence[int]]) -> None:
-        own = [drafts.get(key, ()) for key in self._keys]
-        lengths = np.array([len(draft) + 1 for draft in own])
-        layout, rows, decoder = self._layout.numpy(), int(lengths.sum()), self._decoder
-        layout[:2] = -1
+    def _mask(self, logits: torch.Tensor, firsts: Sequence[int], own: Sequence[Sequence[int]]) -> None:
+        """Have grammars forbid tokens; `firsts`: each request's first row, `own`: its draft."""
+        for step in self._running:  # the device has this step's work and goes on meanwhile
+            self._found(step)
+        at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
+        mask_rows(logits, [ConstrainedRows(firsts[row], matcher, own[row]) for row, matcher in at])
+
+    def _start_drafted(self, own: Sequence[Sequence[int]], depth: int) -> None:
+        """`own`: each request's draft; a head then guesses `depth` tokens."""
+        known = {row for row, draft in enumerate(own) if draft and draft[0] != ON_DEVICE}
+        assert not (known and self._running), "the host's drafts follow tokens that it knows"
+        lengths = np.array([len(draft) for draft in own]) + 1
+        rows, decoder = int(lengths.sum()), self._decoder
+        layout = np.full(tuple(decoder.rows.layout.shape), -1, np.int32)
         layout[0, :rows] = np.repeat(np.arange(len(own)), lengths)
         firsts = lengths.cumsum() - lengths
         layout[1, :rows] = np.repeat(firsts, lengths)
         layout[2, :rows] = [token for draft in own for token in (0, *draft)]
-        decoder.rows.layout.copy_(self._layout, non_blocking=True)
+        decoder.rows.layout.copy_(upload([layout.reshape(-1)], self._engine.device)[0].view(layout.shape))
         penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
         sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
         logits = decoder.step_drafted(rows)
         if self._matchers:
-            at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
-            mask_rows(logits, [ConstrainedRows(int(firsts[row]), matcher, own[row]) for row, matcher in at])
+            self._mask(logits, firsts.tolist(), own)
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
         logprobs = sampler.logprobs(sampled, logits)
         accept_rows(sampled, decoder.rows, decoder.state)
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
-        self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs), drafts, penalized))
+        arriving = ArrivingTokens(sampled, logprobs, decoder.rows.layout[2, :rows])
+        guessed = frozenset(key for row, key in enumerate(self._keys) if own[row] and row not in known)
+        lengths -= 1
+        self._running.append(
+            _Running(list(self._keys), arriving, lengths.tolist(), guessed, penalized if known else ())
+        )
+        if depth:
+            assert self._engine.graph_head is not None
+            self._engine.graph_head.guess(rows, len(self._keys), depth)
 
     def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
         return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
@@ -286,23 +316,23 @@ class GraphBatch(Generic[K]):
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device
         if self._members_changed:
-            numbers = (self._moved.keys(), self._moved.values(), self._new_tokens.keys(), self._new_tokens.values())
-            columns = [np.array([*column], np.int64) for column in numbers]
-            targets, origins, joined, tokens, positions, generated = upload(
-                [*columns, self._positions, self._generated], device
-            )
-            state = decoder.state
-            state.tokens[targets] = state.tokens[origins]
-            state.tokens[joined] = tokens
-            state.positions.copy_(positions)
-            state.generated.copy_(generated)
-            self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
+            joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
+            columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
+            targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
+            for column in (*decoder.state.columns, decoder.state.guesses):
+                column[targets] = column[origins]
+            for column, of_joined in zip(decoder.state.columns, values, strict=True):
+                column[rows] = of_joined.to(column.dtype)
+            decoder.state.positions[len(self._keys) :] = -1
+            self._moved, self._joined, self._sampler, self._members_changed = {}, {}, None, False
             self._drafted_samplers.clear()
         if self._table_changes:
             width = self._pages.shape[1]
             changed = np.concatenate(
                 [np.arange(row * width + first, row * width + end) for row, first, end in self._table_changes]
             )
-            cells, pages = upload([changed, self._pages.reshape(-1)[changed]], device)
+            room = (self._num_pages * self._engine.layout.page_size).clip(max=self._engine.max_model_len)
+            cells, pages, limits = upload([changed, self._pages.reshape(-1)[changed], room.astype(np.int32)], device)
             decoder.block_table.view(-1)[cells] = pages
+            decoder.limits.copy_(limits)
             self._table_changes = []
