@@ -46,28 +46,32 @@ class RequestAcceptance:
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
 
-    def __init__(self) -> None:
-        self._stood = [PRIOR * PRIOR_WEIGHT] * DEPTHS
+    def __init__(self, prior: float = PRIOR) -> None:
+        self._prior = prior
+        self._stood = [prior * PRIOR_WEIGHT] * DEPTHS
         self._seen = [PRIOR_WEIGHT] * DEPTHS
-        self._rates = [PRIOR] * DEPTHS
+        self._rates = [prior] * DEPTHS
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
         for guessed, came, depth in zip(draft.token_ids, token_ids, draft.depths, strict=False):
-            depth = min(depth, DEPTHS - 1)
-            stood = 1.0 if guessed == came else 0.0
-            request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
-            request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
-            self._stood[depth] = self._stood[depth] * MEMORY + stood
-            self._seen[depth] = self._seen[depth] * MEMORY + 1.0
-            self._rates[depth] = self._stood[depth] / self._seen[depth]
-            if not stood:
+            self.observe_one(request, min(depth, DEPTHS - 1), guessed == came)
+            if guessed != came:
                 return
+
+    def observe_one(self, request: RequestAcceptance, depth: int, was_right: bool) -> None:
+        """Learn from one token, before which all were right."""
+        stood = 1.0 if was_right else 0.0
+        request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
+        request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
+        self._stood[depth] = self._stood[depth] * MEMORY + stood
+        self._seen[depth] = self._seen[depth] * MEMORY + 1.0
+        self._rates[depth] = self._stood[depth] / self._seen[depth]
 
     def fade(self) -> None:
         """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
         for depth in range(DEPTHS):
-            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
+            self._stood[depth] += (1.0 - MEMORY) * (self._prior * PRIOR_WEIGHT - self._stood[depth])
             self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
             self._rates[depth] = self._stood[depth] / self._seen[depth]
 
@@ -75,12 +79,16 @@ class Acceptance:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
         found, chance = [], 1.0
         for depth in draft.depths:
-            at = depth if depth < DEPTHS else DEPTHS - 1
-            chance *= (OTHERS_WEIGHT * self._rates[at] + request.stood[at]) / (OTHERS_WEIGHT + request.seen[at])
+            chance *= self.rate(request, depth if depth < DEPTHS else DEPTHS - 1)
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
         return found
+
+    def rate(self, request: RequestAcceptance, depth: int) -> float:
+        """How likely a token of this depth is right where all before it are."""
+        others = OTHERS_WEIGHT * self._rates[depth]
+        return (others + request.stood[depth]) / (OTHERS_WEIGHT + request.seen[depth])
 
 
 def choose_lengths(
@@ -96,11 +104,13 @@ def best_lengths(
     seconds_of: Sequence[float],
     rate: float,
     drafting: Sequence[float] = (),
+    depths: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """How many tokens of each draft to verify, for the most expected tokens a second, and how many these are.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request.
+    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request,
+    one behind the other; `depths`, like chances: how many of them that is, where it is not the length.
     `rate`: tokens a second without: zeros and this are returned where drafts are not expected to beat it.
     """
     lengths = [0] * len(chances)
@@ -114,7 +124,7 @@ def best_lengths(
         seconds = seconds_of[num_requests + count]
         if drafting:
             so_far[draft] += 1
-            deepest = max(deepest, so_far[draft])
+            deepest = max(deepest, so_far[draft] if depths is None else depths[draft][so_far[draft] - 1])
             seconds += drafting[deepest]
         if expected / seconds > best_rate:
             best, best_rate = count, expected / seconds

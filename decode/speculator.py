@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace.decode.controller import (
+    MIN_CHANCE,
     Acceptance,
     HeadCost,
     RequestAcceptance,
@@ -27,15 +28,18 @@ from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import Kind, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
-from headrace.engine.draft_head import MAX_HEAD_DEPTH, ON_DEVICE
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.engine.engine import Engine
 from headrace.engine.step_timing import StepSeconds
+from headrace.kernels.draft_tree import CHOICES, chain, guess_at, place_of
 
 DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
 """As far as a head is ever asked to guess."""
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
+LEAVES, LEAF_PRIOR = "leaves", 0.1
+"""The same of a head's less likely choices for a place, on the device."""
 HEAD = HeadDrafter.name
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
@@ -132,6 +136,7 @@ class Speculator:
         """Whose estimates go by a guess's place."""
         self._names = [drafter.name, *([HEAD] if head_cost is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
+        self._acceptance[LEAVES] = Acceptance(LEAF_PRIOR)
         self._drafted: dict[Key, _Drafted] = {}
         self._depth = 0
         """Tokens that the head is to guess at the end of the next step. On the device: of the step that was proposed
@@ -139,7 +144,7 @@ class Speculator:
         """
         self._rate_ahead = 0.0
         """Tokens a second that steps with a device's guesses are expected to make, which run ahead."""
-        self._verified: dict[Key, list[int]] = {}
+        self._verified: dict[Key, dict[int, int]] = {}
         """Of the device's guesses, by the step collected last."""
         self._guessed_depth = 0
         """What it was asked for at the end of the last one."""
@@ -186,12 +191,14 @@ class Speculator:
         started = time.perf_counter()
         self._follow_all(requests)
         guessed, drafts = self._depth, dict[Key, list[int]]()
-        lengths = self._next_depth()
-        unsure = guessed if not any(lengths.values()) else 0
+        trees = self._next_depth()
+        unsure = chain(guessed) if not any(trees.values()) else []
         for request in requests:
-            length = min(lengths[request.key] or unsure, guessed, self._limit(request, request.longest))
-            if length > 0:
-                drafts[request.key] = [ON_DEVICE] * length
+            tree = trees[request.key] or unsure
+            draft = [drafted for drafted in tree if place_of(drafted) < guessed]
+            draft = draft[: max(self._limit(request, request.longest), 0)]
+            if draft:
+                drafts[request.key] = draft
         self.counters.controlling_seconds += time.perf_counter() - started
         return drafts
 
@@ -237,7 +244,7 @@ class Speculator:
             guesses = {self._drafter.name: self._drafter.draft(limits)}
             if guessed:
                 depths = {key: min(limit, guessed) for key, limit in limits.items() if limit > 0}
-                guesses[HEAD] = {key: Draft([ON_DEVICE] * n, range(n)) for key, n in depths.items()}
+                guesses[HEAD] = {key: Draft(chain(n), range(n)) for key, n in depths.items()}
             if self._head is not None:
                 guesses[HEAD] = self._guesses_of_head(limits)
         else:
@@ -249,7 +256,7 @@ class Speculator:
         for name, of_drafter in guesses.items():
             for key, guess in of_drafter.items():
                 drafted = self._drafted[key]
-                if costs is None and guess.token_ids[:1] != [ON_DEVICE]:
+                if costs is None and not (self._on_device and name == HEAD):
                     drafted.guesses[name] = guess
                 chances = self._acceptance[name].chances(drafted.acceptance[name], guess)[unknown[key] :]
                 if key not in best or sum(chances) > sum(best[key][2]):
@@ -288,7 +295,7 @@ class Speculator:
         verified.
         """
         counters, drafted = self.counters, sum(map(len, drafts.values()))
-        known = {key: draft for key, draft in drafts.items() if draft[0] != ON_DEVICE}
+        known = {key: draft for key, draft in drafts.items() if draft[0] >= 0}
         kind: Kind = "verifying" if known else "ahead" if self.depth_on_device or drafts else "plain"
         price = self._drafting
         if self._head is not None:
@@ -346,31 +353,53 @@ class Speculator:
         self._of_head = {}
         return guesses
 
-    def _next_depth(self) -> dict[Key, int]:
+    def _next_depth(self) -> dict[Key, list[int]]:
         """How far the head is to guess at the end of the next step: `_depth`, the most of what pays for each request.
         What it guesses is cut to what pays once it is known, so this asks as if its estimates by place were all that
-        will be known, as they are where it guesses on the device.
+        will be known, as they are where it guesses on the device. There it returns each request's best tree.
         """
         requests = self._num_requests
         if self._head_cost is None or not requests:
             self._depth = 0
             return {}
         started = time.perf_counter()
-        acceptance, cost = self._acceptance[self._place], self._cost
-        along = [acceptance.chances(drafted.acceptance[self._place], DEEPEST) for drafted in self._drafted.values()]
+        cost, trees = self._cost, [self._tree(drafted.acceptance) for drafted in self._drafted.values()]
+        places = [[place_of(drafted) + 1 for _, drafted in tree] for tree in trees]
         lengths, self._rate_ahead = best_lengths(
-            along,
+            [[-chance for chance, _ in tree] for tree in trees],
             requests,
             cost.ahead if self._on_device else cost.verifying,
             requests / cost.plain[requests],
             self._head_cost.of(requests),
+            places,
         )
-        self._depth = max(lengths)
+        self._depth = max(max(places[:length], default=0) for places, length in zip(places, lengths, strict=True))
         self._steps_without_head = 0 if self._depth > 0 else self._steps_without_head + 1
         if self._steps_without_head >= TRY_AGAIN_STEPS:
             self._steps_without_head, self._depth = 0, 1
+        chosen = [[drafted for _, drafted in tree[:length]] for tree, length in zip(trees, lengths, strict=True)]
         self.counters.controlling_seconds += time.perf_counter() - started
-        return dict(zip(self._drafted, lengths, strict=True))
+        # the chain comes first
+        return {
+            key: sorted(tree, key=lambda drafted: (drafted % CHOICES != CHOICES - 1, -drafted))
+            for key, tree in zip(self._drafted, chosen, strict=True)
+        }
+
+    def _tree(self, acceptance: Mapping[str, RequestAcceptance]) -> list[tuple[float, int]]:
+        """A request's guesses, the likeliest to stand first, by chance times -1. On the device with what else there is
+        for the places of the chain, each of which is less likely than the chain up to there.
+        """
+        along = self._acceptance[self._place].chances(acceptance[self._place], DEEPEST)
+        tree = [(-chance, guess_at(place)) for place, chance in enumerate(along)]
+        if self._on_device:
+            leaves, own = self._acceptance[LEAVES], acceptance[LEAVES]
+            for place, before in enumerate([1.0, *along[:-1]]):
+                for choice in range(1, CHOICES):
+                    chance = before * leaves.rate(own, place * CHOICES + choice)
+                    if chance >= MIN_CHANCE:
+                        tree.append((-chance, guess_at(place, choice)))
+            tree.sort(key=lambda one: (one[0], -one[1]))
+        return tree[:MAX_DRAFT_TOKENS]
 
     def _follow_all(self, requests: Sequence[Request]) -> None:
         self._forget_all_but({request.key for request in requests})
@@ -400,19 +429,35 @@ class Speculator:
         drafted.length += len(new)
         verified = self._verified.pop(drafted.request.key, None)
         if verified and new:
-            drafted.guesses[HEAD] = Draft(verified, DEEPEST.depths)
-            of_head = self.counters.of[HEAD]
-            of_head.drafts += 1
-            of_head.drafted += len(verified)
-            of_head.accepted += len(new) - 1
+            self._learn_tree(drafted, verified, new)
         if new:
-            for name, guess in drafted.guesses.items():
-                self._acceptance[name].observe(drafted.acceptance[name], guess, new)
+            for name, guessed in drafted.guesses.items():
+                self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
         drafted.guesses = {}
         if drafted.verified:
             self.counters.of[drafted.verified].accepted += max(len(new) - 1, 0)
         drafted.verified = ""
         return new
+
+    def _learn_tree(self, drafted: _Drafted, verified: Mapping[int, int], new: Sequence[int]) -> None:
+        """A step has verified these guesses of the device, and these are its tokens."""
+        of_head = self.counters.of[HEAD]
+        of_head.drafts += 1
+        of_head.drafted += len(verified)
+        of_head.accepted += len(new) - 1
+        chain, leaves, own = [], self._acceptance[LEAVES], drafted.acceptance[LEAVES]
+        for place, came in enumerate(new):
+            for choice in range(1, CHOICES):
+                leaf = verified.get(guess_at(place, choice))
+                if leaf is not None:
+                    leaves.observe_one(own, place * CHOICES + choice, leaf == came)
+            token = verified.get(guess_at(place))
+            if token is None:
+                break
+            chain.append(token)
+            if token != came:
+                break
+        drafted.guesses[HEAD] = Draft(chain, DEEPEST.depths)
 
     def _limit(self, request: Request, length: int) -> int:
         """Of a draft behind so many tokens; the step's own token comes on top of it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.draft_head import ON_DEVICE, HeadWeights, TorchHead
+from headrace.engine.draft_head import HeadWeights, TorchHead
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.graph_decoder import GraphDecoder
@@ -17,6 +17,7 @@ from headrace.engine.graph_head import GraphHead
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import SamplingRow
+from headrace.kernels.draft_tree import CHOICES, chain, guess_at
 from headrace.kernels.prefill_attention import plan_prefill
 from headrace.messages.request import SamplingParams
 from tests.engine.test_graph_decoder import (
@@ -87,6 +88,7 @@ class Fixture:
             sampling_row=sampling_row,
             graph_head=self.graph_head,
             layout=layout,
+            cache=self.cache,
             max_model_len=96,
         )
         self.batch: GraphBatch[int] = GraphBatch(engine, self.decoder)
@@ -144,7 +146,8 @@ def test_guesses_are_those_of_torch() -> None:
             sequences[key].append(token.token_id)
         wrong = wrong and len(made) == len(PROMPTS)
         for key, sequence in enumerate(sequences):
-            assert fixture.decoder.state.guesses[key, :DEPTH].tolist() == fixture.guesses(sequence, DEPTH)
+            guesses = fixture.decoder.state.guesses[key, : DEPTH * CHOICES : CHOICES].tolist()
+            assert guesses == fixture.guesses(sequence, DEPTH)
     assert not wrong, "no draft stood"
 
 
@@ -161,7 +164,7 @@ def test_outputs_are_those_without_drafts() -> None:
             batch.join(key, [*prompt, fixture.read_prompt(prompt, pages)], 1, pages, sampling[key])
         verified = 0
         while min(map(len, found)) < 6:
-            batch.start({key: [ON_DEVICE] * 2 for key in range(3)} if depth else {}, depth)
+            batch.start({key: [*chain(2), guess_at(0, 1), guess_at(1, 2)] for key in range(3)} if depth else {}, depth)
             if batch.in_flight > batch.lookahead:
                 for key, token in batch.collect():
                     found[key].append(token.token_id)
