@@ -57,7 +57,7 @@ async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator |
         if by_rows:
             log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
     of_head: Mapping[int, float] = seconds.guess
-    if engine.head is not None and engine.graph_head is None:
+    if engine.head is not None and engine.device.type == "cpu":
         of_head = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_head, engine)
     if of_head:
         log.info("a head's token takes %s", ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in of_head.items()))

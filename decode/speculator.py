@@ -15,31 +15,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace.decode.controller import (
-    MIN_CHANCE,
     Acceptance,
     HeadCost,
     RequestAcceptance,
     best_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
+from headrace.decode.guess_tree import DEEPEST, GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import Kind, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
-from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.engine.engine import Engine
 from headrace.engine.step_timing import StepSeconds
-from headrace.kernels.draft_tree import CHOICES, chain, guess_at, place_of
+from headrace.kernels.draft_tree import chain, guess_at, place_of
 
-DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
-"""As far as a head is ever asked to guess."""
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
-LEAVES, LEAF_PRIOR = "leaves", 0.1
-"""The same of a head's less likely choices for a place, on the device."""
+LEAVES = "leaves"
+"""The same of a head's less likely choices on the device, see `GuessTrees`."""
 HEAD = HeadDrafter.name
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
@@ -132,11 +129,9 @@ class Speculator:
         self._num_requests = 0
         self._max_model_len = max_model_len
         self._on_device = head is None and head_cost is not None
-        self._place = HEAD if self._on_device else BY_PLACE
-        """Whose estimates go by a guess's place."""
         self._names = [drafter.name, *([HEAD] if head_cost is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
-        self._acceptance[LEAVES] = Acceptance(LEAF_PRIOR)
+        self._trees = GuessTrees(self._acceptance.get(HEAD, Acceptance()))
         self._drafted: dict[Key, _Drafted] = {}
         self._depth = 0
         """Tokens that the head is to guess at the end of the next step. On the device: of the step that was proposed
@@ -195,8 +190,7 @@ class Speculator:
         unsure = chain(guessed) if not any(trees.values()) else []
         for request in requests:
             tree = trees[request.key] or unsure
-            draft = [drafted for drafted in tree if place_of(drafted) < guessed]
-            draft = draft[: max(self._limit(request, request.longest), 0)]
+            draft = as_draft(tree, guessed)[: max(self._limit(request, request.longest), 0)]
             if draft:
                 drafts[request.key] = draft
         self.counters.controlling_seconds += time.perf_counter() - started
@@ -364,9 +358,9 @@ class Speculator:
             return {}
         started = time.perf_counter()
         cost, trees = self._cost, [self._tree(drafted.acceptance) for drafted in self._drafted.values()]
-        places = [[place_of(drafted) + 1 for _, drafted in tree] for tree in trees]
+        places = [[place_of(guess) + 1 for _, guess in tree] for tree in trees]
         lengths, self._rate_ahead = best_lengths(
-            [[-chance for chance, _ in tree] for tree in trees],
+            [[chance for chance, _ in tree] for tree in trees],
             requests,
             cost.ahead if self._on_device else cost.verifying,
             requests / cost.plain[requests],
@@ -377,29 +371,16 @@ class Speculator:
         self._steps_without_head = 0 if self._depth > 0 else self._steps_without_head + 1
         if self._steps_without_head >= TRY_AGAIN_STEPS:
             self._steps_without_head, self._depth = 0, 1
-        chosen = [[drafted for _, drafted in tree[:length]] for tree, length in zip(trees, lengths, strict=True)]
         self.counters.controlling_seconds += time.perf_counter() - started
-        # the chain comes first
-        return {
-            key: sorted(tree, key=lambda drafted: (drafted % CHOICES != CHOICES - 1, -drafted))
-            for key, tree in zip(self._drafted, chosen, strict=True)
-        }
+        chosen = zip(self._drafted, trees, lengths, strict=True)
+        return {key: [guess for _, guess in tree[:length]] for key, tree, length in chosen}
 
     def _tree(self, acceptance: Mapping[str, RequestAcceptance]) -> list[tuple[float, int]]:
-        """A request's guesses, the likeliest to stand first, by chance times -1. On the device with what else there is
-        for the places of the chain, each of which is less likely than the chain up to there.
-        """
-        along = self._acceptance[self._place].chances(acceptance[self._place], DEEPEST)
-        tree = [(-chance, guess_at(place)) for place, chance in enumerate(along)]
+        """A request's guesses with their chances, the likeliest first."""
         if self._on_device:
-            leaves, own = self._acceptance[LEAVES], acceptance[LEAVES]
-            for place, before in enumerate([1.0, *along[:-1]]):
-                for choice in range(1, CHOICES):
-                    chance = before * leaves.rate(own, place * CHOICES + choice)
-                    if chance >= MIN_CHANCE:
-                        tree.append((-chance, guess_at(place, choice)))
-            tree.sort(key=lambda one: (one[0], -one[1]))
-        return tree[:MAX_DRAFT_TOKENS]
+            return self._trees.best(acceptance[HEAD], acceptance[LEAVES])
+        along = self._acceptance[BY_PLACE].chances(acceptance[BY_PLACE], DEEPEST)
+        return [(chance, guess_at(place)) for place, chance in enumerate(along)]
 
     def _follow_all(self, requests: Sequence[Request]) -> None:
         self._forget_all_but({request.key for request in requests})
@@ -416,7 +397,7 @@ class Speculator:
         drafted = self._drafted.get(request.key)
         if drafted is None:
             self._drafter.join(request.key, request.token_ids)
-            acceptance = {name: RequestAcceptance() for name in self._acceptance}
+            acceptance = {name: RequestAcceptance() for name in [*self._acceptance, LEAVES]}
             self._drafted[request.key] = _Drafted(request, len(request.token_ids), acceptance)
             return
         new = self._learn(drafted)
@@ -429,7 +410,12 @@ class Speculator:
         drafted.length += len(new)
         verified = self._verified.pop(drafted.request.key, None)
         if verified and new:
-            self._learn_tree(drafted, verified, new)
+            stood = self._trees.learn(drafted.acceptance[LEAVES], verified, new)
+            drafted.guesses[HEAD] = Draft(stood, DEEPEST.depths)
+            of_head = self.counters.of[HEAD]
+            of_head.drafts += 1
+            of_head.drafted += len(verified)
+            of_head.accepted += len(new) - 1
         if new:
             for name, guessed in drafted.guesses.items():
                 self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
@@ -438,26 +424,6 @@ class Speculator:
             self.counters.of[drafted.verified].accepted += max(len(new) - 1, 0)
         drafted.verified = ""
         return new
-
-    def _learn_tree(self, drafted: _Drafted, verified: Mapping[int, int], new: Sequence[int]) -> None:
-        """A step has verified these guesses of the device, and these are its tokens."""
-        of_head = self.counters.of[HEAD]
-        of_head.drafts += 1
-        of_head.drafted += len(verified)
-        of_head.accepted += len(new) - 1
-        chain, leaves, own = [], self._acceptance[LEAVES], drafted.acceptance[LEAVES]
-        for place, came in enumerate(new):
-            for choice in range(1, CHOICES):
-                leaf = verified.get(guess_at(place, choice))
-                if leaf is not None:
-                    leaves.observe_one(own, place * CHOICES + choice, leaf == came)
-            token = verified.get(guess_at(place))
-            if token is None:
-                break
-            chain.append(token)
-            if token != came:
-                break
-        drafted.guesses[HEAD] = Draft(chain, DEEPEST.depths)
 
     def _limit(self, request: Request, length: int) -> int:
         """Of a draft behind so many tokens; the step's own token comes on top of it."""

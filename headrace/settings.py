@@ -127,7 +127,7 @@ class Settings(BaseModel):
         "auto", "draft tokens and verify several at once, as long as that is faster; the same for both tiers", WORKER
     )
     draft_head: Path | None = _field(
-        None, "folder of an EAGLE-3 draft head for the model (default: the built-in model's own, on a CPU)", WORKER
+        None, "folder of an EAGLE-3 draft head for the model (default: the built-in model's own)", WORKER
     )
     max_num_batched_tokens: int | None = _field(
         None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16

@@ -51,7 +51,7 @@ class Prompts:
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
         self.step_seconds = time_steps(engine)
-        on_cpu = engine.head is not None and engine.graph_head is None
+        on_cpu = engine.head is not None and engine.device.type == "cpu"
         self.head_seconds = time_head(engine) if on_cpu else {}
 
     def request(self, message: str, output: int) -> Sequence:
