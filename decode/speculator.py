@@ -41,8 +41,8 @@ HEAD = HeadDrafter.name
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
 FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
-"""While a head on the device does not pay, only one in so many steps asks whether it would, from when all that it has
-guessed is known."""
+"""Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
+has guessed is known."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 
@@ -137,6 +137,9 @@ class Speculator:
         """Tokens that the head is to guess at the end of the next step. On the device: of the step that was proposed
         for last.
         """
+        self._chosen: dict[Key, list[int]] = {}
+        """Each request's tree of the device's guesses, as chosen last."""
+        self._steps_to_choice = 0
         self._rate_ahead = 0.0
         """Tokens a second that steps with a device's guesses are expected to make, which run ahead."""
         self._verified: dict[Key, dict[int, int]] = {}
@@ -186,10 +189,13 @@ class Speculator:
         started = time.perf_counter()
         self._follow_all(requests)
         guessed, drafts = self._depth, dict[Key, list[int]]()
-        trees = self._next_depth()
-        unsure = chain(guessed) if not any(trees.values()) else []
+        self._steps_to_choice -= 1
+        if self._steps_to_choice <= 0 or self._chosen.keys() != self._drafted.keys():
+            self._chosen = self._next_depth()
+            self._steps_to_choice = LOOK_AGAIN_STEPS if any(self._chosen.values()) else 0
+        unsure = chain(guessed) if not any(self._chosen.values()) else []
         for request in requests:
-            tree = trees[request.key] or unsure
+            tree = self._chosen[request.key] or unsure
             draft = as_draft(tree, guessed)[: max(self._limit(request, request.longest), 0)]
             if draft:
                 drafts[request.key] = draft
