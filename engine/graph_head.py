@@ -39,7 +39,7 @@ class GraphHead:
         self._embedding = embedding
         self._decoder = decoder
         requests = len(decoder.block_table)
-        self.sizes = [size for size in SIZES if size < requests] + [min(requests, SIZES[-1])]
+        self.sizes = sorted({*(size for size in SIZES if size < requests), min(requests, SIZES[-1])})
         most, rows = self.sizes[-1], len(decoder.features)
         qkv_size, width = len(weights.qkv), config.num_heads * config.head_dim
         self._states = torch.zeros(rows, hidden, dtype=dtype, device=device)

@@ -110,6 +110,14 @@ class Fixture:
         self.head.forward(self.head.fuse(self.model.features), batch, self.cache)
         return first
 
+    def follow(self, tokens: list[int], count: int) -> list[int]:
+        """The likeliest continuation, by torch from nothing."""
+        found: list[int] = []
+        for _ in range(count):
+            hidden = self.read(self.own_cache, [*tokens, *found], list(range(6)))
+            found.append(int(self.model.logits(hidden[-1:]).argmax()))
+        return found
+
     def guesses(self, tokens: list[int], depth: int) -> list[int]:
         """What the head guesses behind a sequence, by torch from nothing."""
         pages = list(range(6))
@@ -138,8 +146,7 @@ def test_guesses_are_those_of_torch() -> None:
     for step in range(5):
         drafts = {key: [3] * step for key in range(step % 4)}
         if step == 3:  # the right one
-            hidden = fixture.read(fixture.own_cache, sequences[0], list(range(6)))
-            drafts[0] = [int(fixture.model.logits(hidden[-1:]).argmax()), 1]
+            drafts[0] = [*fixture.follow(sequences[0], 1), 1]
         batch.start({key: draft for key, draft in drafts.items() if draft}, DEPTH)
         made = batch.collect()
         for key, token in made:
@@ -149,6 +156,32 @@ def test_guesses_are_those_of_torch() -> None:
             guesses = fixture.decoder.state.guesses[key, : DEPTH * CHOICES : CHOICES].tolist()
             assert guesses == fixture.guesses(sequence, DEPTH)
     assert not wrong, "no draft stood"
+
+
+def test_a_leaf_that_stands_leaves_what_a_chain_would() -> None:
+    """Steps and guesses behind it find its keys and values where its position is."""
+    fixture = Fixture()
+    batch, guesses, sequences = fixture.batch, fixture.decoder.state.guesses, []
+    for key, prompt in enumerate(PROMPTS[:2]):
+        pages = list(range(1 + 5 * key, 6 + 5 * key))
+        sequences.append([*prompt, fixture.read_prompt(prompt, pages)])
+        batch.join(key, sequences[key], 1, pages, GREEDY)
+    batch.start({}, DEPTH)
+    for key, token in batch.collect():
+        sequences[key].append(token.token_id)
+    for _ in range(3):
+        first, second = (fixture.follow(sequence, 2) for sequence in sequences)
+        guesses[0, : 2 * CHOICES] = torch.tensor([first[0] - 1, first[0] + 1, first[0], 1, 1, 1])
+        guesses[1, : 2 * CHOICES] = torch.tensor([second[0], 1, 1, second[1] + 1, second[1], 1])
+        drafts = {0: [*chain(2), guess_at(0, 1), guess_at(0, 2)], 1: [*chain(2), guess_at(0, 1), guess_at(1, 1)]}
+        batch.start(drafts, DEPTH)
+        made: list[list[int]] = [[], []]
+        for key, token in batch.collect():
+            made[key].append(token.token_id)
+        for key, length in enumerate((2, 3)):
+            assert made[key] == fixture.follow(sequences[key], length)
+            sequences[key] += made[key]
+            assert guesses[key, : DEPTH * CHOICES : CHOICES].tolist() == fixture.guesses(sequences[key], DEPTH)
 
 
 def test_outputs_are_those_without_drafts() -> None:
