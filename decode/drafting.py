@@ -16,8 +16,8 @@ from headrace.engine.step_timing import StepSeconds
 
 
 def chain_drafter(engine: Engine) -> ChainDrafter | None:
-    """What drafts on the engine's thread after a step, if something does; a head on a GPU drafts within a step."""
-    if engine.graph_head is not None:
+    """What drafts on the engine's thread after a step, if something does: on a GPU a head does within one."""
+    if engine.graph_head is not None or engine.device.type != "cpu":
         return None
     if engine.draft is not None:
         return ModelDrafter(engine)

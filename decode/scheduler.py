@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.decode_batch import NO_DRAFTS
-from headrace.engine.draft_head import ON_DEVICE
 from headrace.engine.page_pool import PagePool
 
 NOTHING_AHEAD: Mapping[Key, int] = MappingProxyType({})
@@ -37,7 +36,7 @@ class Plan:
     @property
     def follows_tokens(self) -> bool:
         """Whether it verifies drafts that the host knows: the next step then needs to be told what stood."""
-        return any(draft[0] != ON_DEVICE for draft in self.drafts.values())
+        return any(draft[0] >= 0 for draft in self.drafts.values())
 
 
 class DecodeScheduler:

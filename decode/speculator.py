@@ -21,28 +21,30 @@ from headrace.decode.controller import (
     HeadCost,
     RequestAcceptance,
     best_lengths,
+    choose_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
+from headrace.decode.guess_tree import DEEPEST, GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
 from headrace.decode.step_cost import Kind, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
-from headrace.engine.draft_head import MAX_HEAD_DEPTH, ON_DEVICE
+from headrace.kernels.draft_tree import chain, place_of
 
-DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
-"""As far as a head is ever asked to guess."""
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
 DEPTH_STEPS = 8
 """How far a head guesses is chosen anew after so many steps, and when requests join or leave."""
+LEAVES = "leaves"
+"""The same of a head's less likely choices on the device, see `GuessTrees`."""
 HEAD = HeadDrafter.name
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
 FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
-"""While a head on the device does not pay, only one in so many steps asks whether it would, from when all that it has
-guessed is known."""
+"""Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
+has guessed is known."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 
@@ -130,20 +132,22 @@ class Speculator:
         self._num_requests = 0
         self._max_model_len = max_model_len
         self._on_device = head is None and head_cost is not None
-        self._place = HEAD if self._on_device else BY_PLACE
-        """Whose estimates go by a guess's place."""
         self._of_chain = head.name if head is not None else HEAD
         """The name of what guesses one token after the other."""
         self._names = [drafter.name, *([self._of_chain] if head_cost is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
+        self._trees = GuessTrees(self._acceptance.get(HEAD, Acceptance()))
         self._drafted: dict[Key, _Drafted] = {}
         self._depth = 0
         """Tokens that the head is to guess at the end of the next step. On the device: of the step that was proposed
         for last.
         """
+        self._chosen: dict[Key, list[int]] = {}
+        """Each request's tree of the device's guesses, as chosen last."""
+        self._steps_to_choice = 0
         self._rate_ahead = 0.0
         """Tokens a second that steps with a device's guesses are expected to make, which run ahead."""
-        self._verified: dict[Key, list[int]] = {}
+        self._verified: dict[Key, dict[int, int]] = {}
         """Of the device's guesses, by the step collected last."""
         self._guessed_depth = 0
         """What it was asked for at the end of the last one."""
@@ -200,12 +204,16 @@ class Speculator:
         started = time.perf_counter()
         self._follow_all(requests)
         guessed, drafts = self._depth, dict[Key, list[int]]()
-        lengths = self._next_lengths()
-        unsure = guessed if not any(lengths.values()) else 0
+        self._steps_to_choice -= 1
+        if self._steps_to_choice <= 0 or self._chosen.keys() != self._drafted.keys():
+            self._chosen = self._next_trees()
+            self._steps_to_choice = LOOK_AGAIN_STEPS if any(self._chosen.values()) else 0
+        unsure = chain(guessed) if not any(self._chosen.values()) else []
         for request in requests:
-            length = min(lengths[request.key] or unsure, guessed, self._limit(request, request.longest))
-            if length > 0:
-                drafts[request.key] = [ON_DEVICE] * length
+            tree = self._chosen[request.key] or unsure
+            draft = as_draft(tree, guessed)[: max(self._limit(request, request.longest), 0)]
+            if draft:
+                drafts[request.key] = draft
         self.counters.controlling_seconds += time.perf_counter() - started
         return drafts
 
@@ -251,7 +259,7 @@ class Speculator:
             guesses = {self._drafter.name: self._drafter.draft(limits)}
             if guessed:
                 depths = {key: min(limit, guessed) for key, limit in limits.items() if limit > 0}
-                guesses[HEAD] = {key: Draft([ON_DEVICE] * n, range(n)) for key, n in depths.items()}
+                guesses[HEAD] = {key: Draft(chain(n), range(n)) for key, n in depths.items()}
             if self._head is not None:
                 guesses[self._of_chain] = self._guesses_of_head(limits)
         else:
@@ -264,7 +272,7 @@ class Speculator:
             acceptance = self._acceptance[name]
             for key, guess in of_drafter.items():
                 drafted = self._drafted[key]
-                if costs is None and guess.token_ids[:1] != [ON_DEVICE]:
+                if costs is None and not (self._on_device and name == HEAD):
                     drafted.guesses[name] = guess
                 chances = acceptance.chances(drafted.acceptance[name], guess)[unknown[key] :]
                 promised = sum(chances)
@@ -305,7 +313,7 @@ class Speculator:
         verified.
         """
         counters, drafted = self.counters, sum(map(len, drafts.values()))
-        known = {key: draft for key, draft in drafts.items() if draft[0] != ON_DEVICE}
+        known = {key: draft for key, draft in drafts.items() if draft[0] >= 0}
         kind: Kind = "verifying" if known else "ahead" if self.depth_on_device or drafts else "plain"
         price = self._drafting
         if self._head is not None:
@@ -369,33 +377,40 @@ class Speculator:
         """How far the head is to guess at the end of the next step. What it guesses is cut to what pays once it is
         known, so this asks as if its estimates by place were all that will be known.
         """
-        if self._head is None or not self._num_requests:
+        requests = self._num_requests
+        if self._head is None or self._head_cost is None or not requests:
             return 0
-        if self._depth_lasts == 0 or self._num_requests != self._depth_of:
-            self._paying_depth = max(self._paying_lengths(self._cost.verifying)[0])
-            self._depth_lasts, self._depth_of = DEPTH_STEPS, self._num_requests
+        if self._depth_lasts == 0 or requests != self._depth_of:
+            started = time.perf_counter()
+            by_place = self._acceptance[BY_PLACE]
+            along = [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
+            self._paying_depth = max(choose_lengths(along, requests, self._cost, self._head_cost.of(requests)))
+            self._depth_lasts, self._depth_of = DEPTH_STEPS, requests
+            self.counters.controlling_seconds += time.perf_counter() - started
         self._depth_lasts -= 1
         return self._tried_again(self._paying_depth)
 
-    def _next_lengths(self) -> dict[Key, int]:
-        """How much of what a head on the device has guessed of each request is to be verified, and to guess next."""
-        if not self._num_requests:
+    def _next_trees(self) -> dict[Key, list[int]]:
+        """What a head on the device guesses of each request that pays, which needs guesses for `_depth` places."""
+        requests = self._num_requests
+        if self._head_cost is None or not requests:
             self._depth = 0
             return {}
-        lengths, self._rate_ahead = self._paying_lengths(self._cost.ahead)
-        self._depth = self._tried_again(max(lengths))
-        return dict(zip(self._drafted, lengths, strict=True))
-
-    def _paying_lengths(self, seconds_of: Sequence[float]) -> tuple[list[int], float]:
-        """Of the head's drafts, by what is known of the places in them, and tokens a second with these."""
-        assert self._head_cost is not None
-        started, requests = time.perf_counter(), self._num_requests
-        acceptance, place = self._acceptance[self._place], self._place
-        along = [acceptance.chances(drafted.acceptance[place], DEEPEST) for drafted in self._drafted.values()]
-        rate = requests / self._cost.plain[requests]
-        found = best_lengths(along, requests, seconds_of, rate, self._head_cost.of(requests))
-        self.counters.controlling_seconds += time.perf_counter() - started
-        return found
+        drafted = self._drafted.values()
+        trees = [self._trees.best(one.acceptance[HEAD], one.acceptance[LEAVES]) for one in drafted]
+        places = [[place_of(guess) + 1 for _, guess in tree] for tree in trees]
+        lengths, self._rate_ahead = best_lengths(
+            [[chance for chance, _ in tree] for tree in trees],
+            requests,
+            self._cost.ahead,
+            requests / self._cost.plain[requests],
+            self._head_cost.of(requests),
+            places,
+        )
+        deepest = max(max(own[:length], default=0) for own, length in zip(places, lengths, strict=True))
+        self._depth = self._tried_again(deepest)
+        chosen = zip(self._drafted, trees, lengths, strict=True)
+        return {key: [guess for _, guess in tree[:length]] for key, tree, length in chosen}
 
     def _tried_again(self, depth: int) -> int:
         self._steps_without_head = 0 if depth > 0 else self._steps_without_head + 1
@@ -419,7 +434,7 @@ class Speculator:
         drafted = self._drafted.get(request.key)
         if drafted is None:
             self._drafter.join(request.key, request.token_ids)
-            acceptance = {name: RequestAcceptance() for name in self._acceptance}
+            acceptance = {name: RequestAcceptance() for name in [*self._acceptance, LEAVES]}
             self._drafted[request.key] = _Drafted(request, len(request.token_ids), acceptance)
             return
         new = self._learn(drafted)
@@ -432,14 +447,15 @@ class Speculator:
         drafted.length += len(new)
         verified = self._verified.pop(drafted.request.key, None)
         if verified and new:
-            drafted.guesses[HEAD] = Draft(verified, DEEPEST.depths)
+            stood = self._trees.learn(drafted.acceptance[LEAVES], verified, new)
+            drafted.guesses[HEAD] = Draft(stood, DEEPEST.depths)
             of_head = self.counters.of[HEAD]
             of_head.drafts += 1
             of_head.drafted += len(verified)
             of_head.accepted += len(new) - 1
         if new:
-            for name, guess in drafted.guesses.items():
-                self._acceptance[name].observe(drafted.acceptance[name], guess, new)
+            for name, guessed in drafted.guesses.items():
+                self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
         drafted.guesses = {}
         if drafted.verified:
             self.counters.of[drafted.verified].accepted += max(len(new) - 1, 0)

@@ -8,7 +8,6 @@ from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key
 from headrace.decode.speculator import Speculator
 from headrace.engine.decode_batch import RunningBatch
-from headrace.engine.draft_head import ON_DEVICE
 from headrace.engine.sampler import SampledToken
 
 
@@ -53,7 +52,7 @@ def _allowed(scheduler: DecodeScheduler, drafts: dict[Key, list[int]]) -> dict[K
     for key, draft in list(drafts.items()):
         sequence = scheduler.running(key)
         if sequence is not None and sequence.matcher is not None:
-            standing = sequence.matcher.standing(draft) if draft[0] != ON_DEVICE else 0
+            standing = sequence.matcher.standing(draft) if draft[0] >= 0 else 0
             if standing:
                 drafts[key] = draft[:standing]
             else:

@@ -32,8 +32,8 @@ class RunningBatch(Protocol[K]):
 
     lookahead: int
     """Steps that may be in flight after a new one was started."""
-    verified: dict[K, list[int]]
-    """What the step collected last has verified of drafts of a head on the device."""
+    verified: dict[K, dict[int, int]]
+    """What the step collected last has verified of drafts of a head on the device: by `guess_at`, its token."""
 
     @property
     def in_flight(self) -> int:
@@ -69,7 +69,7 @@ class RunningBatch(Protocol[K]):
         """Start a step of all requests, each of which must have pages for its newest token and its draft, if any.
 
         Drafts follow tokens that are known: no step may be in flight, and this one must be collected next. That does
-        not hold for those of a head on the device (`ON_DEVICE` tokens), which guesses up to `depth` tokens of each
+        not hold for those of a head on the device (see `kernels.draft_tree`), which guesses for `depth` places of each
         request at the end of the step.
         """
 
@@ -125,7 +125,7 @@ class DecodeBatch(Generic[K]):
         self._matchers: dict[K, Matcher] = {}
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
-        self.verified: dict[K, list[int]] = {}
+        self.verified: dict[K, dict[int, int]] = {}
         self.seen: list[Seen[K]] = []
         """What the last step read, where the engine has a draft head or a draft model."""
         self._rows = np.arange(capacity)

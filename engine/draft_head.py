@@ -28,8 +28,6 @@ from headrace.kernels.rope import apply_rope, rope_tables
 
 MAX_HEAD_DEPTH = 8
 """Tokens that a head guesses in a row at most."""
-ON_DEVICE = -1
-"""In a draft, stands for a token that a head has guessed and the device alone knows."""
 
 
 class DraftHead(Protocol):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,13 +20,13 @@ import torch
 from headrace.engine.arriving import ArrivingTokens
 from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import NO_DRAFTS
-from headrace.engine.draft_head import ON_DEVICE
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
-from headrace.kernels.draft_rows import accept_rows
+from headrace.kernels.draft_rows import accept_rows, move_leaf
+from headrace.kernels.draft_tree import depths_of, place_of, standing_row
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 
@@ -33,16 +35,56 @@ MAX_SAMPLERS = 16
 """Kept for numbers of rows that requests had in steps with drafts; few requests often have the same ones."""
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The rows of a step with drafts."""
+
+    drafts: Sequence[Sequence[int]]
+    """Of each request."""
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each request."""
+        return [len(draft) + 1 for draft in self.drafts]
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Of each row."""
+        return [depth for draft in self.drafts for depth in (0, *depths_of(draft))]
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Each request's first row."""
+        return [*accumulate(self.lengths[:-1], initial=0)]
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether there are drafts of the host's."""
+        return any(draft and draft[0] >= 0 for draft in self.drafts)
+
+    @cached_property
+    def has_leaves(self) -> bool:
+        """Whether a draft is more than a chain."""
+        return any(draft and depths_of(draft)[-1] != len(draft) for draft in self.drafts)
+
+    def fill(self, columns: int) -> np.ndarray:
+        """As `StepRows` has it, in one row."""
+        layout, rows = np.full((4, columns), -1, np.int32), len(self.depths)
+        layout[0, :rows] = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        layout[1, :rows] = np.repeat(self.firsts, self.lengths)
+        layout[2, :rows] = [token for draft in self.drafts for token in (0, *draft)]
+        layout[3, :rows] = self.depths
+        return layout.reshape(-1)
+
+
 @dataclass
 class _Running(Generic[K]):
     """A step on the device and its tokens."""
 
     keys: list[K]
     tokens: ArrivingTokens
-    lengths: Sequence[int] = ()
-    """Of each request's draft, in a step with drafts."""
-    guessed: frozenset[K] = frozenset()
-    """Whose drafts are a head's."""
+    layout: _Layout | None = None
+    """Of a step with drafts."""
     penalized: Sequence[SamplingRow] = ()
     """Where requests have penalties and there are drafts that the host knew: the sampling state after each row."""
     found: list[tuple[K, SampledToken]] | None = None
@@ -78,10 +120,11 @@ class GraphBatch(Generic[K]):
         """(row, first column, end)."""
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
+        self._layout = _Layout(())
+        """Of the last step with drafts, which the device still has."""
         self._guessed: dict[K, int] = {}
         """How many tokens of these requests the head has guessed behind the newest step."""
-        self.verified: dict[K, list[int]] = {}
-        """The head's drafts that the step collected last has verified."""
+        self.verified: dict[K, dict[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -159,35 +202,35 @@ class GraphBatch(Generic[K]):
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
         found = self._found(step)
-        drafts, first = step.tokens.drafts, 0
         self.verified = {}
-        for key, length in zip(step.keys, step.lengths, strict=False):
-            if key in step.guessed:
-                self.verified[key] = drafts[first + 1 : first + length + 1]
-            first += length + 1
+        if step.layout is not None:
+            drafted = step.tokens.drafted
+            for key, draft, first in zip(step.keys, step.layout.drafts, step.layout.firsts, strict=True):
+                if draft and draft[0] < 0:
+                    self.verified[key] = dict(zip(draft, drafted[first + 1 : first + len(draft) + 1], strict=True))
         return found
 
     def _found(self, step: _Running[K]) -> list[tuple[K, SampledToken]]:
         """The tokens of a step, which is waited for; the first time the matchers take them."""
         if step.found is None:
             tokens = step.tokens.wait()
-            step.found = self._standing(step, tokens) if step.lengths else list(zip(step.keys, tokens, strict=True))
+            if step.layout is not None:
+                step.found = self._standing(step, step.layout, tokens)
+            else:
+                step.found = list(zip(step.keys, tokens, strict=True))
             for key, token in step.found if self._matchers else ():
                 if (matcher := self._matchers.get(key)) is not None:
                     matcher.advance([token.token_id])
         return step.found
 
-    def _standing(self, step: _Running[K], drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
+    def _standing(self, step: _Running[K], layout: _Layout, drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
-        drafts, found, first = step.tokens.drafts, [], 0
-        for request, (key, length) in enumerate(zip(step.keys, step.lengths, strict=True)):
-            last, end = first, first + length
-            while last < end and drafts[last + 1] == drawn[last].token_id:
-                last += 1
-            found += [(key, token) for token in drawn[first : last + 1]]
+        drafted, ids, depths, found = step.tokens.drafted, [token.token_id for token in drawn], layout.depths, []
+        for request, (key, draft, first) in enumerate(zip(step.keys, layout.drafts, layout.firsts, strict=True)):
+            last = standing_row(first, len(draft) + 1, drafted, depths, ids)
+            found += [(key, drawn[row]) for row in (*range(first, first + depths[last]), last)]
             if step.penalized:
                 self._sampling[request] = step.penalized[last]
-            first = end + 1
         return found
 
     @torch.inference_mode()
@@ -206,12 +249,13 @@ class GraphBatch(Generic[K]):
         """What there is of a draft: a head has guessed nothing where a request has just joined or prompts rode along,
         and the host needs to know what penalties count and grammars follow.
         """
-        if not draft or draft[0] != ON_DEVICE:
+        if not draft or draft[0] >= 0:
             return draft
         key = self._keys[row]
         if self._sampling[row].counts is not None or key in self._matchers:
             return ()
-        return draft[: self._guessed.get(key, 0)]
+        places = self._guessed.get(key, 0)
+        return [token for token in draft if place_of(token) < places]
 
     @torch.inference_mode()
     def start_with_prompts(
@@ -249,50 +293,48 @@ class GraphBatch(Generic[K]):
         mask_rows(logits, [ConstrainedRows(firsts[row], matcher, own[row]) for row, matcher in at])
 
     def _start_drafted(self, own: Sequence[Sequence[int]], depth: int) -> None:
-        """`own`: each request's draft; a head then guesses `depth` tokens."""
-        known = {row for row, draft in enumerate(own) if draft and draft[0] != ON_DEVICE}
-        assert not (known and self._running), "the host's drafts follow tokens that it knows"
-        lengths = np.array([len(draft) for draft in own]) + 1
-        rows, decoder = int(lengths.sum()), self._decoder
-        layout = np.full(tuple(decoder.rows.layout.shape), -1, np.int32)
-        layout[0, :rows] = np.repeat(np.arange(len(own)), lengths)
-        firsts = lengths.cumsum() - lengths
-        layout[1, :rows] = np.repeat(firsts, lengths)
-        layout[2, :rows] = [token for draft in own for token in (0, *draft)]
-        decoder.rows.layout.copy_(upload([layout.reshape(-1)], self._engine.device)[0].view(layout.shape))
+        """`own`: each request's draft; a head then guesses for `depth` places."""
+        decoder, head = self._decoder, self._engine.graph_head
+        if own != self._layout.drafts:
+            self._layout = _Layout(own)
+            there = decoder.rows.layout
+            there.copy_(upload([self._layout.fill(there.shape[1])], self._engine.device)[0].view(there.shape))
+        layout = self._layout
+        assert not (layout.is_known and self._running), "the host's drafts follow tokens that it knows"
+        rows = len(layout.depths)
         penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
-        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
+        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(layout.lengths)
         logits = decoder.step_drafted(rows)
         if self._matchers:
-            self._mask(logits, firsts.tolist(), own)
+            self._mask(logits, layout.firsts, own)
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
         logprobs = sampler.logprobs(sampled, logits)
         accept_rows(sampled, decoder.rows, decoder.state)
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
-        arriving = ArrivingTokens(sampled, logprobs, decoder.rows.layout[2, :rows])
-        guessed = frozenset(key for row, key in enumerate(self._keys) if own[row] and row not in known)
-        lengths -= 1
-        self._running.append(
-            _Running(list(self._keys), arriving, lengths.tolist(), guessed, penalized if known else ())
-        )
-        if depth:
-            assert self._engine.graph_head is not None
-            self._engine.graph_head.guess(rows, len(self._keys), depth)
+        arriving = ArrivingTokens(decoder.rows.report[:rows], logprobs)
+        self._running.append(_Running(list(self._keys), arriving, layout, penalized if layout.is_known else ()))
+        if depth and head is not None:
+            head.read(rows)
+        if layout.has_leaves:
+            pages = self._engine.cache.pages
+            move_leaf(pages, decoder.block_table, decoder.rows, decoder.state, len(self._keys))
+        if depth and head is not None:
+            head.guess(len(self._keys), depth)
 
     def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
         return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
 
-    def _drafted_sampler(self, lengths: np.ndarray) -> BatchSampler:
+    def _drafted_sampler(self, lengths: Sequence[int]) -> BatchSampler:
         """Of requests without penalties, whose samplers hold nothing that a step changes."""
-        repeated = self._drafted_samplers.get(key := tuple(lengths.tolist()))
+        repeated = self._drafted_samplers.get(key := tuple(lengths))
         if repeated is not None:
             return repeated
         if self._sampler is None:
             self._sampler = self._new_sampler(self._sampling)
-        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : lengths.sum()])
+        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : sum(lengths)])
         if repeated is None:
-            pairs = zip(self._sampling, lengths.tolist(), strict=True)
+            pairs = zip(self._sampling, lengths, strict=True)
             repeated = self._new_sampler([row for row, length in pairs for _ in range(length)])
         if len(self._drafted_samplers) == MAX_SAMPLERS:
             self._drafted_samplers.clear()

@@ -2,8 +2,8 @@
 
 First it reads what the step has settled: all rows' features with the tokens that were drawn after them, of which those
 that do not stand are overwritten before anything sees them. From each request's last row that stands it guesses a
-token, reads that, too, guesses the next, and so on. All stays on the device; guesses lie in the requests' state, where
-the next step finds them.
+token, reads that, too, guesses the next, and so on; less likely ones are kept beside. All stays on the device; guesses
+lie in the requests' state, where the next step finds them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GraphHead:
         self._embedding = embedding
         self._decoder = decoder
         requests = len(decoder.block_table)
-        self.sizes = [size for size in SIZES if size < requests] + [min(requests, SIZES[-1])]
+        self.sizes = sorted({*(size for size in SIZES if size < requests), min(requests, SIZES[-1])})
         most, rows = self.sizes[-1], len(decoder.features)
         qkv_size, width = len(weights.qkv), config.num_heads * config.head_dim
         self._states = torch.zeros(rows, hidden, dtype=dtype, device=device)
@@ -66,20 +66,20 @@ class GraphHead:
             self._decoder.graphs.capture(("read", size), partial(self._read, size))
             progress("capturing the draft head", (done + 1) / (len(rows) + len(self.sizes)))
         for done, size in enumerate(reversed(self.sizes)):
-            for key, work in (("take", self._take_last), ("guess", self._guess_next)):
-                self._decoder.graphs.capture((key, size), partial(work, size))
+            for depth in range(1, MAX_HEAD_DEPTH + 1):
+                self._decoder.graphs.capture(("guess", size, depth), partial(self._guess, size, depth))
             progress("capturing the draft head", (len(rows) + done + 1) / (len(rows) + len(self.sizes)))
 
-    def guess(self, rows: int, requests: int, depth: int) -> None:
-        """Start after `accept_rows` of a step of `rows` rows: guess `depth` tokens of each of the first `requests`."""
-        assert 0 < depth <= MAX_HEAD_DEPTH, "a draft has one token or more"
-        graphs = self._decoder.graphs
+    def read(self, rows: int) -> None:
+        """Start after `accept_rows` of a step of `rows` rows, to read what it has settled."""
         size = next(size for size in self._decoder.sizes("drafted") if size >= rows)
-        graphs.run(("read", size), partial(self._read, size))
+        self._decoder.graphs.run(("read", size), partial(self._read, size))
+
+    def guess(self, requests: int, depth: int) -> None:
+        """Start after that, and after `move_leaf`: guess for `depth` places of each of the first `requests`."""
+        assert 0 < depth <= MAX_HEAD_DEPTH, "a draft has one token or more"
         size = next(size for size in self.sizes if size >= requests)
-        graphs.run(("take", size), partial(self._take_last, size))
-        for _ in range(depth - 1):
-            graphs.run(("guess", size), partial(self._guess_next, size))
+        self._decoder.graphs.run(("guess", size, depth), partial(self._guess, size, depth))
 
     def _read(self, size: int) -> None:
         """All rows of the step, up to attention: K and V go to the cache."""
@@ -91,7 +91,7 @@ class GraphHead:
         self._project_rows(self._inputs[:size], self._weights.qkv, self._qkv[:size])
         self._attend(step, self._qkv[:size], self._attended[:size])
 
-    def _take_last(self, size: int) -> None:
+    def _guess(self, size: int, depth: int) -> None:
         decoder = self._decoder
         take_last(
             (self._states, self._attended),
@@ -102,6 +102,8 @@ class GraphHead:
             self._positions[:size],
         )
         self._finish(size)
+        for _ in range(depth - 1):
+            self._guess_next(size)
 
     def _guess_next(self, size: int) -> None:
         decoder, states, inputs = self._decoder, self._own_states[:size], self._inputs[:size]

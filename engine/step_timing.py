@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headrace.engine.decode_batch import RunningBatch, new_batch
-from headrace.engine.draft_head import MAX_HEAD_DEPTH, ON_DEVICE
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.engine.engine import Engine
+from headrace.kernels.draft_tree import chain
 from headrace.messages.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _time_ahead(
 ) -> float:
     """The mean of some steps that verify so many tokens of each request and guess `depth`, one behind the other."""
     batch = _joined(engine, pages[: len(lengths)], context)
-    drafts = {key: [ON_DEVICE] * length for key, length in enumerate(lengths) if length > 0}
+    drafts = {key: chain(length) for key, length in enumerate(lengths) if length > 0}
     batch.start({}, depth)
     batch.start(drafts, depth)
     batch.collect()

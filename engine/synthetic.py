@@ -96,7 +96,7 @@ class SyntheticBatch(Generic[K]):
         self._contexts: dict[K, int] = {}
         self._kv_tokens = 0
         self.in_flight = 0
-        self.verified: dict[K, list[int]] = {}
+        self.verified: dict[K, dict[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._rows)

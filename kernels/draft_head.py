@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from headrace.kernels.draft_tree import CHOICES
 from headrace.kernels.launch import dependent_launch, power_of_two
 
 PICK_BLOCK = 4096
@@ -85,17 +86,18 @@ def pick_guess(
     own_tokens: torch.Tensor,
     squares: torch.Tensor,
 ) -> None:
-    """Take the likeliest token of each request and go on to the position after it, unless there is no room.
+    """Take the likeliest tokens of each request and go on behind the first of them, unless there is no room.
 
-    logits float32 [B, V] of states at own_positions; vocabulary [V] int64 are their tokens; guesses [B, depth] get the
-    token, at own_position - (position - 1); positions as above; limits int32 [B]: positions that a request has room
-    for. own_tokens [B] int64 and own_positions are advanced, the latter to -1 where there is no room; squares
+    logits float32 [B, V] of states at own_positions; vocabulary [V] int64 are their tokens; guesses [B, places *
+    CHOICES] get the `CHOICES` likeliest ones, at place own_position - (position - 1): but for the first, of tokens
+    that are `PICK_BLOCK` apart only the likelier one. positions as above; limits int32 [B]: positions that a request
+    has room for. own_tokens [B] int64 and own_positions are advanced, the latter to -1 where there is no room; squares
     [norms, B] are zeroed.
     """
     _pick_kernel[(len(own_positions),)](
         logits, vocabulary, positions, limits, guesses, own_positions, own_tokens, squares, squares.stride(0),
-        VOCABULARY=logits.shape[1], STRIDE=logits.stride(0), DEPTH=guesses.shape[1], NORMS=squares.shape[0],
-        BLOCK=min(PICK_BLOCK, power_of_two(logits.shape[1])), num_warps=8, **dependent_launch(),
+        VOCABULARY=logits.shape[1], STRIDE=logits.stride(0), GUESSES=guesses.shape[1], CHOICES=CHOICES,
+        NORMS=squares.shape[0], BLOCK=min(PICK_BLOCK, power_of_two(logits.shape[1])), num_warps=8, **dependent_launch(),
     )  # fmt: skip
 
 
@@ -110,10 +112,12 @@ def pick_guess_reference(
     squares: torch.Tensor,
 ) -> None:
     """The same in plain torch."""
-    tokens = vocabulary[logits.argmax(-1)]
+    tokens = vocabulary[logits.sort(stable=True, dim=-1, descending=True).indices[:, :CHOICES]]
     for row, own in enumerate(own_positions.tolist()):
         if own >= 0:
-            guesses[row, own + 1 - int(positions[row])] = own_tokens[row] = tokens[row]
+            place = (own + 1 - int(positions[row])) * CHOICES
+            guesses[row, place : place + CHOICES] = tokens[row]
+            own_tokens[row] = tokens[row, 0]
             own_positions[row] = own + 1 if own + 1 < int(limits[row]) else -1
     squares.zero_()
 
@@ -164,8 +168,8 @@ def _take_last_kernel(
 @triton.jit
 def _pick_kernel(
     logits_ptr, vocabulary_ptr, positions_ptr, limits_ptr, guesses_ptr, own_positions_ptr, own_tokens_ptr, squares_ptr,
-    squares_stride, VOCABULARY: tl.constexpr, STRIDE: tl.constexpr, DEPTH: tl.constexpr, NORMS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    squares_stride, VOCABULARY: tl.constexpr, STRIDE: tl.constexpr, GUESSES: tl.constexpr, CHOICES: tl.constexpr,
+    NORMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -179,13 +183,16 @@ def _pick_kernel(
         x = tl.load(logits_ptr + start + at, mask=start + at < VOCABULARY, other=float("-inf"))
         best = tl.where(x > highest, start + at, best)
         highest = tl.maximum(highest, x)
-    winner = tl.min(tl.where(highest == tl.max(highest, 0), best, VOCABULARY - 1), 0)
     own_position = tl.load(own_positions_ptr + request)
     if own_position >= 0:
-        token = tl.load(vocabulary_ptr + winner)
-        depth = own_position + 1 - tl.load(positions_ptr + request)
-        tl.store(guesses_ptr + request * DEPTH + depth, token)
-        tl.store(own_tokens_ptr + request, token)
+        place = own_position + 1 - tl.load(positions_ptr + request)
+        for choice in tl.static_range(CHOICES):
+            winner = tl.min(tl.where(highest == tl.max(highest, 0), best, VOCABULARY - 1), 0)
+            token = tl.load(vocabulary_ptr + winner)
+            tl.store(guesses_ptr + request * GUESSES + place * CHOICES + choice, token)
+            if choice == 0:
+                tl.store(own_tokens_ptr + request, token)
+            highest = tl.where(best == winner, float("-inf"), highest)
         has_room = own_position + 1 < tl.load(limits_ptr + request)
         tl.store(own_positions_ptr + request, tl.where(has_room, own_position + 1, -1))
     for norm in tl.static_range(NORMS):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, choose_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
 """Milliseconds of the built-in model in float32 on two cores."""
@@ -99,7 +100,7 @@ def test_no_choice_of_lengths_makes_more_tokens_a_second(
 def test_a_head_costs_what_it_takes_and_never_less_than_was_measured() -> None:
     """Others take the cores for a while."""
     cost = HeadCost({1: 1.0, 4: 2.0})
-    assert cost.of(4) == [0, 2, 4, 6, 8, 10, 12]
+    assert cost.of(4) == [2.0 * depth for depth in range(MAX_HEAD_DEPTH + 1)]
     for _ in range(100):
         cost.observe(2, 3, 8.0)
     assert cost.of(1)[1] == pytest.approx(2.0, rel=0.05)

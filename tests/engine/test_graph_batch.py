@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from headrace.engine import graph_batch
-from headrace.engine.draft_head import ON_DEVICE
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.draft_rows import RequestState, StepRows, accept_rows_reference, expand_rows_reference
+from headrace.kernels.draft_tree import CHOICES, chain, guess_at
 from headrace.messages.request import SamplingParams
 from tests.engine.every_third import EveryThird
 
@@ -25,7 +25,7 @@ class SumDecoder:
 
     def __init__(self) -> None:
         self.state = RequestState.empty(CAPACITY, 4, torch.device("cpu"))
-        self.rows = StepRows(CAPACITY * 4, torch.device("cpu"))
+        self.rows = StepRows(CAPACITY * 5, torch.device("cpu"))
         self.block_table = torch.zeros(CAPACITY, WIDTH, dtype=torch.int32)
         self.limits = torch.zeros(CAPACITY, dtype=torch.int32)
 
@@ -64,7 +64,10 @@ class SumHead:
         self._decoder = decoder
         self._rng = rng
 
-    def guess(self, rows: int, requests: int, depth: int) -> None:
+    def read(self, rows: int) -> None:
+        """It needs no features."""
+
+    def guess(self, requests: int, depth: int) -> None:
         """From each request's newest token on."""
         state = self._decoder.state
         for request in range(requests):
@@ -74,7 +77,9 @@ class SumHead:
                     break
                 page = int(self._decoder.block_table[request, (position + at) // PAGE])
                 token = following(token, position + at, page)
-                state.guesses[request, at] = token if self._rng.random() < 0.7 else VOCABULARY - 1
+                place = self._rng.choice((0, 0, 0, 1, CHOICES))
+                for choice in range(CHOICES):
+                    state.guesses[request, at * CHOICES + choice] = token if choice == place else VOCABULARY - 1
 
 
 def make_batch(guesses: random.Random | None = None) -> GraphBatch[int]:
@@ -89,6 +94,7 @@ def make_batch(guesses: random.Random | None = None) -> GraphBatch[int]:
         device=device,
         model_config=SimpleNamespace(vocab_size=VOCABULARY),
         sampling_row=sampling_row,
+        cache=SimpleNamespace(pages=None),
         graph_head=None if guesses is None else SumHead(decoder, guesses),
         layout=SimpleNamespace(page_size=PAGE),
         max_model_len=WIDTH * PAGE,
@@ -172,7 +178,8 @@ def test_requests_with_a_grammar_run_ahead_among_others(
             expected[key] = constrained(prompt, first, pages, tokens)
     while running := [key for key in got if len(got[key]) < tokens - 1]:
         if drafts_of == "device" and rng.random() < 0.8:
-            batch.start({key: [ON_DEVICE] * rng.randint(1, 3) for key in running}, rng.choice((0, 3, 3)))
+            draft = [*chain(rng.randint(1, 3)), *([guess_at(0, 1)] if rng.random() < 0.5 else [])]
+            batch.start(dict.fromkeys(running, draft), rng.choice((0, 3, 3)))
             collect(batch, batch.lookahead, got)
             verified |= {key for key, draft in batch.verified.items() if draft}
         elif drafts_of == "host" and rng.random() < 0.6:
@@ -250,6 +257,7 @@ def test_guesses_of_the_device_are_verified_before_the_host_has_seen_them(
 ) -> None:
     """Requests join and leave with a step in flight, of which nobody knows how many tokens it makes."""
     monkeypatch.setattr(graph_batch, "accept_rows", accept_rows_reference)
+    monkeypatch.setattr(graph_batch, "move_leaf", lambda *_: None)  # there is no cache
     rng = random.Random(seed)
     batch = make_batch(rng)
     running: dict[int, tuple[list[int], list[int]]] = {}
@@ -267,8 +275,9 @@ def test_guesses_of_the_device_are_verified_before_the_host_has_seen_them(
             running[key], got[key] = (prompt, own), []
         if not running:
             continue
+        leaves = [guess_at(0, 1)] if rng.random() < 0.5 else []
         # also of requests for which nothing was guessed: then there is no draft
-        drafts = {k: [ON_DEVICE] * rng.randint(1, 3) for k in running if rng.random() < 0.8}
+        drafts = {k: [*chain(rng.randint(1, 3)), *leaves] for k in running if rng.random() < 0.8}
         batch.start(drafts, rng.choice((0, 3, 3, 3)))
         if batch.in_flight > batch.lookahead:
             steps += 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.draft_head import ON_DEVICE, HeadWeights, TorchHead
+from headrace.engine.draft_head import HeadWeights, TorchHead
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.graph_decoder import GraphDecoder
@@ -17,6 +17,7 @@ from headrace.engine.graph_head import GraphHead
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import SamplingRow
+from headrace.kernels.draft_tree import CHOICES, chain, guess_at
 from headrace.kernels.prefill_attention import plan_prefill
 from headrace.messages.request import SamplingParams
 from tests.engine.test_graph_decoder import (
@@ -87,6 +88,7 @@ class Fixture:
             sampling_row=sampling_row,
             graph_head=self.graph_head,
             layout=layout,
+            cache=self.cache,
             max_model_len=96,
         )
         self.batch: GraphBatch[int] = GraphBatch(engine, self.decoder)
@@ -107,6 +109,14 @@ class Fixture:
         batch = replace(self._pack(self.cache, tokens, pages, 0), token_ids=torch.tensor([*tokens[1:], first]))
         self.head.forward(self.head.fuse(self.model.features), batch, self.cache)
         return first
+
+    def follow(self, tokens: list[int], count: int) -> list[int]:
+        """The likeliest continuation, by torch from nothing."""
+        found: list[int] = []
+        for _ in range(count):
+            hidden = self.read(self.own_cache, [*tokens, *found], list(range(6)))
+            found.append(int(self.model.logits(hidden[-1:]).argmax()))
+        return found
 
     def guesses(self, tokens: list[int], depth: int) -> list[int]:
         """What the head guesses behind a sequence, by torch from nothing."""
@@ -136,16 +146,42 @@ def test_guesses_are_those_of_torch() -> None:
     for step in range(5):
         drafts = {key: [3] * step for key in range(step % 4)}
         if step == 3:  # the right one
-            hidden = fixture.read(fixture.own_cache, sequences[0], list(range(6)))
-            drafts[0] = [int(fixture.model.logits(hidden[-1:]).argmax()), 1]
+            drafts[0] = [*fixture.follow(sequences[0], 1), 1]
         batch.start({key: draft for key, draft in drafts.items() if draft}, DEPTH)
         made = batch.collect()
         for key, token in made:
             sequences[key].append(token.token_id)
         wrong = wrong and len(made) == len(PROMPTS)
         for key, sequence in enumerate(sequences):
-            assert fixture.decoder.state.guesses[key, :DEPTH].tolist() == fixture.guesses(sequence, DEPTH)
+            guesses = fixture.decoder.state.guesses[key, : DEPTH * CHOICES : CHOICES].tolist()
+            assert guesses == fixture.guesses(sequence, DEPTH)
     assert not wrong, "no draft stood"
+
+
+def test_a_leaf_that_stands_leaves_what_a_chain_would() -> None:
+    """Steps and guesses behind it find its keys and values where its position is."""
+    fixture = Fixture()
+    batch, guesses, sequences = fixture.batch, fixture.decoder.state.guesses, []
+    for key, prompt in enumerate(PROMPTS[:2]):
+        pages = list(range(1 + 5 * key, 6 + 5 * key))
+        sequences.append([*prompt, fixture.read_prompt(prompt, pages)])
+        batch.join(key, sequences[key], 1, pages, GREEDY)
+    batch.start({}, DEPTH)
+    for key, token in batch.collect():
+        sequences[key].append(token.token_id)
+    for _ in range(3):
+        first, second = (fixture.follow(sequence, 2) for sequence in sequences)
+        guesses[0, : 2 * CHOICES] = torch.tensor([first[0] - 1, first[0] + 1, first[0], 1, 1, 1])
+        guesses[1, : 2 * CHOICES] = torch.tensor([second[0], 1, 1, second[1] + 1, second[1], 1])
+        drafts = {0: [*chain(2), guess_at(0, 1), guess_at(0, 2)], 1: [*chain(2), guess_at(0, 1), guess_at(1, 1)]}
+        batch.start(drafts, DEPTH)
+        made: list[list[int]] = [[], []]
+        for key, token in batch.collect():
+            made[key].append(token.token_id)
+        for key, length in enumerate((2, 3)):
+            assert made[key] == fixture.follow(sequences[key], length)
+            sequences[key] += made[key]
+            assert guesses[key, : DEPTH * CHOICES : CHOICES].tolist() == fixture.guesses(sequences[key], DEPTH)
 
 
 def test_outputs_are_those_without_drafts() -> None:
@@ -161,7 +197,7 @@ def test_outputs_are_those_without_drafts() -> None:
             batch.join(key, [*prompt, fixture.read_prompt(prompt, pages)], 1, pages, sampling[key])
         verified = 0
         while min(map(len, found)) < 6:
-            batch.start({key: [ON_DEVICE] * 2 for key in range(3)} if depth else {}, depth)
+            batch.start({key: [*chain(2), guess_at(0, 1), guess_at(1, 2)] for key in range(3)} if depth else {}, depth)
             if batch.in_flight > batch.lookahead:
                 for key, token in batch.collect():
                     found[key].append(token.token_id)
