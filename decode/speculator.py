@@ -175,12 +175,6 @@ class Speculator:
         else:
             self._depth = self._next_depth()
             self.ahead = {request.key: self._ahead(request, chosen) for request in requests} if self._depth > 0 else {}
-        self._drafting = 0.0
-        if self._on_device:
-            if not chosen:
-                return ahead
-        else:
-            self._next_depth()
         for key, choice in chosen.items():
             self._drafted[key].proposed = choice.drafter
         if costs is None or not chosen:
