@@ -46,11 +46,10 @@ class RequestAcceptance:
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
 
-    def __init__(self, prior: float = PRIOR) -> None:
-        self._prior = prior
-        self._stood = [prior * PRIOR_WEIGHT] * DEPTHS
+    def __init__(self) -> None:
+        self._stood = [PRIOR * PRIOR_WEIGHT] * DEPTHS
         self._seen = [PRIOR_WEIGHT] * DEPTHS
-        self._rates = [prior] * DEPTHS
+        self._rates = [PRIOR] * DEPTHS
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
@@ -71,7 +70,7 @@ class Acceptance:
     def fade(self) -> None:
         """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
         for depth in range(DEPTHS):
-            self._stood[depth] += (1.0 - MEMORY) * (self._prior * PRIOR_WEIGHT - self._stood[depth])
+            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
             self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
             self._rates[depth] = self._stood[depth] / self._seen[depth]
 
@@ -104,13 +103,11 @@ def best_lengths(
     seconds_of: Sequence[float],
     rate: float,
     drafting: Sequence[float] = (),
-    depths: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """How many tokens of each draft to verify, for the most expected tokens a second, and how many these are.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request,
-    one behind the other; `depths`, like chances: how many of them that is, where it is not the length.
+    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request.
     `rate`: tokens a second without: zeros and this are returned where drafts are not expected to beat it.
     """
     lengths = [0] * len(chances)
@@ -124,7 +121,7 @@ def best_lengths(
         seconds = seconds_of[num_requests + count]
         if drafting:
             so_far[draft] += 1
-            deepest = max(deepest, so_far[draft] if depths is None else depths[draft][so_far[draft] - 1])
+            deepest = max(deepest, so_far[draft])
             seconds += drafting[deepest]
         if expected / seconds > best_rate:
             best, best_rate = count, expected / seconds

@@ -19,24 +19,26 @@ from headrace.decode.controller import (
     HeadCost,
     RequestAcceptance,
     best_lengths,
+    choose_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
-from headrace.decode.guess_tree import DEEPEST, GuessTrees, as_draft
+from headrace.decode.guess_tree import GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
-from headrace.decode.step_cost import Kind, StepCost
+from headrace.decode.step_cost import MAX_ROWS, Kind, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.engine.engine import Engine
 from headrace.engine.step_timing import StepSeconds
-from headrace.kernels.draft_tree import chain, guess_at, place_of
+from headrace.kernels.draft_tree import chain
 
+DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
+"""As far as a head is ever asked to guess."""
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
-LEAVES = "leaves"
-"""The same of a head's less likely choices on the device, see `GuessTrees`."""
 HEAD = HeadDrafter.name
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
@@ -131,15 +133,15 @@ class Speculator:
         self._on_device = head is None and head_cost is not None
         self._names = [drafter.name, *([HEAD] if head_cost is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
-        self._trees = GuessTrees(self._acceptance.get(HEAD, Acceptance()))
+        self._trees = GuessTrees()
         self._drafted: dict[Key, _Drafted] = {}
         self._depth = 0
         """Tokens that the head is to guess at the end of the next step. On the device: of the step that was proposed
         for last.
         """
-        self._chosen: dict[Key, list[int]] = {}
-        """Each request's tree of the device's guesses, as chosen last."""
-        self._steps_to_choice = 0
+        self._tree: list[int] = []
+        """Each request's of the device's guesses, as chosen last."""
+        self._steps_to_choice = self._chosen_for = 0
         self._rate_ahead = 0.0
         """Tokens a second that steps with a device's guesses are expected to make, which run ahead."""
         self._verified: dict[Key, dict[int, int]] = {}
@@ -190,15 +192,13 @@ class Speculator:
         self._follow_all(requests)
         guessed, drafts = self._depth, dict[Key, list[int]]()
         self._steps_to_choice -= 1
-        if self._steps_to_choice <= 0 or self._chosen.keys() != self._drafted.keys():
-            self._chosen = self._next_depth()
-            self._steps_to_choice = LOOK_AGAIN_STEPS if any(self._chosen.values()) else 0
-        unsure = chain(guessed) if not any(self._chosen.values()) else []
-        for request in requests:
-            tree = self._chosen[request.key] or unsure
-            draft = as_draft(tree, guessed)[: max(self._limit(request, request.longest), 0)]
-            if draft:
-                drafts[request.key] = draft
+        if self._steps_to_choice <= 0 or len(requests) != self._chosen_for:
+            self._choose_tree(len(requests))
+        draft = as_draft(self._tree, guessed) if self._tree else chain(guessed)
+        for request in requests if draft else ():
+            limit = self._limit(request, request.longest)
+            if limit > 0:
+                drafts[request.key] = draft[:limit]
         self.counters.controlling_seconds += time.perf_counter() - started
         return drafts
 
@@ -258,7 +258,10 @@ class Speculator:
                 drafted = self._drafted[key]
                 if costs is None and not (self._on_device and name == HEAD):
                     drafted.guesses[name] = guess
-                chances = self._acceptance[name].chances(drafted.acceptance[name], guess)[unknown[key] :]
+                if self._on_device and name == HEAD:
+                    chances = self._trees.chain(len(guess.token_ids))
+                else:
+                    chances = self._acceptance[name].chances(drafted.acceptance[name], guess)[unknown[key] :]
                 if key not in best or sum(chances) > sum(best[key][2]):
                     best[key] = (name, guess, chances)
         along, rate = [chances for _, _, chances in best.values()], len(requests) / self._cost.plain[len(requests)]
@@ -353,40 +356,39 @@ class Speculator:
         self._of_head = {}
         return guesses
 
-    def _next_depth(self) -> dict[Key, list[int]]:
-        """How far the head is to guess at the end of the next step: `_depth`, the most of what pays for each request.
-        What it guesses is cut to what pays once it is known, so this asks as if its estimates by place were all that
-        will be known, as they are where it guesses on the device. There it returns each request's best tree.
+    def _next_depth(self) -> None:
+        """How far the head is to guess at the end of the next step. What it guesses is cut to what pays once it is
+        known, so this asks as if its estimates by place were all that will be known.
         """
         requests = self._num_requests
         if self._head_cost is None or not requests:
             self._depth = 0
-            return {}
+            return
         started = time.perf_counter()
-        cost, trees = self._cost, [self._tree(drafted.acceptance) for drafted in self._drafted.values()]
-        places = [[place_of(guess) + 1 for _, guess in tree] for tree in trees]
-        lengths, self._rate_ahead = best_lengths(
-            [[chance for chance, _ in tree] for tree in trees],
-            requests,
-            cost.ahead if self._on_device else cost.verifying,
-            requests / cost.plain[requests],
-            self._head_cost.of(requests),
-            places,
-        )
-        self._depth = max(max(places[:length], default=0) for places, length in zip(places, lengths, strict=True))
-        self._steps_without_head = 0 if self._depth > 0 else self._steps_without_head + 1
-        if self._steps_without_head >= TRY_AGAIN_STEPS:
-            self._steps_without_head, self._depth = 0, 1
+        by_place = self._acceptance[BY_PLACE]
+        along = [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
+        self._depth = max(choose_lengths(along, requests, self._cost, self._head_cost.of(requests)))
+        self._rest_or_try(TRY_AGAIN_STEPS)
         self.counters.controlling_seconds += time.perf_counter() - started
-        chosen = zip(self._drafted, trees, lengths, strict=True)
-        return {key: [guess for _, guess in tree[:length]] for key, tree, length in chosen}
 
-    def _tree(self, acceptance: Mapping[str, RequestAcceptance]) -> list[tuple[float, int]]:
-        """A request's guesses with their chances, the likeliest first."""
-        if self._on_device:
-            return self._trees.best(acceptance[HEAD], acceptance[LEAVES])
-        along = self._acceptance[BY_PLACE].chances(acceptance[BY_PLACE], DEEPEST)
-        return [(chance, guess_at(place)) for place, chance in enumerate(along)]
+    def _choose_tree(self, requests: int) -> None:
+        """The same for a head on the device, with what of its guesses is to be verified."""
+        assert self._head_cost is not None
+        self._tree, self._depth, self._rate_ahead = self._trees.choose(
+            requests,
+            self._cost.ahead[: MAX_ROWS + 1],
+            requests / self._cost.plain[requests],
+            self._head_cost.of(requests),
+            drafts=bool(self._tree),
+        )
+        self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
+        self._chosen_for = requests
+        self._rest_or_try(2 * TRY_AGAIN_STEPS)
+
+    def _rest_or_try(self, steps: int) -> None:
+        self._steps_without_head = 0 if self._depth > 0 else self._steps_without_head + 1
+        if self._steps_without_head >= steps:
+            self._steps_without_head, self._depth = 0, 1
 
     def _follow_all(self, requests: Sequence[Request]) -> None:
         self._forget_all_but({request.key for request in requests})
@@ -403,7 +405,7 @@ class Speculator:
         drafted = self._drafted.get(request.key)
         if drafted is None:
             self._drafter.join(request.key, request.token_ids)
-            acceptance = {name: RequestAcceptance() for name in [*self._acceptance, LEAVES]}
+            acceptance = {name: RequestAcceptance() for name in self._acceptance}
             self._drafted[request.key] = _Drafted(request, len(request.token_ids), acceptance)
             return
         new = self._learn(drafted)
@@ -416,8 +418,7 @@ class Speculator:
         drafted.length += len(new)
         verified = self._verified.pop(drafted.request.key, None)
         if verified and new:
-            stood = self._trees.learn(drafted.acceptance[LEAVES], verified, new)
-            drafted.guesses[HEAD] = Draft(stood, DEEPEST.depths)
+            self._trees.learn(verified, new)
             of_head = self.counters.of[HEAD]
             of_head.drafts += 1
             of_head.drafted += len(verified)
