@@ -47,6 +47,8 @@ FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
 has guessed is known."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
+MAX_STEPS_BESIDE_HEAD = 3
+"""The same where a head drafts meanwhile: a lookup must show more, and each look is evidence of it."""
 
 
 @dataclass
@@ -224,7 +226,8 @@ class Speculator:
         return bool(chosen)
 
     def _found(self, drafts: bool) -> None:
-        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, MAX_STEPS_AHEAD)
+        most = MAX_STEPS_BESIDE_HEAD if self._on_device else MAX_STEPS_AHEAD
+        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
         self._steps_left = self._steps_ahead
 
     def _choose(
@@ -238,7 +241,8 @@ class Speculator:
         self._follow_all(requests)
         if not requests:
             return {}
-        unknown = {r.key: max(r.longest - len(r.token_ids), 1) if guessed is None else 0 for r in requests}
+        # of drafts in flight one is taken to stand, so that a lookup is not held for worse than it is
+        unknown = {r.key: 1 + min(r.drafts_in_flight, 1) if guessed is None else 0 for r in requests}
         limits = {request.key: self._limit(request, len(request.token_ids)) for request in requests}
         if costs is None:
             guesses = {self._drafter.name: self._drafter.draft(limits)}
