@@ -7,7 +7,6 @@ prefix of each: it suffices to sort all tokens by their chance and to try every 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,11 +50,10 @@ class RequestAcceptance:
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
 
-    def __init__(self, prior: float = PRIOR) -> None:
-        self._prior = prior
-        self._stood = [prior * PRIOR_WEIGHT] * DEPTHS
+    def __init__(self) -> None:
+        self._stood = [PRIOR * PRIOR_WEIGHT] * DEPTHS
         self._seen = [PRIOR_WEIGHT] * DEPTHS
-        self._rates = [prior] * DEPTHS
+        self._rates = [PRIOR] * DEPTHS
 
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
@@ -76,7 +74,7 @@ class Acceptance:
     def fade(self) -> None:
         """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
         for depth in range(DEPTHS):
-            self._stood[depth] += (1.0 - MEMORY) * (self._prior * PRIOR_WEIGHT - self._stood[depth])
+            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
             self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
             self._rates[depth] = self._stood[depth] / self._seen[depth]
 
@@ -109,13 +107,11 @@ def best_lengths(
     seconds_of: Sequence[float],
     rate: float,
     drafting: Sequence[float] = (),
-    depths: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """How many tokens of each draft to verify, for the most expected tokens a second, and how many these are.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request,
-    one behind the other; `depths`, like chances: how many of them that is, where it is not the length.
+    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request.
     `rate`: tokens a second without: zeros and this are returned where drafts are not expected to beat it.
     """
     if len(chances) == 1:  # spelled out: these lines run before each step of a request alone
@@ -125,10 +121,7 @@ def best_lengths(
         tokens, owners = [chance for chance, _ in ranked], [d for _, d in ranked]
     rows = seconds_of[num_requests + 1 : min(num_requests + len(tokens), MAX_ROWS) + 1]
     if drafting:
-        rows = [
-            seconds + drafting[deepest]
-            for seconds, deepest in zip(rows, _deepest(owners, len(tokens), depths), strict=False)
-        ]
+        rows = [seconds + drafting[deepest] for seconds, deepest in zip(rows, _depths(tokens, owners), strict=False)]
     best, best_rate = 0, GAIN * rate
     expected = float(num_requests)
     for count, (chance, seconds) in enumerate(zip(tokens, rows, strict=False), 1):
@@ -145,19 +138,17 @@ def best_lengths(
     return lengths, best_rate
 
 
-def _deepest(owners: Sequence[int] | None, count: int, depths: Sequence[Sequence[int]] | None) -> Iterable[int]:
-    """With 1 to `count` tokens: how deep the deepest draft is. `owners` names each token's draft, if there are several;
-    `depths` as above.
-    """
+def _depths(tokens: Sequence[float], owners: Sequence[int] | None) -> Iterable[int]:
+    """With so many of the tokens: how long the longest draft is. `owners` names each token's draft."""
     if owners is None:
-        return range(1, count + 1) if depths is None else itertools.accumulate(depths[0], max)
+        return range(1, len(tokens) + 1)
     lengths: Counter[int] = Counter()
-    found, deepest = [], 0
+    depths, deepest = [], 0
     for draft in owners:
         lengths[draft] += 1
-        deepest = max(deepest, lengths[draft] if depths is None else depths[draft][lengths[draft] - 1])
-        found.append(deepest)
-    return found
+        deepest = max(deepest, lengths[draft])
+        depths.append(deepest)
+    return depths
 
 
 class HeadCost:

@@ -24,21 +24,22 @@ from headrace.decode.controller import (
     choose_lengths,
 )
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
-from headrace.decode.guess_tree import DEEPEST, GuessTrees, as_draft
+from headrace.decode.guess_tree import GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
-from headrace.decode.step_cost import Kind, StepCost
+from headrace.decode.step_cost import MAX_ROWS, Kind, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
-from headrace.kernels.draft_tree import chain, place_of
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
+from headrace.kernels.draft_tree import chain
 
+DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
+"""As far as a head is ever asked to guess."""
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a head's guesses were right by their place alone. A token that it did not come
 to, as it was in doubt, counts as wrong."""
 DEPTH_STEPS = 8
 """How far a head guesses is chosen anew after so many steps, and when requests join or leave."""
-LEAVES = "leaves"
-"""The same of a head's less likely choices on the device, see `GuessTrees`."""
 HEAD = HeadDrafter.name
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a head guesses a token, to see whether it has become good."""
@@ -47,6 +48,8 @@ FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
 has guessed is known."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
+MAX_STEPS_BESIDE_HEAD = 3
+"""The same where a head drafts meanwhile: a lookup must show more, and each look is evidence of it."""
 
 
 @dataclass
@@ -136,15 +139,15 @@ class Speculator:
         """The name of what guesses one token after the other."""
         self._names = [drafter.name, *([self._of_chain] if head_cost is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
-        self._trees = GuessTrees(self._acceptance.get(HEAD, Acceptance()))
+        self._trees = GuessTrees()
         self._drafted: dict[Key, _Drafted] = {}
         self._depth = 0
         """Tokens that the head is to guess at the end of the next step. On the device: of the step that was proposed
         for last.
         """
-        self._chosen: dict[Key, list[int]] = {}
-        """Each request's tree of the device's guesses, as chosen last."""
-        self._steps_to_choice = 0
+        self._tree: list[int] = []
+        """Each request's of the device's guesses, as chosen last."""
+        self._steps_to_choice = self._chosen_for = 0
         self._rate_ahead = 0.0
         """Tokens a second that steps with a device's guesses are expected to make, which run ahead."""
         self._verified: dict[Key, dict[int, int]] = {}
@@ -199,15 +202,13 @@ class Speculator:
         self._follow_all(requests)
         guessed, drafts = self._depth, dict[Key, list[int]]()
         self._steps_to_choice -= 1
-        if self._steps_to_choice <= 0 or self._chosen.keys() != self._drafted.keys():
-            self._chosen = self._next_trees()
-            self._steps_to_choice = LOOK_AGAIN_STEPS if any(self._chosen.values()) else 0
-        unsure = chain(guessed) if not any(self._chosen.values()) else []
-        for request in requests:
-            tree = self._chosen[request.key] or unsure
-            draft = as_draft(tree, guessed)[: max(self._limit(request, request.longest), 0)]
-            if draft:
-                drafts[request.key] = draft
+        if requests and (self._steps_to_choice <= 0 or len(requests) != self._chosen_for):
+            self._choose_tree(len(requests))
+        draft = as_draft(self._tree, guessed) if self._tree else chain(guessed)
+        for request in requests if draft else ():
+            limit = self._limit(request, request.longest)
+            if limit > 0:
+                drafts[request.key] = draft[:limit]
         self.counters.controlling_seconds += time.perf_counter() - started
         return drafts
 
@@ -233,7 +234,8 @@ class Speculator:
         return bool(chosen)
 
     def _found(self, drafts: bool) -> None:
-        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, MAX_STEPS_AHEAD)
+        most = MAX_STEPS_BESIDE_HEAD if self._on_device else MAX_STEPS_AHEAD
+        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
         self._steps_left = self._steps_ahead
 
     def _choose(
@@ -247,7 +249,8 @@ class Speculator:
         self._follow_all(requests)
         if not requests:
             return {}
-        unknown = {r.key: max(r.longest - len(r.token_ids), 1) if guessed is None else 0 for r in requests}
+        # of drafts in flight one is taken to stand, so that a lookup is not held for worse than it is
+        unknown = {r.key: 1 + min(r.drafts_in_flight, 1) if guessed is None else 0 for r in requests}
         limits = {request.key: self._limit(request, len(request.token_ids)) for request in requests}
         if costs is None:
             guesses = {self._drafter.name: self._drafter.draft(limits)}
@@ -268,7 +271,10 @@ class Speculator:
                 drafted = self._drafted[key]
                 if costs is None and not (self._on_device and name == HEAD):
                     drafted.guesses[name] = guess
-                chances = acceptance.chances(drafted.acceptance[name], guess)[unknown[key] :]
+                if self._on_device and name == HEAD:
+                    chances = self._trees.chain(len(guess.token_ids))
+                else:
+                    chances = acceptance.chances(drafted.acceptance[name], guess)[unknown[key] :]
                 promised = sum(chances)
                 if key not in best or promised > best[key][0]:
                     best[key] = (promised, name, guess, chances)
@@ -382,33 +388,26 @@ class Speculator:
             self._depth_lasts, self._depth_of = DEPTH_STEPS, requests
             self.counters.controlling_seconds += time.perf_counter() - started
         self._depth_lasts -= 1
-        return self._tried_again(self._paying_depth)
+        return self._tried(self._paying_depth, TRY_AGAIN_STEPS)
 
-    def _next_trees(self) -> dict[Key, list[int]]:
-        """What a head on the device guesses of each request that pays, which needs guesses for `_depth` places."""
-        requests = self._num_requests
-        if self._head_cost is None or not requests:
-            self._depth = 0
-            return {}
-        drafted = self._drafted.values()
-        trees = [self._trees.best(one.acceptance[HEAD], one.acceptance[LEAVES]) for one in drafted]
-        places = [[place_of(guess) + 1 for _, guess in tree] for tree in trees]
-        lengths, self._rate_ahead = best_lengths(
-            [[chance for chance, _ in tree] for tree in trees],
+    def _choose_tree(self, requests: int) -> None:
+        """The same for a head on the device, with what of its guesses is to be verified."""
+        assert self._head_cost is not None
+        self._tree, depth, self._rate_ahead = self._trees.choose(
             requests,
-            self._cost.ahead,
+            self._cost.ahead[: MAX_ROWS + 1],
             requests / self._cost.plain[requests],
             self._head_cost.of(requests),
-            places,
+            drafts=bool(self._tree),
         )
-        deepest = max(max(own[:length], default=0) for own, length in zip(places, lengths, strict=True))
-        self._depth = self._tried_again(deepest)
-        chosen = zip(self._drafted, trees, lengths, strict=True)
-        return {key: [guess for _, guess in tree[:length]] for key, tree, length in chosen}
+        self._depth = self._tried(depth, 2 * TRY_AGAIN_STEPS)
+        self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
+        self._chosen_for = requests
 
-    def _tried_again(self, depth: int) -> int:
+    def _tried(self, depth: int, steps: int) -> int:
+        """This, or after so many steps without any guess one."""
         self._steps_without_head = 0 if depth > 0 else self._steps_without_head + 1
-        if self._steps_without_head >= TRY_AGAIN_STEPS:
+        if self._steps_without_head >= steps:
             self._steps_without_head = 0
             return 1
         return depth
@@ -428,7 +427,7 @@ class Speculator:
         drafted = self._drafted.get(request.key)
         if drafted is None:
             self._drafter.join(request.key, request.token_ids)
-            acceptance = {name: RequestAcceptance() for name in [*self._acceptance, LEAVES]}
+            acceptance = {name: RequestAcceptance() for name in self._acceptance}
             self._drafted[request.key] = _Drafted(request, len(request.token_ids), acceptance)
             return
         new = self._learn(drafted)
@@ -441,8 +440,7 @@ class Speculator:
         drafted.length += len(new)
         verified = self._verified.pop(drafted.request.key, None)
         if verified and new:
-            stood = self._trees.learn(drafted.acceptance[LEAVES], verified, new)
-            drafted.guesses[HEAD] = Draft(stood, DEEPEST.depths)
+            self._trees.learn(verified, new)
             of_head = self.counters.of[HEAD]
             of_head.drafts += 1
             of_head.drafted += len(verified)

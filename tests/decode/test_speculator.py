@@ -166,7 +166,7 @@ def test_a_head_on_the_device_guesses_as_deep_as_pays() -> None:
 def test_a_lookup_beats_the_head_where_it_is_worth_the_wait() -> None:
     """A long repetition is verified at once, while the head would go on guessing."""
     cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 1.3, 16: 1.3}, {2: 1.1, 16: 1.1})
-    speculating = Speculator(NgramDrafter(), cost, 100_000, None, HeadCost({1: 0.3}, 1))
+    speculating = Speculator(NgramDrafter(), cost, 100_000, None, HeadCost({1: 1.0}, 1))
     sequence = request(LOOP * 3)
     assert speculating.waits([sequence])
     assert speculating.propose([sequence])["a", 0][:4] == [5, 6, 7, 8]
