@@ -15,6 +15,7 @@ import numpy as np
 
 from headrace.decode.drafter import Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 GAIN = 1.05
 """By how much drafts must be expected to be faster: the estimates are no better than that."""
@@ -31,8 +32,6 @@ MEMORY, REQUEST_MEMORY = 0.998, 0.94
 
 HEAD_STRIDE = 0.02
 """A draft moves what a head is taken to cost by so much at most, in logarithms of seconds."""
-MAX_HEAD_DEPTH = 6
-"""Tokens that a head guesses in a row at most."""
 
 
 class RequestAcceptance:
@@ -59,15 +58,18 @@ class Acceptance:
     def observe(self, request: RequestAcceptance, draft: Draft, token_ids: Sequence[int]) -> None:
         """Learn from the tokens that came where `draft` was guessed, whether it was verified or they came anyway."""
         for guessed, came, depth in zip(draft.token_ids, token_ids, draft.depths, strict=False):
-            depth = min(depth, DEPTHS - 1)
-            stood = 1.0 if guessed == came else 0.0
-            request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
-            request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
-            self._stood[depth] = self._stood[depth] * MEMORY + stood
-            self._seen[depth] = self._seen[depth] * MEMORY + 1.0
-            self._rates[depth] = self._stood[depth] / self._seen[depth]
-            if not stood:
+            self.observe_one(request, min(depth, DEPTHS - 1), guessed == came)
+            if guessed != came:
                 return
+
+    def observe_one(self, request: RequestAcceptance, depth: int, was_right: bool) -> None:
+        """Learn from one token, before which all were right."""
+        stood = 1.0 if was_right else 0.0
+        request.stood[depth] = request.stood[depth] * REQUEST_MEMORY + stood
+        request.seen[depth] = request.seen[depth] * REQUEST_MEMORY + 1.0
+        self._stood[depth] = self._stood[depth] * MEMORY + stood
+        self._seen[depth] = self._seen[depth] * MEMORY + 1.0
+        self._rates[depth] = self._stood[depth] / self._seen[depth]
 
     def fade(self) -> None:
         """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
@@ -80,42 +82,60 @@ class Acceptance:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
         found, chance = [], 1.0
         for depth in draft.depths:
-            at = depth if depth < DEPTHS else DEPTHS - 1
-            chance *= (OTHERS_WEIGHT * self._rates[at] + request.stood[at]) / (OTHERS_WEIGHT + request.seen[at])
+            chance *= self.rate(request, depth if depth < DEPTHS else DEPTHS - 1)
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
         return found
 
+    def rate(self, request: RequestAcceptance, depth: int) -> float:
+        """How likely a token of this depth is right where all before it are."""
+        others = OTHERS_WEIGHT * self._rates[depth]
+        return (others + request.stood[depth]) / (OTHERS_WEIGHT + request.seen[depth])
+
 
 def choose_lengths(
     chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost, drafting: Sequence[float] = ()
 ) -> list[int]:
-    """How many tokens of each draft to verify, for the most expected tokens a second.
+    """`best_lengths` against steps without drafts."""
+    return best_lengths(chances, num_requests, cost.verifying, num_requests / cost.plain[num_requests], drafting)[0]
+
+
+def best_lengths(
+    chances: Sequence[Sequence[float]],
+    num_requests: int,
+    seconds_of: Sequence[float],
+    rate: float,
+    drafting: Sequence[float] = (),
+) -> tuple[list[int], float]:
+    """How many tokens of each draft to verify, for the most expected tokens a second, and how many these are.
 
     `chances[d][i]`: how likely tokens 0 to i of draft d all stand, not rising in i. `num_requests`: rows that the step
-    has anyway. `drafting[n]`: seconds that it takes to draft n tokens of each request first.
+    has anyway. `seconds_of`: such steps', by rows; `drafting[n]`: what it takes to draft n tokens of each request.
+    `rate`: tokens a second without: zeros and this are returned where drafts are not expected to beat it.
     """
     if len(chances) == 1:  # spelled out: these lines run before each step of a request alone
         tokens, owners = chances[0], None
     else:
         ranked = sorted([(chance, d) for d, along in enumerate(chances) for chance in along], reverse=True)
         tokens, owners = [chance for chance, _ in ranked], [d for _, d in ranked]
-    rows = cost.verifying[num_requests + 1 : min(num_requests + len(tokens), MAX_ROWS) + 1]
+    rows = seconds_of[num_requests + 1 : min(num_requests + len(tokens), MAX_ROWS) + 1]
     if drafting:
         rows = [seconds + drafting[deepest] for seconds, deepest in zip(rows, _depths(tokens, owners), strict=False)]
-    best, best_rate = 0, GAIN * num_requests / cost.plain[num_requests]
+    best, best_rate = 0, GAIN * rate
     expected = float(num_requests)
     for count, (chance, seconds) in enumerate(zip(tokens, rows, strict=False), 1):
         expected += chance
         if expected > best_rate * seconds:
             best, best_rate = count, expected / seconds
+    if best == 0:
+        return [0] * len(chances), rate
     if owners is None:
-        return [best]
+        return [best], best_rate
     lengths = [0] * len(chances)
     for draft in owners[:best]:
         lengths[draft] += 1
-    return lengths
+    return lengths, best_rate
 
 
 def _depths(tokens: Sequence[float], owners: Sequence[int] | None) -> Iterable[int]:
@@ -134,17 +154,20 @@ def _depths(tokens: Sequence[float], owners: Sequence[int] | None) -> Iterable[i
 class HeadCost:
     """What a head takes for one more token of each of so many requests."""
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
-        """`measured`: seconds by requests. Beyond them, a request costs what the last ones did."""
+    def __init__(self, measured: Mapping[int, float], most: int = MAX_ROWS) -> None:
+        """`measured`: seconds by requests. Beyond them, a request costs what the last ones did, up to `most`, more than
+        which it guesses nothing for.
+        """
         rows = sorted(measured)
         at = np.arange(MAX_ROWS + 1)
         seconds = [measured[row] for row in rows]
         each = seconds[-1] / rows[-1]
         of_token: list[float] = np.interp(at, rows, seconds).tolist()
         of_token[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
+        of_token[most + 1 :] = [math.inf] * (MAX_ROWS - most)
         self._drift = 0.0
         """Logarithm of what it takes now over what was measured."""
-        self._of = [[each * depth for depth in range(MAX_HEAD_DEPTH + 1)] for each in of_token]
+        self._of = [[0.0] + [each * depth for depth in range(1, MAX_HEAD_DEPTH + 1)] for each in of_token]
 
     def of(self, num_requests: int) -> list[float]:
         """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from headrace.data_lines import DataLines, data_listener
-from headrace.decode.chain import ChainDrafter
-from headrace.decode.controller import HeadCost
-from headrace.decode.head import HeadDrafter
-from headrace.decode.model import ModelDrafter
-from headrace.decode.ngram import NgramDrafter
+from headrace.decode.drafting import chain_drafter, new_speculator
 from headrace.decode.speculator import Speculator
-from headrace.decode.step_cost import StepCost
 from headrace.decode.worker import DecodeWorker
-from headrace.engine.engine import Engine
 from headrace.engine.startup import LoadedModel, loaded_model
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
@@ -63,23 +58,17 @@ async def speculator_for(settings: Settings, model: LoadedModel) -> Speculator |
         return None
     engine = model.engine
     seconds = await asyncio.get_running_loop().run_in_executor(model.device_thread, time_steps, engine)
-    for kind, by_rows in (("", seconds.plain), ("with drafts ", seconds.drafted)):
-        log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
-    cost = StepCost(seconds.plain, settings.max_num_seqs, seconds.drafted)
-    drafter = chain_drafter(engine)
-    if drafter is None:
-        return Speculator(NgramDrafter(), cost, engine.max_model_len)
-    if engine.device.type != "cpu":
-        log.info("the draft head drafts on a CPU only so far")
-        return Speculator(NgramDrafter(), cost, engine.max_model_len)
-    took = await asyncio.get_running_loop().run_in_executor(model.device_thread, drafter.time_tokens)
-    of_token = ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in took.items())
-    log.info("a token of the draft %s takes %s", drafter.name, of_token)
-    return Speculator(NgramDrafter(), cost, engine.max_model_len, drafter, HeadCost(took))
-
-
-def chain_drafter(engine: Engine) -> ChainDrafter | None:
-    """What drafts on the engine's thread, if it has been given something that does."""
-    if engine.draft is not None:
-        return ModelDrafter(engine)
-    return HeadDrafter(engine) if engine.head is not None else None
+    for kind, by_rows in (
+        ("", seconds.plain),
+        ("with drafts ", seconds.drafted),
+        ("with drafts of the device ", seconds.ahead),
+    ):
+        if by_rows:
+            log.info("a step %stakes %s", kind, ", ".join(f"{s * 1e3:.2f} ms ({rows})" for rows, s in by_rows.items()))
+    of_token: Mapping[int, float] = seconds.guess
+    chain = chain_drafter(engine)
+    if chain is not None:
+        of_token = await asyncio.get_running_loop().run_in_executor(model.device_thread, chain.time_tokens)
+    if of_token:
+        log.info("a token more of a draft takes %s", ", ".join(f"{s * 1e3:.2f} ms ({n})" for n, s in of_token.items()))
+    return new_speculator(engine, seconds, of_token)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from headrace.decode.sequence import Key, Sequence
+from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.page_pool import PagePool
 
 NOTHING_AHEAD: Mapping[Key, int] = MappingProxyType({})
@@ -25,10 +26,17 @@ class Plan:
     new_pages: dict[Key, list[int]] = field(default_factory=dict)
     drafts: dict[Key, list[int]] = field(default_factory=dict)
     """What the step verifies."""
+    depth: int = 0
+    """Tokens that a head on the device guesses at the end of the step."""
     is_shared: bool = False
     """Whether the step was started together with something else, see `Alongside`."""
     preempted: list[Sequence] = field(default_factory=list)
     """Given up for want of pages; each is computed again elsewhere or later. Those that ran are among `leaves`."""
+
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether it verifies drafts that the host knows: the next step then needs to be told what stood."""
+        return any(draft[0] >= 0 for draft in self.drafts.values())
 
 
 class DecodeScheduler:
@@ -53,6 +61,8 @@ class DecodeScheduler:
         self.num_started = 0
         """Steps, since the beginning."""
         self.num_collected = 0
+        self._drafts: deque[Mapping[Key, Sized]] = deque()
+        """Of the steps in flight."""
         self._retired: deque[tuple[int, list[int]]] = deque()
         """(steps started when they were given up, pages)."""
 
@@ -98,7 +108,8 @@ class DecodeScheduler:
         Steps that were started before may write to them behind its tokens, until they have been collected.
         """
         if self._ready.pop(key, None) is None:
-            self._running.pop(key).in_flight = 0
+            sequence = self._running.pop(key)
+            sequence.in_flight = sequence.drafts_in_flight = 0
             self._leaving.append(key)
 
     def remove(self, key: Key) -> None:
@@ -114,24 +125,32 @@ class DecodeScheduler:
             self._pool.release(sequence.pages)
 
     def roll_back(self, sequence: Sequence) -> None:
-        """Take back the pages that a refused draft of a running request has left."""
+        """Take back the pages that a refused draft of a running request has left, once no step may write to them."""
         surplus = -sequence.pages_missing(self._pool.page_size)
-        if surplus > 0:
+        if surplus > 0 and not sequence.in_flight:
             self._pool.release(sequence.pages[-surplus:])
             del sequence.pages[-surplus:]
             self._kept_pages[sequence.key] = len(sequence.pages)
 
-    def started(self) -> None:
-        """The step that was scheduled runs, with all running requests."""
+    def started(self, drafts: Mapping[Key, Sized] = NO_DRAFTS) -> None:
+        """The step that was scheduled runs, with all running requests and these drafts."""
         self.num_started += 1
         for sequence in self._running.values():
             sequence.in_flight += 1
+        for key, draft in drafts.items():
+            self._running[key].drafts_in_flight += len(draft)
+        self._drafts.append(drafts)
 
-    def collected(self) -> None:
-        """The oldest step that ran has ended."""
+    def collected(self) -> bool:
+        """The oldest step that ran has ended; returns whether it verified drafts."""
         self.num_collected += 1
+        drafts = self._drafts.popleft()
+        for key, draft in drafts.items():
+            if (sequence := self._running.get(key)) is not None:
+                sequence.drafts_in_flight -= len(draft)
         while self._retired and self._retired[0][0] <= self.num_collected:
             self._pool.release(self._retired.popleft()[1])
+        return bool(drafts)
 
     def abandon_steps(self) -> None:
         """No step runs any more, and none will be collected."""
@@ -149,7 +168,8 @@ class DecodeScheduler:
         short = [  # spelled out: this looks at each request before each step
             sequence
             for sequence in [*self._running.values(), *joining]
-            if len(sequence.token_ids) + sequence.in_flight > len(sequence.pages) * page_size
+            if len(sequence.token_ids) + sequence.in_flight + sequence.drafts_in_flight
+            > len(sequence.pages) * page_size
         ]
         missing = sum(sequence.pages_missing(page_size) for sequence in short)
         if missing > self._pool.num_free:
@@ -184,23 +204,29 @@ class DecodeScheduler:
         self._leaving = []
         return plan
 
-    def reserve(self, plan: Plan, drafts: Mapping[Key, list[int]], ahead: Mapping[Key, int] = NOTHING_AHEAD) -> None:
-        """Have the planned step verify these drafts of running requests, cut to what spare pages hold.
+    def reserve(
+        self,
+        plan: Plan,
+        drafts: Mapping[Key, list[int]],
+        ahead: Mapping[Key, int] = NOTHING_AHEAD,
+        depth: int = 0,
+    ) -> None:
+        """Have the planned step verify these drafts of running requests, cut to what spare pages hold, and a head on
+        the device guess `depth` tokens.
 
         `ahead`: tokens behind the newest one that a drafter may read after the step. Nobody is given up for a draft.
         """
+        plan.depth = depth
         page_size = self._pool.page_size
         joined = {sequence.key for sequence in plan.joins}
         for key in {**drafts, **ahead}:
             sequence, draft = self._running[key], drafts.get(key, [])
             if sequence.is_moving:
                 continue
-            wanted = max(len(draft), ahead.get(key, 0))
+            wanted = max(len(draft) + depth, ahead.get(key, 0))
             missing = max(min(sequence.pages_missing(page_size, wanted), self._pool.num_spare), 0)
-            room = (len(sequence.pages) + missing) * page_size - len(sequence.token_ids) - sequence.in_flight
-            if room <= 0:
-                continue
-            if draft:
+            room = (len(sequence.pages) + missing) * page_size - sequence.longest
+            if room > 0 and draft:
                 plan.drafts[key] = draft[:room]
             pages = self._pool.allocate(missing)
             sequence.pages.extend(pages)

@@ -28,6 +28,8 @@ class Sequence:
     """Where the output follows a grammar. The batch's while the request is in it."""
     in_flight: int = 0
     """Steps that make a token of this request and whose tokens are not known yet."""
+    drafts_in_flight: int = 0
+    """Drafted tokens of these steps, which may stand."""
     started_at: float = field(default_factory=time.time)
     """Unix time in seconds at which it was handed over."""
     newest_logprobs: TokenLogprobs | None = None
@@ -55,7 +57,12 @@ class Sequence:
 
         Negative where a refused draft has left some that are not needed.
         """
-        return -(-(len(self.token_ids) + self.in_flight + drafted) // page_size) - len(self.pages)
+        return -(-(self.longest + drafted) // page_size) - len(self.pages)
+
+    @property
+    def longest(self) -> int:
+        """Tokens so far, if all that is in flight stands."""
+        return len(self.token_ids) + self.in_flight + self.drafts_in_flight
 
     def append(self, token_id: int) -> None:
         """Take a token."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from headrace.decode.scheduler import Plan
+from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key
+from headrace.decode.speculator import Speculator
 from headrace.engine.decode_batch import RunningBatch
 from headrace.engine.sampler import SampledToken
 
@@ -26,13 +27,46 @@ class Alongside(Protocol):
         """The batch is gone with all its steps, after a failure."""
 
 
+def plan_step(scheduler: DecodeScheduler, speculator: Speculator | None) -> Plan | None:
+    """What the next step is, which counts as started; None where the one in flight is to be collected first."""
+    runs_ahead = scheduler.in_flight > 0
+    if speculator is not None and runs_ahead and speculator.waits(scheduler.batch()):
+        return None
+    plan = scheduler.schedule()
+    if plan is None:
+        return None
+    if speculator is not None:
+        requests = scheduler.batch()
+        drafts = speculator.propose_ahead(requests) if runs_ahead else speculator.propose(requests)
+        scheduler.reserve(plan, _allowed(scheduler, drafts), speculator.ahead, speculator.depth_on_device)
+    if scheduler.num_running:
+        scheduler.started(plan.drafts)
+    return plan
+
+
+def _allowed(scheduler: DecodeScheduler, drafts: dict[Key, list[int]]) -> dict[Key, list[int]]:
+    """Cut them where a grammar would. Those that only the device knows can't be, so requests with one get none.
+
+    Drafts that the host knows are of steps with none in flight before them, so the matchers know all tokens.
+    """
+    for key, draft in list(drafts.items()):
+        sequence = scheduler.running(key)
+        if sequence is not None and sequence.matcher is not None:
+            standing = sequence.matcher.standing(draft) if draft[0] >= 0 else 0
+            if standing:
+                drafts[key] = draft[:standing]
+            else:
+                del drafts[key]
+    return drafts
+
+
 def run_step(
     batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None = None
 ) -> list[tuple[Key, SampledToken]] | None:
     """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case.
 
-    A step with drafts is due at once. One that is started together with something else takes no drafts: the plan's are
-    dropped.
+    A step with drafts that the host knows is due at once. One that is started together with something else takes no
+    drafts: the plan's are dropped.
     """
     tokens = _start_and_collect(batch, plan, alongside)
     if alongside is not None:
@@ -62,6 +96,6 @@ def _start_and_collect(
         if plan.is_shared:
             plan.drafts = {}
         else:
-            batch.start(plan.drafts)
-    due = batch.in_flight > (batch.lookahead if len(batch) and not plan.drafts else 0)
+            batch.start(plan.drafts, plan.depth)
+    due = batch.in_flight > (batch.lookahead if len(batch) and not plan.follows_tokens else 0)
     return batch.collect() if due else None

@@ -6,6 +6,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -19,43 +20,53 @@ FADING = 0.001
 """A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
 AVERAGING = 0.05
 """Weight of a step in that average."""
+Kind = Literal["plain", "verifying", "ahead"]
+"""Of a step: without drafts, with drafts that the host knows, with drafts that the device knows."""
 REFRESH_ROWS = 128
-"""After steps of so many rows together they are learned from, and `plain` and `verifying` made anew: so that this takes
+"""After steps of so many rows together they are learned from, and `plain` and the others made anew: so that this takes
 as little time a request of one as of many."""
 
 
 class StepCost:
-    """What steps without and with drafts take, which do more than compute further rows, and on a GPU can't run ahead.
+    """What steps without and with drafts take, which do more than compute further rows. On a GPU those without run
+    ahead, and so do those whose drafts a head has guessed there.
 
     Contexts that grow, other sampling parameters and a prefill worker that takes half of the cores change what a step
     costs, so the measured points follow what steps take.
     """
 
     def __init__(
-        self, measured: Mapping[int, float], max_num_seqs: int, verifying: Mapping[int, float] | None = None
+        self,
+        measured: Mapping[int, float],
+        max_num_seqs: int,
+        verifying: Mapping[int, float] | None = None,
+        ahead: Mapping[int, float] | None = None,
     ) -> None:
-        """`measured`: seconds by rows, of 1 row among them; `verifying`: those of steps with
-        drafts, where they are others.
+        """`measured`: seconds by rows, of 1 row among them; `verifying`: those of steps with drafts, where they are
+        others; `ahead`: of those with drafts that run ahead.
         """
         assert min(measured) == 1, "a step of one row was not measured"
         most = max(MAX_ROWS, max_num_seqs)
-        self._curves = {False: _Curve(measured, most), True: _Curve(verifying or measured, most)}
-        """By whether drafts were verified."""
+        self._curves: dict[Kind, _Curve] = {
+            "plain": _Curve(measured, most),
+            "verifying": _Curve(verifying or measured, most),
+            "ahead": _Curve(ahead or verifying or measured, most),
+        }
         self._mean_drift = 0.0
-        self._observed: list[tuple[int, float, bool]] = []
+        self._observed: list[tuple[int, float, Kind]] = []
         self._rows_observed = 0
         self._refresh()
 
-    def observe(self, rows: int, seconds: float, verified: bool) -> None:
-        """A step of so many rows took so long; whether drafted tokens are among them."""
-        self._observed.append((rows, seconds, verified))
+    def observe(self, rows: int, seconds: float, kind: Kind) -> None:
+        """A step of so many rows took so long."""
+        self._observed.append((rows, seconds, kind))
         self._rows_observed += rows
         if self._rows_observed >= REFRESH_ROWS:
             self._learn()
 
     def _learn(self) -> None:
-        for rows, seconds, verified in self._observed:
-            self._mean_drift += AVERAGING * (self._curves[verified].observe(rows, seconds) - self._mean_drift)
+        for rows, seconds, kind in self._observed:
+            self._mean_drift += AVERAGING * (self._curves[kind].observe(rows, seconds) - self._mean_drift)
         fading = FADING * len(self._observed)
         for curve in self._curves.values():
             curve.drifts[:] = [drift + fading * (self._mean_drift - drift) for drift in curve.drifts]
@@ -63,10 +74,12 @@ class StepCost:
         self._refresh()
 
     def _refresh(self) -> None:
-        self.plain = self._curves[False].seconds()
+        self.plain = self._curves["plain"].seconds()
         """Of steps without drafts, by rows: 0 to the most that a step may have."""
-        self.verifying = self._curves[True].seconds()
-        """Of steps with drafts."""
+        self.verifying = self._curves["verifying"].seconds()
+        """Of steps with drafts that the host knows."""
+        self.ahead = self._curves["ahead"].seconds()
+        """Of steps with drafts that run ahead, without what a head takes for each guess."""
 
 
 class _Curve:

@@ -18,7 +18,7 @@ from headrace.decode.mover import Mover
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
-from headrace.decode.step import Alongside, run_step
+from headrace.decode.step import Alongside, plan_step, run_step
 from headrace.decode.watch import ended
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
@@ -189,7 +189,7 @@ class DecodeWorker:
             self._give_up_running()
         else:
             self._gauge.ended(loop.time(), self._scheduler.num_running)
-            self._apply(tokens, plan is not None and bool(plan.drafts))
+            self._apply(tokens)
             if tokens:
                 self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
             if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
@@ -197,32 +197,11 @@ class DecodeWorker:
         self._mover.after_step()
 
     def _schedule(self) -> Plan | None:
-        speculator, runs_ahead = self._speculator, self._scheduler.in_flight > 0
-        if speculator is not None and runs_ahead and speculator.waits(self._scheduler.batch()):
-            return None
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return None
-        for sequence in plan.preempted:
-            self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-        if speculator is not None and not runs_ahead:
-            drafts = self._allowed(speculator.propose(self._scheduler.batch()))
-            self._scheduler.reserve(plan, drafts, speculator.ahead)
-        if self._scheduler.num_running:
-            self._scheduler.started()
+        plan = plan_step(self._scheduler, self._speculator)
+        if plan is not None:
+            for sequence in plan.preempted:
+                self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
         return plan
-
-    def _allowed(self, drafts: dict[Key, list[int]]) -> dict[Key, list[int]]:
-        """Cut them where a grammar would: no step is in flight, so the matchers know all tokens."""
-        for key, draft in list(drafts.items()):
-            sequence = self._scheduler.running(key)
-            if sequence is not None and sequence.matcher is not None:
-                standing = sequence.matcher.standing(draft)
-                if standing:
-                    drafts[key] = draft[:standing]
-                else:
-                    del drafts[key]
-        return drafts
 
     def _give_up_running(self) -> None:
         for sequence in self._scheduler.sequences():
@@ -247,11 +226,10 @@ class DecodeWorker:
             self._speculator.look(self._batch)
         return tokens
 
-    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None, drafted: bool) -> None:
+    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
         if tokens is None:
             return
-        self._scheduler.collected()
-        if drafted:
+        if self._scheduler.collected():
             self._apply_drafted(tokens)
             return
         outbox, longest, running = self._outbox, self._engine.max_model_len, self._scheduler.running

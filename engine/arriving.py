@@ -14,9 +14,12 @@ class ArrivingTokens:
     """A copy that was started when this was made; nothing that is started later delays it."""
 
     def __init__(self, sampled: torch.Tensor, logprobs: Mapping[int, TokenLogprobs]) -> None:
-        """`sampled` [R] int64; `logprobs` by row, of those rows that asked for them."""
+        """`sampled` [R] int64, or [R, 2] with what each row had drafted; `logprobs` by row, of those that want some."""
+        self.sampled = sampled
+        self.drafted: list[int] = []
+        """Known once the tokens are."""
         self._logprobs = logprobs
-        self._tokens = torch.empty(len(sampled), dtype=torch.int64, pin_memory=sampled.is_cuda)
+        self._tokens = torch.empty(sampled.shape, dtype=torch.int64, pin_memory=sampled.is_cuda)
         self._tokens.copy_(sampled, non_blocking=True)
         self._done: torch.cuda.Event | None = None
         if sampled.is_cuda:
@@ -33,6 +36,8 @@ class ArrivingTokens:
         if self._done is not None:
             self._done.synchronize()
         tokens = self._tokens.tolist()
+        if self._tokens.dim() == 2:
+            tokens, self.drafted = [token for token, _ in tokens], [drafted for _, drafted in tokens]
         if not self._logprobs:
             return list(map(SampledToken, tokens))
         return [SampledToken(token, self._logprobs.get(row)) for row, token in enumerate(tokens)]

@@ -32,6 +32,8 @@ class RunningBatch(Protocol[K]):
 
     lookahead: int
     """Steps that may be in flight after a new one was started."""
+    verified: dict[K, dict[int, int]]
+    """What the step collected last has verified of drafts of a head on the device: by `guess_at`, its token."""
 
     @property
     def in_flight(self) -> int:
@@ -63,10 +65,12 @@ class RunningBatch(Protocol[K]):
     def keep_pages(self, key: K, count: int) -> None:
         """Shorten a request's block table to `count` pages."""
 
-    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
         """Start a step of all requests, each of which must have pages for its newest token and its draft, if any.
 
-        Drafts follow tokens that are known: no step may be in flight, and this one must be collected next.
+        Drafts follow tokens that are known: no step may be in flight, and this one must be collected next. That does
+        not hold for those of a head on the device (see `kernels.draft_tree`), which guesses for `depth` places of each
+        request at the end of the step.
         """
 
     def collect(self) -> list[tuple[K, SampledToken]]:
@@ -121,6 +125,7 @@ class DecodeBatch(Generic[K]):
         self._matchers: dict[K, Matcher] = {}
         self._computed: list[tuple[K, SampledToken]] = []
         self.in_flight = 0
+        self.verified: dict[K, dict[int, int]] = {}
         self.seen: list[Seen[K]] = []
         """What the last step read, where the engine has a draft head or a draft model."""
         self._rows = np.arange(capacity)
@@ -195,8 +200,8 @@ class DecodeBatch(Generic[K]):
         return self._computed
 
     @torch.inference_mode()
-    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
-        """Compute a step at once: on a CPU there is nothing to run ahead of."""
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
+        """Compute a step at once: on a CPU there is nothing to run ahead of, and no head guesses in here."""
         self._engine.cpu_share.adjust()
         self.in_flight = 1
         if drafts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from headrace.kernels.sample import PART, LogitChanges, Penalties, SampleRows, SampleWorkspace, sample
+from headrace.kernels.sample import PART, LogitChanges, Penalties, SampleRows, SampleWorkspace, Sampling
 from headrace.kernels.upload import upload
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class DeviceSampler:
     def __init__(self, rows: SampleRows, vocab_size: int, part: int = PART) -> None:
         self._rows, self._vocab_size = rows, vocab_size
         space = (len(rows.seed), vocab_size, rows.seed.device)
+        self._sampling: Sampling | None = None
+        self._places = (0, 0, 0)
         self._workspace = SampleWorkspace(*space, filtered=rows.any_filtered, part=part)
 
     @classmethod
@@ -81,8 +83,11 @@ class DeviceSampler:
         return DeviceSampler(repeated, self._vocab_size, self._workspace.part)
 
     def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """See `BatchSampler.sample`."""
-        return sample(logits, positions, self._rows, self._workspace)
+        """See `BatchSampler.sample`. A next call with tensors at the same places overwrites what this one returns."""
+        places = (logits.data_ptr(), positions.data_ptr(), len(logits))
+        if self._sampling is None or places != self._places:
+            self._sampling, self._places = Sampling(logits, positions, self._rows, self._workspace), places
+        return self._sampling.run()
 
 
 def _changes(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,9 @@ from headrace.kernels.cache_write import write_cache
 from headrace.kernels.gated_activation import gated_activation
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rope import apply_rope, rope_tables
+
+MAX_HEAD_DEPTH = 8
+"""Tokens that a head guesses in a row at most."""
 
 
 class DraftHead(Protocol):
@@ -59,13 +62,28 @@ class HeadWeights:
     qkv: torch.Tensor
     output: torch.Tensor
     mlp_norm: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
+    gate_up: torch.Tensor
+    """Gate over up."""
     down: torch.Tensor
     norm: torch.Tensor
     rows: torch.Tensor
     vocabulary: torch.Tensor
     """[draft vocabulary] int64: its tokens."""
+
+    def folded(self) -> HeadWeights:
+        """The same with the norms' weights multiplied into the projections behind them, which leaves ones."""
+        inputs = torch.cat((self.input_norm, self.hidden_norm))
+        one = torch.ones_like(self.norm)
+        return replace(
+            self,
+            qkv=self.qkv * inputs,
+            gate_up=self.gate_up * self.mlp_norm,
+            rows=self.rows * self.norm,
+            input_norm=one,
+            hidden_norm=one,
+            mlp_norm=one,
+            norm=one,
+        )
 
 
 def load_head(
@@ -105,8 +123,7 @@ def load_head(
             qkv,
             own.get(attention + "o_proj.weight"),
             own.get("midlayer.post_attention_layernorm.weight"),
-            own.get(mlp + "gate_proj.weight"),
-            own.get(mlp + "up_proj.weight"),
+            own.stacked(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
             own.get(mlp + "down_proj.weight"),
             own.get("norm.weight"),
             rows,
@@ -120,9 +137,8 @@ class TorchHead:
     def __init__(self, config: ModelConfig, weights: HeadWeights, embedding: torch.Tensor) -> None:
         self.feature_layers = weights.feature_layers
         self._config = config
-        self._weights = weights
+        self.weights = weights
         self._embedding = embedding
-        self._gate_up = torch.cat((weights.gate, weights.up))
         self._inverse_frequencies = config.rope.inverse_frequencies().to(embedding.device)
 
     def attach(self, cache: KVCache) -> None:
@@ -133,11 +149,11 @@ class TorchHead:
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """See `DraftHead`."""
-        return F.linear(features, self._weights.fc)
+        return F.linear(features, self.weights.fc)
 
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See `DraftHead`."""
-        config, weights, eps = self._config, self._weights, self._config.norm_eps
+        config, weights, eps = self._config, self.weights, self._config.norm_eps
         heads, kv_heads = config.num_heads, config.num_kv_heads
         pages = cache.layer(config.num_layers)
         embedded = F.embedding(batch.token_ids, self._embedding)
@@ -152,13 +168,13 @@ class TorchHead:
         write_cache(keys, values, pages, batch.slot_pages, batch.slot_offsets)
         queries = queries_keys[:, :heads].contiguous()
         states = states + F.linear(batch.attend(queries, pages, config.head_dim**-0.5), weights.output)
-        inner = gated_activation(F.linear(rms_norm(states, weights.mlp_norm, eps), self._gate_up), config.activation)
+        inner = gated_activation(F.linear(rms_norm(states, weights.mlp_norm, eps), weights.gate_up), config.activation)
         return states + F.linear(inner, weights.down)
 
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""
-        normed = rms_norm(states, self._weights.norm, self._config.norm_eps)
-        return likeliest(F.linear(normed, self._weights.rows).float(), self._weights.vocabulary)
+        normed = rms_norm(states, self.weights.norm, self._config.norm_eps)
+        return likeliest(F.linear(normed, self.weights.rows).float(), self.weights.vocabulary)
 
 
 def likeliest(logits: torch.Tensor, vocabulary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

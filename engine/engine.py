@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ from headrace.messages.stream import TokenLogprobs
 
 if TYPE_CHECKING:
     from headrace.engine.graph_decoder import GraphDecoder
+    from headrace.engine.graph_head import GraphHead
 
 CPU_CACHE_BYTES = 2**30
 CPU_CACHE_SHARE = 0.25
@@ -141,6 +142,8 @@ class Engine:
         self.cpu_share = CpuShare(config.cpu_threads, self._use_threads)
         self.graph_decoder: GraphDecoder | None = None
         """Set by `prepare_decode` where the model and the device have one."""
+        self.graph_head: GraphHead | None = None
+        """The same of the draft head."""
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -219,8 +222,15 @@ class Engine:
                 self.config.max_num_seqs,
                 self.max_model_len,
                 drafts=drafts,
+                feature_layers=self.model.feature_layers,
             )
             self.graph_decoder.capture_all(progress)
+            if drafts and isinstance(self.head, TorchHead):
+                from headrace.engine.graph_head import GraphHead
+
+                embedding = self.model.weights.embedding
+                self.graph_head = GraphHead(self.model_config, self.head.weights, embedding, self.graph_decoder)
+                self.graph_head.capture_all(progress)
 
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> list[PrefillOutput]:
         """Compute all chunks in one forward pass. `on_layer(l, ready)`: layer l of every chunk is in the cache."""
@@ -246,8 +256,7 @@ class Engine:
             logits = self.model.logits(hidden.index_select(0, wanted))
             first = self._sample_first([chunks[row] for row in last], logits)
         if self.head is not None:
-            sampled = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
-            self._prefill_head(self.head, chunks, sampled, batch)
+            self._prefill_head(self.head, chunks, last, None if first is None else first.sampled, batch)
             layer_done(self.model_config.num_layers)
         if self.draft is not None:
             self.draft.forward(self._pack(chunks, self.draft))
@@ -293,17 +302,26 @@ class Engine:
         return StartedPrefill(outputs, running_logits)
 
     def _prefill_head(
-        self, head: DraftHead, chunks: Sequence[PrefillChunk], tokens: Mapping[int, SampledToken], batch: ForwardBatch
+        self,
+        head: DraftHead,
+        chunks: Sequence[PrefillChunk],
+        sampling: Sequence[int],
+        sampled: torch.Tensor | None,
+        batch: ForwardBatch,
     ) -> None:
         """Compute the head's K and V of what the model has just read. Each position needs the token after it: of a
-        complete prompt the one that was sampled.
+        complete prompt the one that was sampled; `sampling`: which chunks have one.
         """
         following: list[int] = []
+        ends = []
         for row, chunk in enumerate(chunks):
             following += chunk.token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
-            if chunk.is_last:
-                following.append(tokens[row].token_id if row in tokens else 0)
-        (token_ids,) = upload([np.array(following, np.int64)], self.device)
+            following += [0] * chunk.is_last
+            if row in sampling:
+                ends.append(len(following) - 1)
+        token_ids, last_rows = upload([np.array(following, np.int64), np.array(ends, np.int64)], self.device)
+        if sampled is not None:
+            token_ids[last_rows] = sampled
         states = head.fuse(self.model.features)
         head.forward(states, replace(batch, token_ids=token_ids), self.cache)
 
@@ -419,7 +437,7 @@ def _load_head(
     if isinstance(model, FusedDecoder):
         embedding = model.weights.embedding
         weights = load_head(folder, config.model_folder, model_config, embedding.device, embedding.dtype)
-        return TorchHead(model_config, weights, embedding)
+        return TorchHead(model_config, weights.folded() if model.norms_are_folded else weights, embedding)
     if model.follows_tables:
         from headrace.engine.packed_decoder import PackedDecoder
         from headrace.engine.packed_head import PackedHead

@@ -1,14 +1,17 @@
 """The running batch of a decode worker on a GPU.
 
-The next step is on its way before the tokens of this one are read, but for steps that verify drafts: what they drew is
-compared with the drafts on the device, and the host has to know it, too, before it can draft again.
+The next step is on its way before the tokens of this one are read. What was drawn is compared with drafts on the
+device, which advances the requests, so that holds for drafts of a head on the device, too: step after step verifies
+what the one before it has guessed, and the host hears of it later. Drafts of the host's follow tokens that it knows.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -22,7 +25,8 @@ from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
-from headrace.kernels.draft_rows import accept_rows
+from headrace.kernels.draft_rows import accept_rows, move_leaf
+from headrace.kernels.draft_tree import depths_of, place_of, standing_row
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 
@@ -31,17 +35,60 @@ MAX_SAMPLERS = 16
 """Kept for numbers of rows that requests had in steps with drafts; few requests often have the same ones."""
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The rows of a step with drafts."""
+
+    drafts: Sequence[Sequence[int]]
+    """Of each request."""
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each request."""
+        return [len(draft) + 1 for draft in self.drafts]
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Of each row."""
+        return [depth for draft in self.drafts for depth in (0, *depths_of(draft))]
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Each request's first row."""
+        return [*accumulate(self.lengths[:-1], initial=0)]
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether there are drafts of the host's."""
+        return any(draft and draft[0] >= 0 for draft in self.drafts)
+
+    @cached_property
+    def has_leaves(self) -> bool:
+        """Whether a draft is more than a chain."""
+        return any(draft and depths_of(draft)[-1] != len(draft) for draft in self.drafts)
+
+    def fill(self, columns: int) -> np.ndarray:
+        """As `StepRows` has it, in one row."""
+        layout, rows = np.full((4, columns), -1, np.int32), len(self.depths)
+        layout[0, :rows] = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        layout[1, :rows] = np.repeat(self.firsts, self.lengths)
+        layout[2, :rows] = [token for draft in self.drafts for token in (0, *draft)]
+        layout[3, :rows] = self.depths
+        return layout.reshape(-1)
+
+
 @dataclass
 class _Running(Generic[K]):
     """A step on the device and its tokens."""
 
     keys: list[K]
     tokens: ArrivingTokens
-    drafts: Mapping[K, Sequence[int]] = field(default_factory=dict)
+    layout: _Layout | None = None
+    """Of a step with drafts."""
     penalized: Sequence[SamplingRow] = ()
-    """Where requests have penalties and there are drafts: the sampling state after each row."""
-    is_known: bool = False
-    """Whether the matchers have taken its tokens."""
+    """Where requests have penalties and there are drafts that the host knew: the sampling state after each row."""
+    found: list[tuple[K, SampledToken]] | None = None
+    """Its tokens, once they have been waited for."""
 
 
 class GraphBatch(Generic[K]):
@@ -62,25 +109,24 @@ class GraphBatch(Generic[K]):
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
         self._num_pages = np.zeros(capacity, dtype=np.int64)
-        self._positions = np.full(capacity, -1, dtype=np.int32)
-        self._generated = np.zeros(capacity, dtype=np.int32)
         self._pages = np.zeros(tuple(decoder.block_table.shape), dtype=np.int32)
-        self._layout = torch.zeros(
-            decoder.rows.layout.shape, dtype=torch.int32, pin_memory=engine.device.type == "cuda"
-        )
-        """The rows of a step with drafts, before they are sent."""
         self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
         """By the rows of each request, while the batch has the same members."""
-        self._new_tokens: dict[int, int] = {}
-        """By row: tokens that the device does not know, those of rows that joined."""
+        self._joined: dict[int, tuple[int, int, int]] = {}
+        """By row: newest token, its position and the number of output tokens of a request that joined."""
         self._moved: dict[int, int] = {}
-        """By row: the row whose token, which the device alone knows, belongs there now."""
+        """By row: the row whose state, which the device alone knows, belongs there now."""
         self._table_changes: list[tuple[int, int, int]] = []
         """(row, first column, end)."""
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
         self.collected_late = False
         """The step that was collected last had ended before that: the device may have waited for the next one."""
+        self._layout = _Layout(())
+        """Of the last step with drafts, which the device still has."""
+        self._guessed: dict[K, int] = {}
+        """How many tokens of these requests the head has guessed behind the newest step."""
+        self.verified: dict[K, dict[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -96,14 +142,12 @@ class GraphBatch(Generic[K]):
     ) -> None:
         """See `RunningBatch.join`."""
         row = len(self._keys)
-        assert row < len(self._positions), "the batch is full"
+        assert row < len(self._pages), "the batch is full"
         self._keys.append(key)
         self._row_of[key] = row
         self._sampling.append(self._engine.sampling_row(sampling, token_ids, generated))
-        self._positions[row] = len(token_ids) - 1
-        self._generated[row] = generated
         self._num_pages[row] = 0
-        self._new_tokens[row] = token_ids[-1]
+        self._joined[row] = token_ids[-1], len(token_ids) - 1, generated
         self.add_pages(key, pages)
         self._members_changed = True
         if matcher is not None:
@@ -114,26 +158,26 @@ class GraphBatch(Generic[K]):
         """Remove a request; the last row takes its place."""
         row, last = self._row_of.pop(key), len(self._keys) - 1
         if row != last:
-            for column in (self._positions, self._generated, self._num_pages, self._pages):
+            for column in (self._num_pages, self._pages):
                 column[row] = column[last]
             self._row_of[self._keys[last]] = row
             self._table_changes.append((row, 0, int(self._num_pages[row])))
-        self._move_token(last, row)
-        self._positions[last] = -1
+        self._move(last, row)
+        self._guessed.pop(key, None)
         self._keys[row], self._sampling[row] = self._keys[last], self._sampling[last]
         self._keys.pop()
         self._sampling.pop()
         self._matchers.pop(key, None)
         self._members_changed = True
 
-    def _move_token(self, source: int, target: int) -> None:
-        token, origin = self._new_tokens.pop(source, None), self._moved.pop(source, source)
-        self._new_tokens.pop(target, None)
+    def _move(self, source: int, target: int) -> None:
+        joined, origin = self._joined.pop(source, None), self._moved.pop(source, source)
+        self._joined.pop(target, None)
         self._moved.pop(target, None)
         if source == target:
             return
-        if token is not None:
-            self._new_tokens[target] = token
+        if joined is not None:
+            self._joined[target] = joined
         else:
             self._moved[target] = origin
 
@@ -147,7 +191,9 @@ class GraphBatch(Generic[K]):
 
     def keep_pages(self, key: K, count: int) -> None:
         """See `RunningBatch`."""
-        self._num_pages[self._row_of[key]] = count
+        row = self._row_of[key]
+        self._num_pages[row] = count
+        self._table_changes.append((row, count, count))
 
     @property
     def in_flight(self) -> int:
@@ -158,46 +204,61 @@ class GraphBatch(Generic[K]):
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
         self.collected_late = step.tokens.are_here
-        tokens = step.tokens.wait()
-        found = self._standing(step, tokens) if step.drafts else list(zip(step.keys, tokens, strict=True))
-        if self._matchers:
-            self._advance(step, found)
+        found = self._found(step)
+        self.verified = {}
+        if step.layout is not None:
+            drafted = step.tokens.drafted
+            for key, draft, first in zip(step.keys, step.layout.drafts, step.layout.firsts, strict=True):
+                if draft and draft[0] < 0:
+                    self.verified[key] = dict(zip(draft, drafted[first + 1 : first + len(draft) + 1], strict=True))
         return found
 
-    def _advance(self, step: _Running[K], found: Sequence[tuple[K, SampledToken]]) -> None:
-        """Have the matchers take a step's tokens, once."""
-        if not step.is_known:
-            step.is_known = True
-            for key, token in found:
+    def _found(self, step: _Running[K]) -> list[tuple[K, SampledToken]]:
+        """The tokens of a step, which is waited for; the first time the matchers take them."""
+        if step.found is None:
+            tokens = step.tokens.wait()
+            if step.layout is not None:
+                step.found = self._standing(step, step.layout, tokens)
+            else:
+                step.found = list(zip(step.keys, tokens, strict=True))
+            for key, token in step.found if self._matchers else ():
                 if (matcher := self._matchers.get(key)) is not None:
                     matcher.advance([token.token_id])
+        return step.found
 
-    def _standing(self, step: _Running[K], drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
+    def _standing(self, step: _Running[K], layout: _Layout, drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
-        found, first = [], 0
-        for request, key in enumerate(step.keys):
-            draft, last = step.drafts.get(key, ()), first
-            for token in draft:
-                if token != drawn[last].token_id:
-                    break
-                last += 1
-            found += [(key, token) for token in drawn[first : last + 1]]
-            self._positions[request] += last - first + 1
-            self._generated[request] += last - first + 1
+        drafted, ids, depths, found = step.tokens.drafted, [token.token_id for token in drawn], layout.depths, []
+        for request, (key, draft, first) in enumerate(zip(step.keys, layout.drafts, layout.firsts, strict=True)):
+            last = standing_row(first, len(draft) + 1, drafted, depths, ids)
+            found += [(key, drawn[row]) for row in (*range(first, first + depths[last]), last)]
             if step.penalized:
                 self._sampling[request] = step.penalized[last]
-            first += len(draft) + 1
         return found
 
     @torch.inference_mode()
-    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS) -> None:
-        """See `RunningBatch`; returns while the device is at work. A step with drafts is alone in flight."""
+    def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
+        """See `RunningBatch`; returns while the device is at work."""
         self._send_changes()
-        if drafts:
-            assert not self._running, "drafts follow tokens that are known"
-            self._start_drafted(drafts)
+        if drafts or depth:
+            self._start_drafted(
+                [self._known_draft(row, drafts.get(key, ())) for row, key in enumerate(self._keys)], depth
+            )
         else:
             self._sample(self._decoder.step(len(self._keys)))
+        self._guessed = dict.fromkeys(self._keys, depth) if depth else {}
+
+    def _known_draft(self, row: int, draft: Sequence[int]) -> Sequence[int]:
+        """What there is of a draft: a head has guessed nothing where a request has just joined or prompts rode along,
+        and the host needs to know what penalties count and grammars follow.
+        """
+        if not draft or draft[0] >= 0:
+            return draft
+        key = self._keys[row]
+        if self._sampling[row].counts is not None or key in self._matchers:
+            return ()
+        places = self._guessed.get(key, 0)
+        return [token for token in draft if place_of(token) < places]
 
     @torch.inference_mode()
     def start_with_prompts(
@@ -208,6 +269,7 @@ class GraphBatch(Generic[K]):
         prompts = self._engine.start_shared(chunks, on_layer, len(self._keys))
         assert prompts.running_logits is not None
         self._sample(prompts.running_logits)
+        self._guessed = {}
         return prompts
 
     def _sample(self, logits: torch.Tensor) -> None:
@@ -217,55 +279,65 @@ class GraphBatch(Generic[K]):
         if self._sampler is None:
             self._sampler = self._new_sampler(self._sampling)
         if self._matchers:
-            for step in self._running:  # the device has this step's work and goes on meanwhile
-                self._advance(step, list(zip(step.keys, step.tokens.wait(), strict=True)))
-            mask_rows(logits, [ConstrainedRows(self._row_of[key], own) for key, own in self._matchers.items()])
+            self._mask(logits, range(rows), [()] * rows)
         generated = state.generated[:rows]
         sampled = self._sampler.sample(logits, generated)
         logprobs = self._sampler.logprobs(sampled, logits)
         state.tokens[:rows] = sampled
         state.positions[:rows] += 1
         generated += 1
-        self._positions[:rows] += 1
-        self._generated[:rows] += 1
         self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs)))
 
-    def _start_drafted(self, drafts: Mapping[K, Sequence[int]]) -> None:
-        own = [drafts.get(key, ()) for key in self._keys]
-        lengths = np.array([len(draft) + 1 for draft in own])
-        layout, rows, decoder = self._layout.numpy(), int(lengths.sum()), self._decoder
-        layout[:2] = -1
-        layout[0, :rows] = np.repeat(np.arange(len(own)), lengths)
-        firsts = lengths.cumsum() - lengths
-        layout[1, :rows] = np.repeat(firsts, lengths)
-        layout[2, :rows] = [token for draft in own for token in (0, *draft)]
-        decoder.rows.layout.copy_(self._layout, non_blocking=True)
+    def _mask(self, logits: torch.Tensor, firsts: Sequence[int], own: Sequence[Sequence[int]]) -> None:
+        """Have grammars forbid tokens; `firsts`: each request's first row, `own`: its draft."""
+        for step in self._running:  # the device has this step's work and goes on meanwhile
+            self._found(step)
+        at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
+        mask_rows(logits, [ConstrainedRows(firsts[row], matcher, own[row]) for row, matcher in at])
+
+    def _start_drafted(self, own: Sequence[Sequence[int]], depth: int) -> None:
+        """`own`: each request's draft; a head then guesses for `depth` places."""
+        decoder, head = self._decoder, self._engine.graph_head
+        if own != self._layout.drafts:
+            self._layout = _Layout(own)
+            there = decoder.rows.layout
+            there.copy_(upload([self._layout.fill(there.shape[1])], self._engine.device)[0].view(there.shape))
+        layout = self._layout
+        assert not (layout.is_known and self._running), "the host's drafts follow tokens that it knows"
+        rows = len(layout.depths)
         penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
-        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(lengths)
+        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(layout.lengths)
         logits = decoder.step_drafted(rows)
         if self._matchers:
-            at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
-            mask_rows(logits, [ConstrainedRows(int(firsts[row]), matcher, own[row]) for row, matcher in at])
+            self._mask(logits, layout.firsts, own)
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
         logprobs = sampler.logprobs(sampled, logits)
         accept_rows(sampled, decoder.rows, decoder.state)
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
-        self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs), drafts, penalized))
+        arriving = ArrivingTokens(decoder.rows.report[:rows], logprobs)
+        self._running.append(_Running(list(self._keys), arriving, layout, penalized if layout.is_known else ()))
+        if depth and head is not None:
+            head.read(rows)
+        if layout.has_leaves:
+            pages = self._engine.cache.pages
+            move_leaf(pages, decoder.block_table, decoder.rows, decoder.state, len(self._keys))
+        if depth and head is not None:
+            head.guess(len(self._keys), depth)
 
     def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
         return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
 
-    def _drafted_sampler(self, lengths: np.ndarray) -> BatchSampler:
+    def _drafted_sampler(self, lengths: Sequence[int]) -> BatchSampler:
         """Of requests without penalties, whose samplers hold nothing that a step changes."""
-        repeated = self._drafted_samplers.get(key := tuple(lengths.tolist()))
+        repeated = self._drafted_samplers.get(key := tuple(lengths))
         if repeated is not None:
             return repeated
         if self._sampler is None:
             self._sampler = self._new_sampler(self._sampling)
-        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : lengths.sum()])
+        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : sum(lengths)])
         if repeated is None:
-            pairs = zip(self._sampling, lengths.tolist(), strict=True)
+            pairs = zip(self._sampling, lengths, strict=True)
             repeated = self._new_sampler([row for row, length in pairs for _ in range(length)])
         if len(self._drafted_samplers) == MAX_SAMPLERS:
             self._drafted_samplers.clear()
@@ -289,23 +361,23 @@ class GraphBatch(Generic[K]):
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device
         if self._members_changed:
-            numbers = (self._moved.keys(), self._moved.values(), self._new_tokens.keys(), self._new_tokens.values())
-            columns = [np.array([*column], np.int64) for column in numbers]
-            targets, origins, joined, tokens, positions, generated = upload(
-                [*columns, self._positions, self._generated], device
-            )
-            state = decoder.state
-            state.tokens[targets] = state.tokens[origins]
-            state.tokens[joined] = tokens
-            state.positions.copy_(positions)
-            state.generated.copy_(generated)
-            self._moved, self._new_tokens, self._sampler, self._members_changed = {}, {}, None, False
+            joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
+            columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
+            targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
+            for column in (*decoder.state.columns, decoder.state.guesses):
+                column[targets] = column[origins]
+            for column, of_joined in zip(decoder.state.columns, values, strict=True):
+                column[rows] = of_joined.to(column.dtype)
+            decoder.state.positions[len(self._keys) :] = -1
+            self._moved, self._joined, self._sampler, self._members_changed = {}, {}, None, False
             self._drafted_samplers.clear()
         if self._table_changes:
             width = self._pages.shape[1]
             changed = np.concatenate(
                 [np.arange(row * width + first, row * width + end) for row, first, end in self._table_changes]
             )
-            cells, pages = upload([changed, self._pages.reshape(-1)[changed]], device)
+            room = (self._num_pages * self._engine.layout.page_size).clip(max=self._engine.max_model_len)
+            cells, pages, limits = upload([changed, self._pages.reshape(-1)[changed], room.astype(np.int32)], device)
             decoder.block_table.view(-1)[cells] = pages
+            decoder.limits.copy_(limits)
             self._table_changes = []

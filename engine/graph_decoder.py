@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
+from headrace.engine.graphs import Graphs
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.prompt_rows import MAX_PROMPTS, PromptRows
@@ -60,6 +63,9 @@ def _library(name: str) -> Iterator[None]:
 
     Of an 8B shape on an H100, cuBLASLt chose better tiles for up to 512 rows: 7.8 instead of 8.35 ms at 384.
     """
+    if not torch.cuda.is_available():
+        yield
+        return
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library(name)
     try:
@@ -69,7 +75,7 @@ def _library(name: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Step:
+class StepInputs:
     """The inputs of a step of `size` rows."""
 
     size: int
@@ -98,41 +104,40 @@ class GraphDecoder:
         max_model_len: int,
         *,
         drafts: bool = False,
+        feature_layers: tuple[int, ...] = (),
     ) -> None:
-        """`drafts`: steps may verify drafts."""
+        """`drafts`: steps may verify drafts, and then keep `features` of these layers for a draft head."""
         device, dtype = weights.embedding.device, weights.embedding.dtype
         self._config = config
         self._weights = weights
-        self._cache = cache
-        self._heads = HeadShape(
+        self.cache = cache
+        self.heads = HeadShape(
             config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim, config.rope.rotary_dim
         )
         positions = torch.arange(max_model_len, device=device)
-        self._rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
-        self._linear_workspace = Workspace(device)
+        self.rope = RopeTables.at(positions, config.rope.inverse_frequencies().to(device))
+        self.linear_workspace = Workspace(device)
         decoded = min(max_batch * MAX_STEP_ROWS, max(MAX_DRAFTED_ROWS, max_batch)) if drafts else max_batch
         most = max(decoded, SHARED_SIZES[-1])
-        self._attention_workspace = AttentionWorkspace(self._heads, max_batch, device)
-        self._drafted_workspace = AttentionWorkspace(self._heads, decoded, device, drafted=True)
+        self.attention_workspace = AttentionWorkspace(self.heads, max_batch, device)
+        self.drafted_workspace = AttentionWorkspace(self.heads, decoded, device, drafted=True)
         width = -(-max_model_len // cache.layout.page_size)
         # one page more than the longest request has: kernels look up whole blocks of tokens
-        width += -(-self._attention_workspace.block // cache.layout.page_size)
-        self.state = RequestState(
-            torch.zeros(max_batch, dtype=torch.int64, device=device),
-            torch.full((max_batch,), -1, dtype=torch.int32, device=device),
-            torch.zeros(max_batch, dtype=torch.int32, device=device),
-        )
+        width += -(-self.attention_workspace.block // cache.layout.page_size)
+        self.state = RequestState.empty(max_batch, MAX_HEAD_DEPTH, device)
         self.rows = StepRows(decoded, device)
         """Of a step with drafts, see `step_drafted`."""
         self.block_table = torch.zeros(max_batch, width, dtype=torch.int32, device=device)
-        heads = self._heads.group, self._heads.head_dim
+        self.limits = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        """Positions that each request has pages for: a draft head goes no further."""
+        heads = self.heads.group, self.heads.head_dim
         self._prompts = PromptRows(SHARED_SIZES[-1], width, heads, cache.pages.dtype, device)
         self._shared_tokens = torch.zeros(SHARED_SIZES[-1], dtype=torch.int64, device=device)
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._squares = torch.zeros(2 * config.num_layers + 1, most, dtype=torch.int64, device=device)
         self._residual = torch.zeros(most, config.hidden_size, dtype=dtype, device=device)
-        self._max_narrow = max_rows(device)
-        self._qkv = torch.zeros(self._max_narrow, qkv_size, dtype=dtype, device=device)
+        self.max_narrow = max_rows(device)
+        self._qkv = torch.zeros(self.max_narrow, qkv_size, dtype=dtype, device=device)
         self._attended = torch.zeros(most, config.num_heads * config.head_dim, dtype=dtype, device=device)
         self._activated = torch.zeros(len(self._qkv), config.intermediate_size, dtype=dtype, device=device)
         self._logits = torch.zeros(
@@ -141,9 +146,12 @@ class GraphDecoder:
         self._sizes: dict[Kind, list[int]] = {"plain": batch_sizes(max_batch), "shared": list(SHARED_SIZES)}
         if drafts:
             self._sizes["drafted"] = [size for size in DRAFTED_SIZES if size < decoded] + [decoded]
-        self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph] = {}
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         """For attention of prompts, while that of running requests waits for memory."""
+        self.graphs = Graphs(device)
+        self._feature_layers = feature_layers
+        self.features = torch.zeros(decoded, len(feature_layers) * config.hidden_size, dtype=dtype, device=device)
+        """[rows, len(feature_layers) * H]: the inputs of these layers in the last step with drafts."""
 
     def sizes(self, kind: Kind = "plain") -> list[int]:
         """The numbers of rows that are captured, in order."""
@@ -152,20 +160,17 @@ class GraphDecoder:
     def drop_size(self, size: int, kind: Kind) -> None:
         """Have steps of so many rows take the next larger graph."""
         self._sizes[kind].remove(size)
-        self._graphs.pop((size, kind), None)
+        self.graphs.drop((size, kind))
 
     def capture_all(self, progress: Progress) -> None:
         """Compile the kernels and capture every size, the largest first, whose memory the others then share.
 
-        Steps with prompts are captured when they first run. On a CPU, where tests run this, there is nothing to
-        capture.
+        Steps with prompts are captured when they first run.
         """
-        if not self.block_table.is_cuda:
-            return
         own: tuple[Kind, ...] = ("plain", "drafted")
         wanted = sorted(((size, kind) for kind in own for size in self._sizes.get(kind, ())), reverse=True)
         for done, (size, kind) in enumerate(wanted):
-            self._graph(size, kind)
+            self.graphs.capture((size, kind), partial(self._work, size, kind))
             progress("capturing decode steps", (done + 1) / len(wanted))
 
     def step(self, rows: int) -> torch.Tensor:
@@ -188,7 +193,7 @@ class GraphDecoder:
 
         Returns the logits after the last tokens of the `wanted` chunks and those of the requests.
         """
-        self._prompts.fill(chunks, rows, wanted, self._cache.layout.page_size)
+        self._prompts.fill(chunks, rows, wanted, self.cache.layout.page_size)
         self._run(rows + sum(chunk.length for chunk in chunks), "shared")
         return self._logits[: len(wanted)], self._logits[MAX_PROMPTS : MAX_PROMPTS + rows]
 
@@ -198,32 +203,21 @@ class GraphDecoder:
 
     def _run(self, rows: int, kind: Kind) -> None:
         size = next(size for size in self._sizes[kind] if size >= rows)
-        if self.block_table.is_cuda:
-            self._graph(size, kind).replay()
-        else:
+        self.graphs.run((size, kind), partial(self._work, size, kind))
+
+    def _work(self, size: int, kind: Kind) -> None:
+        with _library("cublaslt") if kind == "shared" else nullcontext():
             self._forward(size, kind)
 
-    def _graph(self, size: int, kind: Kind) -> torch.cuda.CUDAGraph:
-        if (size, kind) not in self._graphs:
-            with _library("cublaslt") if kind == "shared" else nullcontext():
-                self._forward(size, kind)  # compiles what was not
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-                # a graph's kernels keep the priority of the stream that they were captured on
-                with torch.cuda.graph(graph, pool=pool):
-                    self._forward(size, kind)
-            self._graphs[size, kind] = graph
-        return self._graphs[size, kind]
-
-    def _step(self, size: int, kind: Kind) -> _Step:
+    def inputs(self, size: int, kind: Kind) -> StepInputs:
+        """Where a step of `size` rows finds them."""
         if kind == "drafted":
-            rows, workspace = self.rows, self._drafted_workspace
-            return _Step(
+            rows, workspace = self.rows, self.drafted_workspace
+            return StepInputs(
                 size, rows.tokens[:size], rows.positions[:size], rows.drafted.up_to(size), self.block_table, workspace
             )
         tokens, positions, table = self.state.tokens, self.state.positions, self.block_table
-        plain = _Step(size, tokens[:size], positions[:size], None, table[:size], self._attention_workspace)
+        plain = StepInputs(size, tokens[:size], positions[:size], None, table[:size], self.attention_workspace)
         if kind == "plain":
             return plain
         return replace(plain, tokens=self._shared_tokens[:size], prompts=self._prompts)
@@ -231,7 +225,7 @@ class GraphDecoder:
     def _forward(self, size: int, kind: Kind) -> None:
         if kind == "drafted":
             expand_rows(self.state, self.rows)
-        step = self._step(size, kind)
+        step = self.inputs(size, kind)
         if step.prompts is not None:
             given, newest = step.prompts["tokens"][:size], self.state.tokens[:size]
             step.tokens.copy_(given.clamp(min=0))
@@ -244,16 +238,16 @@ class GraphDecoder:
             self._residual[:size],
             self._squares[:, :size],
         )
-        hidden = self._forward_narrow(step) if size <= self._max_narrow else self._forward_wide(step)
+        hidden = self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step)
         if step.prompts is not None:
             hidden = torch.cat((hidden.index_select(0, step.prompts["ends"]), hidden[: len(step.positions)]))
         logits = self._logits[: len(hidden)]
-        if len(hidden) <= self._max_narrow:
-            decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self._linear_workspace)
+        if len(hidden) <= self.max_narrow:
+            decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self.linear_workspace)
         else:
             self._weights.head.to_float32(hidden, logits)
 
-    def _forward_narrow(self, step: _Step) -> torch.Tensor:
+    def _forward_narrow(self, step: StepInputs) -> torch.Tensor:
         """Few rows: every projection at the memory's speed, with what surrounds it. Returns final hidden states."""
         size = step.size
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
@@ -261,6 +255,7 @@ class GraphDecoder:
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
+            self._keep_features(step, index)
             self._project(residual, layer.qkv, qkv, squares=sums, eps=eps, bias=layer.qkv.bias)
             attended = self._attend(step, index, qkv)
             sums = next(squares)
@@ -271,37 +266,42 @@ class GraphDecoder:
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
         return rms_norm(residual, self._weights.norm, eps)
 
+    def _keep_features(self, step: StepInputs, index: int) -> None:
+        if step.drafted is not None and index in self._feature_layers:
+            place, hidden = self._feature_layers.index(index), self._config.hidden_size
+            self.features[: step.size, place * hidden : (place + 1) * hidden] = self._residual[: step.size]
+
     def _project(self, x: torch.Tensor, projection: Projection, out: torch.Tensor, **epilogue: Any) -> None:
         """One projection with its surroundings, see `Epilogue`."""
         x_scale = None
         if projection.weight_scale is not None and len(x) > 1:
             x, x_scale = quantize_rows(x)
         surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
-        decode_linear(x, projection.weight, out, surroundings, self._linear_workspace)
+        decode_linear(x, projection.weight, out, surroundings, self.linear_workspace)
 
-    def _attend(self, step: _Step, index: int, qkv: torch.Tensor) -> torch.Tensor:
+    def _attend(self, step: StepInputs, index: int, qkv: torch.Tensor) -> torch.Tensor:
         layer, attended = self._weights.layers[index], self._attended[: step.size]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        eps, pages, prompts = self._config.norm_eps, self._cache.layer(index), step.prompts
+        eps, pages, prompts = self._config.norm_eps, self.cache.layer(index), step.prompts
         # what follows a few rows' attention is launched before that ends, which two ways to it do not allow
-        beside = self._beside if prompts is not None and step.size > self._max_narrow else None
+        beside = self._beside if prompts is not None and step.size > self.max_narrow else None
         if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
             at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
-            queries = rope_cache(qkv, at, self._rope, norms, eps, pages, slots, offsets)
+            queries = rope_cache(qkv, at, self.rope, norms, eps, pages, slots, offsets)
             if beside is not None:
                 beside.wait_stream(torch.cuda.current_stream())
             with nullcontext() if beside is None else torch.cuda.stream(beside):
-                attend_paged(queries, pages, prompts.plan(step.size), self._heads.head_dim**-0.5, out=attended)
+                attend_paged(queries, pages, prompts.plan(step.size), self.heads.head_dim**-0.5, out=attended)
         fused_decode_attention(
             qkv,
             pages,
             step.block_table,
             step.positions,
-            self._rope,
+            self.rope,
             norms,
             eps,
             attended,
-            self._heads,
+            self.heads,
             step.workspace,
             step.drafted,
         )
@@ -309,12 +309,13 @@ class GraphDecoder:
             torch.cuda.current_stream().wait_stream(beside)
         return attended
 
-    def _forward_wide(self, step: _Step) -> torch.Tensor:
+    def _forward_wide(self, step: StepInputs) -> torch.Tensor:
         """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns final hidden states."""
         size = step.size
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
+            self._keep_features(step, index)
             attended = self._attend(step, index, layer.qkv(hidden))
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))

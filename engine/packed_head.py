@@ -40,7 +40,7 @@ class PackedHead:
                 ("norm", weights.norm),
             )
         }
-        gate_up = torch.from_numpy(in_turn(weights.gate.numpy(), weights.up.numpy()))
+        gate_up = torch.from_numpy(in_turn(*weights.gate_up.numpy().reshape(2, -1, config.hidden_size)))
         self._records = {
             "fc": _packed(weights.fc),
             "qkv": _packed(weights.qkv),

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.engine.device import choose_device
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.errors import EngineError
 from headrace.engine.host_memory import Populating, keep_freed_memory
@@ -104,13 +103,13 @@ def _locate_draft_model(settings: Settings, target: ModelFolder) -> ModelFolder 
 
 
 def _draft_head(settings: Settings, folder: ModelFolder) -> Path | None:
-    """The head to load. On a GPU none drafts yet, so there is none unless one is named."""
+    """The head to load: the one that is named, or the built-in model's."""
     if settings.speculation == "off" or settings.draft_head is not None:
         return settings.draft_head if settings.speculation == "auto" else None
     if settings.draft_model is not None:
         return None
     runs_built_in = folder.name == BUILT_IN and settings.model_impl != "transformers"
-    if runs_built_in and settings.load_format == "auto" and choose_device(settings.device).type == "cpu":
+    if runs_built_in and settings.load_format == "auto":
         return BUILT_IN_HEAD
     return None
 

@@ -96,6 +96,7 @@ class SyntheticBatch(Generic[K]):
         self._contexts: dict[K, int] = {}
         self._kv_tokens = 0
         self.in_flight = 0
+        self.verified: dict[K, dict[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -125,7 +126,7 @@ class SyntheticBatch(Generic[K]):
     def keep_pages(self, key: K, count: int) -> None:
         """Nothing was written to them."""
 
-    def start(self, drafts: Mapping[K, Sequence[int]] = MappingProxyType({})) -> None:
+    def start(self, drafts: Mapping[K, Sequence[int]] = MappingProxyType({}), depth: int = 0) -> None:
         """Sleep for one step."""
         time.sleep(self._engine.costs.decode.seconds(len(self._rows), self._kv_tokens))
         self.in_flight = 1

@@ -133,7 +133,7 @@ class Settings(BaseModel):
         "auto", "draft tokens and verify several at once, as long as that is faster; the same for both tiers", WORKER
     )
     draft_head: Path | None = _field(
-        None, "folder of an EAGLE-3 draft head for the model (default: the built-in model's own, on a CPU)", WORKER
+        None, "folder of an EAGLE-3 draft head for the model (default: the built-in model's own)", WORKER
     )
     draft_model: str | None = _field(
         None,

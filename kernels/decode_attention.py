@@ -8,7 +8,9 @@ taken from the projections, and go to the cache on the way.
 
 A step that verifies drafts has several rows a request, one after the other. As many of them as fit share a tile, which
 costs tensor cores nothing: their 16 rows are there anyway. K and V of its own step, of all rows up to its own, a tile
-takes from the projections, for others write them to the cache in the same launch.
+takes from the projections, for others write them to the cache in the same launch. Drafts may be trees: a request's
+first rows are a chain, each at the position after the one before it, and further ones are leaves, which see themselves
+and what lies before them in the chain. Each row has a slot of its own in the cache, in the order of the rows.
 
 `plan_decode_attention` runs once a step, before all layers.
 """
@@ -48,7 +50,9 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class DraftRows:
-    """Which rows are whose in a step with drafts; all tensors int32 [R]. Rows of a request are neighbours."""
+    """Which rows are whose in a step with drafts; all tensors int32 [R]. Rows of a request are neighbours, and a row
+    whose position is not that of the first one plus the rows between them is a leaf.
+    """
 
     owners: torch.Tensor
     """Each row's request: its row of the block table. -1: no request's."""
@@ -142,8 +146,10 @@ def fused_decode_attention_reference(
 ) -> None:
     """The same in plain torch, row by row, in float64."""
     heads, kv_heads, page_size = shape.kv_heads * shape.group, shape.kv_heads, layer_pages.shape[3]
-    owners = range(len(positions)) if drafted is None else drafted.owners.tolist()
-    for row, (owner_row, position) in enumerate(zip(owners, positions.tolist(), strict=True)):
+    rows = range(len(positions))
+    owners, firsts = (rows, rows) if drafted is None else (drafted.owners.tolist(), drafted.firsts.tolist())
+    at = positions.tolist()
+    for row, (owner_row, first, position) in enumerate(zip(owners, firsts, at, strict=True)):
         if position < 0:
             continue
         queries, key, value = qkv[row].double().view(-1, shape.head_dim).split((heads, kv_heads, kv_heads))
@@ -153,11 +159,14 @@ def fused_decode_attention_reference(
                 for x, norm in zip((queries, key), norms, strict=True)
             )
         queries, key = (_rotate(x, rope, position, shape.rotary_dim) for x in (queries, key))
-        page, offset = int(block_table[owner_row, position // page_size]), position % page_size
+        slot = at[first] + row - first
+        page, offset = int(block_table[owner_row, slot // page_size]), slot % page_size
         layer_pages[page, 0, :, offset] = key.to(layer_pages.dtype)
         layer_pages[page, 1, :, offset] = value.to(layer_pages.dtype)
-        pages = layer_pages[block_table[owner_row, : position // page_size + 1].long()].double()
-        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : position + 1]
+        pages = layer_pages[block_table[owner_row, : slot // page_size + 1].long()].double()
+        chain = [other for other in range(first, row) if at[other] == at[first] + other - first < position]
+        seen = [*range(at[first]), *(at[first] + other - first for other in chain), slot]
+        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, seen]
         scores = queries.view(kv_heads, shape.group, -1) @ keys.transpose(1, 2) * shape.head_dim**-0.5
         out[row] = (scores.softmax(-1) @ values).flatten()
 
@@ -180,9 +189,9 @@ def _plan_kernel(
     position = tl.load(positions_ptr + row, mask=row < batch, other=-1)
     has_units = position >= 0
     if firsts_ptr is not None:
-        offset = row - tl.load(firsts_ptr + row, mask=row < batch, other=0)
-        position -= offset
-        has_units = has_units & (offset % QUERIES == 0)
+        first = tl.load(firsts_ptr + row, mask=row < batch, other=-1)
+        position = tl.load(positions_ptr + first, mask=first >= 0, other=-1)
+        has_units = has_units & ((row - first) % QUERIES == 0)
     blocks = tl.where(has_units, tl.maximum(tl.cdiv(position, BLOCK), 1), 0)
     tl.store(first_units_ptr + 1 + row, tl.cumsum(blocks, 0), mask=row < batch)
     tl.store(first_units_ptr, 0)
@@ -288,11 +297,11 @@ def _attention_kernel(
         else:
             table = table_ptr + tl.load(owners_ptr + row) * table_stride
             first_row = tl.load(firsts_ptr + row)
-            num_cached = position - (row - first_row)
+            num_cached = tl.load(positions_ptr + first_row)
             own_row = row + g // GROUP_PADDED
             in_tile = (g % GROUP_PADDED < GROUP) & (g < stored) & (own_row < batch)
             in_tile = in_tile & (tl.load(firsts_ptr + own_row, mask=in_tile, other=-1) == first_row)
-            own_position = tl.where(in_tile, position + g // GROUP_PADDED, 0)
+            own_position = tl.load(positions_ptr + own_row, mask=in_tile, other=0)
             angles = _angles(cos_ptr, sin_ptr, own_position[:, None], d, ROTARY)
             own_head = (head * GROUP + g % GROUP_PADDED)[:, None] * DIM
             q_at = qkv_ptr + own_row[:, None].to(tl.int64) * row_stride + own_head
@@ -337,7 +346,8 @@ def _attention_kernel(
                 is_key = (offset < row - first_row + QUERIES) & (key_row < batch)
                 is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
                 at = num_cached + tl.where(is_key, offset, 0)
-                key_angles = _angles(cos_ptr, sin_ptr, at[:, None], d, ROTARY)
+                key_position = tl.load(positions_ptr + key_row, mask=is_key, other=0)
+                key_angles = _angles(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
                 is_cell = is_key[:, None] & (d < DIM)
                 k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + k_head
                 k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY)
@@ -348,7 +358,9 @@ def _attention_kernel(
                 is_own = is_cell & (key_row >= row)[:, None]
                 tl.store(cached, k, mask=is_own)
                 tl.store(cached + values_at, v, mask=is_own)
-                visible = is_key[None, :] & (key_row[None, :] <= own_row[:, None])
+                until = tl.where(in_tile, own_position, 2**30)[:, None]  # other rows see something, too
+                before = (key_position == at)[None, :] & (key_position[None, :] < until)
+                visible = is_key[None, :] & (before | (key_row[None, :] == own_row[:, None]))
                 highest, weight, acc = _attend(q, k.to(q.dtype), v.to(q.dtype), visible, highest, weight, acc)
         if last - first == blocks:
             tl.store(out + d, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)

@@ -2,6 +2,9 @@
 
 A request has one row for its newest token and one for each token of its draft, in order. What is drawn after a row is
 the request's next token as long as the drafts of all rows up to that one said the same as what was drawn before them.
+Drafts come from the host, or from a head on the device, which the host need not have seen. Behind such a chain of rows
+there may be leaves: other tokens for places of the chain. Where the chain ends a leaf may have what was drawn: then it
+stands, and what was drawn after it is one token more.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.decode_attention import MAX_STEP_ROWS, DraftRows
+from headrace.kernels.draft_tree import CHOICES, standing_row
+from headrace.kernels.launch import power_of_two
 from headrace.kernels.launcher import Launcher
 
 BLOCK = 128
@@ -28,26 +33,46 @@ class RequestState:
     """[B] int32: that token's."""
     generated: torch.Tensor
     """[B] int32: output tokens so far."""
+    guesses: torch.Tensor
+    """[B, depth * CHOICES] int64: what a head guesses to come after the newest token, place by place."""
+
+    @classmethod
+    def empty(cls, requests: int, depth: int, device: torch.device) -> RequestState:
+        """Of no request so far."""
+        return cls(
+            torch.zeros(requests, dtype=torch.int64, device=device),
+            torch.full((requests,), -1, dtype=torch.int32, device=device),
+            torch.zeros(requests, dtype=torch.int32, device=device),
+            torch.zeros(requests, depth * CHOICES, dtype=torch.int64, device=device),
+        )
 
     @property
     def columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All of them."""
+        """Those that a step advances."""
         return self.tokens, self.positions, self.generated
 
 
 class StepRows:
-    """Up to `max_rows` rows. The host fills `layout` [3, rows], the others follow from it and the requests' state."""
+    """Up to `max_rows` rows. The host fills `layout` [4, rows], the others follow from it and the requests' state."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self.layout = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
-        """Owners and first rows as `DraftRows` has them, and each row's drafted token (0 in first rows); all are -1 in
-        rows without a request, as at the start: graphs are captured before there are requests.
+        self.layout = torch.full((4, max_rows), -1, dtype=torch.int32, device=device)
+        """Owners and first rows as `DraftRows` has them, each row's drafted token (0 in first rows; -1 - i: what was
+        guessed at i), and its depth: by how many positions it is behind the first row. All are -1 in rows without a
+        request, as at the start: graphs are captured before there are requests.
         """
         self.drafted = DraftRows(self.layout[0], self.layout[1])
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        """A request's newest token and its draft."""
         self.positions = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         """-1 in rows without a request."""
         self.generated = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.followers = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        """What was drawn after each row."""
+        self.report = torch.zeros(max_rows, 2, dtype=torch.int64, device=device)
+        """The same, beside `tokens`, for the host."""
+        self.last = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        """By request: its last row that stands."""
 
 
 def expand_rows(state: RequestState, rows: StepRows) -> None:
@@ -55,77 +80,150 @@ def expand_rows(state: RequestState, rows: StepRows) -> None:
     size = rows.layout.shape[1]
     _launch_expand(
         (triton.cdiv(size, BLOCK), 1, 1),
-        (rows.layout, *state.columns, rows.tokens, rows.positions, rows.generated, size),
-        (BLOCK,),
+        (rows.layout, *state.columns, state.guesses, rows.tokens, rows.positions, rows.generated, size),
+        (state.guesses.shape[1], BLOCK),
         num_warps=4,
     )
 
 
 def expand_rows_reference(state: RequestState, rows: StepRows) -> None:
     """The same in plain torch."""
-    owners, firsts, drafts = rows.layout.long()
-    offsets = torch.arange(len(owners), device=owners.device) - firsts
-    rows.tokens.copy_(torch.where(offsets == 0, state.tokens[owners], drafts).where(owners >= 0, 0))
-    rows.positions.copy_((state.positions[owners] + offsets).where(owners >= 0, -1))
-    rows.generated.copy_((state.generated[owners] + offsets).where(owners >= 0, 0))
+    owners, _, drafts, depths = rows.layout.long()
+    guessed = (owners >= 0) & (depths > 0) & (drafts < 0)
+    drafts[guessed] = state.guesses[owners[guessed], -1 - drafts[guessed]]
+    rows.tokens.copy_(torch.where(depths == 0, state.tokens[owners], drafts).where(owners >= 0, 0))
+    rows.positions.copy_((state.positions[owners] + depths).where(owners >= 0, -1))
+    rows.generated.copy_((state.generated[owners] + depths).where(owners >= 0, 0))
 
 
 def accept_rows(sampled: torch.Tensor, rows: StepRows, state: RequestState) -> None:
-    """Bring the requests up to date with what was drawn after each of the first R rows; `sampled` [R] int64."""
+    """Bring the requests up to date with what was drawn after each of the first R rows; `sampled` [R] int64.
+
+    Fills `rows.followers`, `rows.report` and `rows.last`, too.
+    """
     sizes = (len(sampled), rows.layout.shape[1])
-    _launch_accept((sizes[0], 1, 1), (sampled, rows.layout, *state.columns, *sizes), (MAX_STEP_ROWS,), num_warps=1)
+    tensors = (sampled, rows.layout, rows.tokens, *state.columns, rows.followers, rows.report, rows.last)
+    _launch_accept((sizes[0], 1, 1), (*tensors, *sizes), (MAX_STEP_ROWS,), num_warps=1)
 
 
 def accept_rows_reference(sampled: torch.Tensor, rows: StepRows, state: RequestState) -> None:
     """The same in plain torch, request by request."""
-    owners, firsts, drafts = rows.layout[:, : len(sampled)].tolist()
-    drawn = sampled.tolist()
+    owners, firsts, _, depths = rows.layout[:, : len(sampled)].tolist()
+    drafts, drawn = rows.tokens.tolist(), sampled.tolist()
+    rows.followers[: len(sampled)] = sampled
+    rows.report[: len(sampled)] = torch.stack((sampled, rows.tokens[: len(sampled)]), 1)
     for owner, first in {(o, f) for o, f in zip(owners, firsts, strict=True) if o >= 0}:
-        last = first
-        while last + 1 < len(drawn) and firsts[last + 1] == first and drafts[last + 1] == drawn[last]:
-            last += 1
+        last = standing_row(first, firsts.count(first), drafts, depths, drawn)
         state.tokens[owner] = drawn[last]
-        state.positions[owner] += last - first + 1
-        state.generated[owner] += last - first + 1
+        state.positions[owner] += depths[last] + 1
+        state.generated[owner] += depths[last] + 1
+        rows.last[owner] = last
+
+
+def move_leaf(pages: torch.Tensor, block_table: torch.Tensor, rows: StepRows, state: RequestState, count: int) -> None:
+    """Where one of the first `count` requests goes on from a leaf, bring its K and V to its position's slot, in all
+    layers; pages [layers, pages, 2, kv_heads, page_size, head_dim].
+    """
+    layers, _, both, kv_heads, page_size, head_dim = pages.shape
+    _launch_move(
+        (count, layers, 1),
+        (pages, block_table, rows.layout, rows.last, state.positions, rows.layout.shape[1], block_table.stride(0)),
+        (
+            pages.stride(0), pages.stride(1), both * kv_heads, power_of_two(both * kv_heads), page_size, head_dim,
+            power_of_two(head_dim),
+        ),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def move_leaf_reference(
+    pages: torch.Tensor, block_table: torch.Tensor, rows: StepRows, state: RequestState, count: int
+) -> None:
+    """The same in plain torch."""
+    size = pages.shape[4]
+    for request in range(count):
+        last, position = int(rows.last[request]), int(state.positions[request]) - 1
+        if position >= 0:
+            slot = position - int(rows.layout[3, last]) + last - int(rows.layout[1, last])
+            source, target = (int(block_table[request, at // size]) for at in (slot, position))
+            pages[:, target, :, :, position % size] = pages[:, source, :, :, slot % size]
 
 
 @triton.jit(do_not_specialize=["size"])
 def _expand_kernel(
-    layout_ptr, tokens_ptr, positions_ptr, generated_ptr, row_tokens_ptr, row_positions_ptr, row_generated_ptr, size,
-    BLOCK: tl.constexpr,
+    layout_ptr, tokens_ptr, positions_ptr, generated_ptr, guesses_ptr, row_tokens_ptr, row_positions_ptr,
+    row_generated_ptr, size, GUESSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < size
     owner = tl.load(layout_ptr + row, mask=inside, other=-1)
-    offset = row - tl.load(layout_ptr + size + row, mask=inside, other=0)
     there = owner >= 0
-    newest = tl.load(tokens_ptr + owner, mask=there & (offset == 0), other=0)
-    draft = tl.load(layout_ptr + 2 * size + row, mask=there & (offset > 0), other=0)
+    depth = tl.load(layout_ptr + 3 * size + row, mask=there, other=0)
+    newest = tl.load(tokens_ptr + owner, mask=there & (depth == 0), other=0)
+    draft = tl.load(layout_ptr + 2 * size + row, mask=there & (depth > 0), other=0)
+    guessed = draft < 0
+    guess = tl.load(guesses_ptr + owner * GUESSES - 1 - draft, mask=guessed, other=0)
+    draft = tl.where(guessed, guess, draft.to(tl.int64))
     tl.store(row_tokens_ptr + row, newest + draft, mask=inside)
     position = tl.load(positions_ptr + owner, mask=there, other=-1)
-    tl.store(row_positions_ptr + row, position + tl.where(there, offset, 0), mask=inside)
+    tl.store(row_positions_ptr + row, position + depth, mask=inside)
     generated = tl.load(generated_ptr + owner, mask=there, other=0)
-    tl.store(row_generated_ptr + row, generated + tl.where(there, offset, 0), mask=inside)
+    tl.store(row_generated_ptr + row, generated + depth, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "size"])
 def _accept_kernel(
-    sampled_ptr, layout_ptr, tokens_ptr, positions_ptr, generated_ptr, rows, size, STEP_ROWS: tl.constexpr
-):
+    sampled_ptr, layout_ptr, row_tokens_ptr, tokens_ptr, positions_ptr, generated_ptr, followers_ptr, report_ptr,
+    last_ptr, rows, size, STEP_ROWS: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0)
+    drawn = tl.load(sampled_ptr + first)
+    tl.store(followers_ptr + first, drawn)
+    tl.store(report_ptr + 2 * first, drawn)
+    tl.store(report_ptr + 2 * first + 1, tl.load(row_tokens_ptr + first))
     owner = tl.load(layout_ptr + first)
     if (owner >= 0) & (tl.load(layout_ptr + size + first) == first):
         offset = tl.arange(0, STEP_ROWS)
         is_draft = (offset > 0) & (first + offset < rows)
-        is_own = tl.load(layout_ptr + size + first + offset, mask=is_draft, other=-1) == first
-        draft = tl.load(layout_ptr + 2 * size + first + offset, mask=is_draft, other=-1)
+        is_draft = is_draft & (tl.load(layout_ptr + size + first + offset, mask=is_draft, other=-1) == first)
+        draft = tl.load(row_tokens_ptr + first + offset, mask=is_draft, other=-1)
+        depth = tl.load(layout_ptr + 3 * size + first + offset, mask=is_draft, other=0)
         drawn = tl.load(sampled_ptr + first + offset - 1, mask=is_draft, other=-2)
-        stands = (offset == 0) | (is_own & (draft == drawn))
+        stands = (offset == 0) | (is_draft & (depth == offset) & (draft == drawn))
         count = tl.min(tl.where(stands, STEP_ROWS, offset), 0)
-        tl.store(tokens_ptr + owner, tl.load(sampled_ptr + first + count - 1))
+        drawn = tl.load(sampled_ptr + first + count - 1)
+        is_leaf = is_draft & (depth == count) & (depth != offset) & (draft == drawn)
+        leaf = tl.min(tl.where(is_leaf, offset, STEP_ROWS), 0)
+        last = first + tl.where(leaf < STEP_ROWS, leaf, count - 1)
+        count += (leaf < STEP_ROWS).to(tl.int32)
+        tl.store(tokens_ptr + owner, tl.load(sampled_ptr + last))
         tl.store(positions_ptr + owner, tl.load(positions_ptr + owner) + count)
         tl.store(generated_ptr + owner, tl.load(generated_ptr + owner) + count)
+        tl.store(last_ptr + owner, last)
 
 
+@triton.jit(do_not_specialize=["size", "table_stride"])
+def _move_kernel(
+    pages_ptr, table_ptr, layout_ptr, last_ptr, positions_ptr, size, table_stride,
+    LAYER: tl.constexpr, PAGE_STRIDE: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+    PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    request = tl.program_id(0)
+    last = tl.load(last_ptr + request)
+    position = tl.load(positions_ptr + request) - 1
+    offset = last - tl.load(layout_ptr + size + last)
+    slot = position - tl.load(layout_ptr + 3 * size + last) + offset
+    if (position >= 0) & (slot != position):
+        table = table_ptr + request * table_stride
+        source = tl.load(table + slot // PAGE).to(tl.int64) * PAGE_STRIDE + slot % PAGE * DIM
+        target = tl.load(table + position // PAGE).to(tl.int64) * PAGE_STRIDE + position % PAGE * DIM
+        part = tl.arange(0, PARTS_PADDED)[:, None]
+        d = tl.arange(0, DIM_PADDED)[None, :]
+        cells = pages_ptr + tl.program_id(1).to(tl.int64) * LAYER + part * (PAGE * DIM) + d
+        inside = (part < PARTS) & (d < DIM)
+        tl.store(cells + target, tl.load(cells + source, mask=inside), mask=inside)
+
+
+_launch_move = Launcher(_move_kernel)
 _launch_expand = Launcher(_expand_kernel)
 _launch_accept = Launcher(_accept_kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ class Launcher:
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
     ) -> None:
         """Launch on the current device and stream; `options` are Triton's: num_warps, num_stages."""
+        key = self._key(arguments, constants, options)
+        compiled = self._compiled.get(key) if key is not None else None
+        if compiled is not None:
+            compiled[grid](*arguments, *constants)  # type: ignore[index]
+            return
+        compiled = self._kernel[grid](*arguments, *constants, **options)
+        if key is not None and not INTERPRETED:
+            self._compiled[key] = compiled
+
+    def repeated(
+        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
+    ) -> Callable[[], None]:
+        """The same launch for any number of times, of which only the first looks at the arguments."""
+        key = self._key(arguments, constants, options)
+        if key is None or key not in self._compiled:
+            return partial(self, grid, arguments, constants, **options)
+        return partial(self._compiled[key][grid], *arguments, *constants)  # type: ignore[index]
+
+    @staticmethod
+    def _key(arguments: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, int]) -> tuple[Any, ...] | None:
+        """What a launch is compiled for; None where tensors do not start as they mostly do."""
         addresses, device = 0, None
         kinds: list[object] = []
         for argument in arguments:
@@ -35,11 +57,4 @@ class Launcher:
                 device = argument.device
             else:
                 kinds.append(type(argument))
-        key = (constants, device, *kinds, *options.values())
-        compiled = self._compiled.get(key)
-        if compiled is not None and addresses % ALIGNMENT == 0:
-            compiled[grid](*arguments, *constants)  # type: ignore[index]
-            return
-        compiled = self._kernel[grid](*arguments, *constants, **options)
-        if addresses % ALIGNMENT == 0 and not INTERPRETED:
-            self._compiled[key] = compiled
+        return (constants, device, *kinds, *options.values()) if addresses % ALIGNMENT == 0 else None

@@ -98,28 +98,39 @@ class SampleWorkspace:
         self.tokens = torch.empty(rows, min(CANDIDATES, vocab_size), dtype=torch.int32, device=device)
 
 
-def sample(logits: torch.Tensor, positions: torch.Tensor, rows: SampleRows, workspace: SampleWorkspace) -> torch.Tensor:
-    """Next tokens [R] int64 of logits [R, V]; positions [R] are the tokens' indices in each output.
-
-    The reference is `engine.sampler.BatchSampler`, in torch.
+class Sampling:
+    """One way to sample, from logits [R, V] and at `positions` [R], the tokens' indices in each output: prepared once,
+    then run as often as both have been filled anew. The reference is `engine.sampler.BatchSampler`, in torch.
     """
-    count, vocab_size = logits.shape
-    out = torch.empty(count, dtype=torch.int64, device=logits.device)
-    space, parts = workspace, workspace.num_parts
-    arguments = (
-        logits, positions, rows.temperature, rows.top_k, rows.top_p, rows.min_p, *rows.penalties, *rows.changes,
-        space.highest, space.best, space.sums, space.counts_above, space.sums_above,
-        space.num_candidates, space.weights, space.tokens,
-    )  # fmt: skip
-    constants = (
-        logits.stride(0), vocab_size, space.part, parts, power_of_two(parts), LEVELS, min(CANDIDATES, vocab_size),
-        rows.any_drawn,
-    )  # fmt: skip
-    _launch_scan((count, parts, 1), arguments, constants, num_warps=8)
-    if rows.any_filtered:
-        _launch_collect((count, parts, 1), arguments, constants, num_warps=8)
-    _launch_finish((count, 1, 1), (*arguments, rows.seed, out), (*constants, SEARCH_BLOCK), num_warps=16)
-    return out
+
+    def __init__(
+        self, logits: torch.Tensor, positions: torch.Tensor, rows: SampleRows, workspace: SampleWorkspace
+    ) -> None:
+        count, vocab_size = logits.shape
+        self.out = torch.empty(count, dtype=torch.int64, device=logits.device)
+        """[R] int64: the next tokens. Each run fills it."""
+        space, parts = workspace, workspace.num_parts
+        arguments = (
+            logits, positions, rows.temperature, rows.top_k, rows.top_p, rows.min_p, *rows.penalties, *rows.changes,
+            space.highest, space.best, space.sums, space.counts_above, space.sums_above,
+            space.num_candidates, space.weights, space.tokens,
+        )  # fmt: skip
+        constants = (
+            logits.stride(0), vocab_size, space.part, parts, power_of_two(parts), LEVELS, min(CANDIDATES, vocab_size),
+            rows.any_drawn,
+        )  # fmt: skip
+        by_part, by_row = (count, parts, 1), (count, 1, 1)
+        self._launches = [_launch_scan.repeated(by_part, arguments, constants, num_warps=8)]
+        if rows.any_filtered:
+            self._launches.append(_launch_collect.repeated(by_part, arguments, constants, num_warps=8))
+        finish = ((*arguments, rows.seed, self.out), (*constants, SEARCH_BLOCK))
+        self._launches.append(_launch_finish.repeated(by_row, *finish, num_warps=16))
+
+    def run(self) -> torch.Tensor:
+        """Sample; returns `out`."""
+        for launch in self._launches:
+            launch()
+        return self.out
 
 
 @triton.jit

@@ -17,12 +17,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from headrace.decode.controller import HeadCost
-from headrace.decode.main import chain_drafter
-from headrace.decode.ngram import NgramDrafter
+from headrace.decode.drafting import chain_drafter, new_speculator
 from headrace.decode.sequence import Sequence
 from headrace.decode.speculator import Counters, Speculator
-from headrace.decode.step_cost import StepCost
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
@@ -45,7 +42,7 @@ FAST_ENOUGH = {("editing", 1): ">= 2", ("open chat", 1): ">= 1.3"}
 class Prompts:
     """Prompts whose KV is computed once and copied to the pages of each request."""
 
-    def __init__(self, engine: Engine, max_num_seqs: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         folder = locate_model("smollm2")
         self._engine = engine
         self._layout = layout_of(folder.fingerprint, engine.layout, engine.model_config.vocab_size)
@@ -54,9 +51,8 @@ class Prompts:
         """By message: its tokens, its pages, and the first token of the answer."""
         self._names = itertools.count()
         self.step_seconds = time_steps(engine)
-        drafter = chain_drafter(engine)
-        self.head_seconds = drafter.time_tokens() if drafter is not None else {}
-        self._max_num_seqs = max_num_seqs
+        chain = chain_drafter(engine)
+        self.token_seconds = self.step_seconds.guess if chain is None else chain.time_tokens()
 
     def request(self, message: str, output: int) -> Sequence:
         """A request for exactly `output` greedy tokens, as the receiver hands it over."""
@@ -89,12 +85,7 @@ class Prompts:
 
     def speculator(self) -> Speculator:
         """A decode worker's, at its start."""
-        seconds = self.step_seconds
-        cost = StepCost(seconds.plain, self._max_num_seqs, seconds.drafted)
-        drafter = chain_drafter(self._engine)
-        if drafter is None:
-            return Speculator(NgramDrafter(), cost, self._engine.max_model_len)
-        return Speculator(NgramDrafter(), cost, self._engine.max_model_len, drafter, HeadCost(self.head_seconds))
+        return new_speculator(self._engine, self.step_seconds, self.token_seconds)
 
     def forget(self) -> None:
         """Give all pages back."""
@@ -182,7 +173,7 @@ def main() -> None:
     )  # fmt: skip
     engine = Engine.load(config)
     engine.warm_up()
-    prompts = Prompts(engine, max(BATCHES))
+    prompts = Prompts(engine)
     kinds = [options.kind] if options.kind else list(KINDS)
     figures = [
         Figure(f"a step of {rows}", seconds * 1e3, "ms") for rows, seconds in sorted(prompts.step_seconds.plain.items())

@@ -29,11 +29,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headrace.decode.controller import HeadCost
 from headrace.decode.drafter import Draft
-from headrace.decode.main import chain_drafter
+from headrace.decode.drafting import chain_drafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import Speculator
-from headrace.decode.step_cost import StepCost
+from headrace.decode.step_cost import Kind, StepCost
 from headrace.decode.training.head_module import HeadModule
 from headrace.decode.training.main import save
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
@@ -55,7 +55,7 @@ BATCHES = (1, 16)
 class FixedCost(StepCost):
     """Learns nothing: so that drafts go on however the machine is."""
 
-    def observe(self, rows: int, seconds: float, verified: bool) -> None:
+    def observe(self, rows: int, seconds: float, kind: Kind) -> None:
         """See `StepCost`."""
 
 
@@ -122,7 +122,7 @@ def built_in(drafter: str) -> tuple[Engine, Prompts]:
         )
     )  # fmt: skip
     engine.warm_up()
-    return engine, Prompts(engine, 16)
+    return engine, Prompts(engine)
 
 
 @cache

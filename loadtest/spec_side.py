@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from headrace.decode.scheduler import DecodeScheduler, Plan
+from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import Counters, Speculator
-from headrace.decode.step import run_step
+from headrace.decode.step import plan_step, run_step
 from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine
 
@@ -55,7 +55,8 @@ class Side:
         counters = self.speculator.counters if self.speculator is not None else Counters()
         drafting, controlling = counters.drafting_seconds, counters.controlling_seconds
         started = time.perf_counter()
-        plan = self._schedule()
+        plan = plan_step(self._scheduler, self.speculator)
+        assert plan is None or not plan.preempted, "the cache is too small for this"
         found = run_step(self._batch, plan)
         if found is not None and self.speculator is not None:
             self.speculator.look(self._batch)
@@ -70,20 +71,6 @@ class Side:
         drafting, controlling = counters.drafting_seconds - drafting, counters.controlling_seconds - controlling
         self.steps.append(Step(seconds, tokens, drafting, controlling))
         return True
-
-    def _schedule(self) -> Plan | None:
-        runs_ahead = self._scheduler.in_flight > 0
-        if runs_ahead and self.speculator is not None and self.speculator.waits(self._scheduler.batch()):
-            return None
-        plan = self._scheduler.schedule()
-        assert plan is not None, "the cache is too small for this"
-        assert not plan.preempted, "the cache is too small for this"
-        if self.speculator is not None and not runs_ahead:
-            drafts = self.speculator.propose(self._scheduler.batch())
-            self._scheduler.reserve(plan, drafts, self.speculator.ahead)
-        if self._scheduler.num_running:
-            self._scheduler.started()
-        return plan
 
     @property
     def seconds(self) -> float:

@@ -40,7 +40,7 @@ class Batch(GraphBatch[Any]):
         self.chunks += chunks
         return StartedPrefill(lambda: OUTPUT)
 
-    def start(self, drafts: Any = ()) -> None:
+    def start(self, drafts: Any = (), depth: int = 0) -> None:
         """Remember them."""
         self.drafts.append(drafts)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, choose_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
 from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
 """Milliseconds of the built-in model in float32 on two cores."""
@@ -25,9 +26,9 @@ def test_costs_follow_what_steps_take() -> None:
     """Rows that are met change their own cost, all others' in time; single slow steps change nothing."""
     cost = StepCost({1: 1.0, 8: 1.0, 64: 1.0}, 64)
     for step in range(500):
-        cost.observe(8, 100.0 if step % 10 == 0 else 2.0, True)
-        cost.observe(8, 1.5, False)
-        cost.observe(1, 1.0, False)
+        cost.observe(8, 100.0 if step % 10 == 0 else 2.0, "verifying")
+        cost.observe(8, 1.5, "plain")
+        cost.observe(1, 1.0, "plain")
     assert cost.plain[1] == pytest.approx(1.0, rel=0.05)
     assert cost.plain[8] == pytest.approx(1.5, rel=0.05)
     assert cost.verifying[8] == pytest.approx(2.0, rel=0.05)
@@ -51,11 +52,11 @@ def test_what_was_slow_for_a_while_is_tried_again() -> None:
     usual = choose_lengths(guess, 1, cost)
     for _ in range(600):
         length = choose_lengths(guess, 1, cost)[0]
-        cost.observe(1 + length, 410.0 if length else 41.0, length > 0)
+        cost.observe(1 + length, 410.0 if length else 41.0, "verifying" if length else "plain")
     assert choose_lengths(guess, 1, cost) < usual
     for _ in range(2000):
         length = choose_lengths(guess, 1, cost)[0]
-        cost.observe(1 + length, StepCost(MEASURED, 64).verifying[1 + length], length > 0)
+        cost.observe(1 + length, StepCost(MEASURED, 64).verifying[1 + length], "verifying" if length else "plain")
     assert choose_lengths(guess, 1, cost)[0] > usual[0] / 2
 
 
@@ -99,7 +100,7 @@ def test_no_choice_of_lengths_makes_more_tokens_a_second(
 def test_a_head_costs_what_it_takes_and_never_less_than_was_measured() -> None:
     """Others take the cores for a while."""
     cost = HeadCost({1: 1.0, 4: 2.0})
-    assert cost.of(4) == [0, 2, 4, 6, 8, 10, 12]
+    assert cost.of(4) == [2.0 * depth for depth in range(MAX_HEAD_DEPTH + 1)]
     for _ in range(100):
         cost.observe(2, 3, 8.0)
     assert cost.of(1)[1] == pytest.approx(2.0, rel=0.05)
@@ -142,7 +143,7 @@ def simulate(
             lengths = [fixed] * batch
         rows = batch + sum(lengths)
         elapsed += seconds[rows]
-        cost.observe(rows, seconds[rows], rows > batch)
+        cost.observe(rows, seconds[rows], "verifying" if rows > batch else "plain")
         drafted += sum(lengths)
         for number, length in enumerate(lengths):
             came = [1 if right(generator, number, step) else 0 for _ in range(length + 1)]
@@ -215,7 +216,7 @@ def test_chances_fall_along_a_draft_and_end_where_nothing_is_left() -> None:
 def test_a_worker_of_one_request_has_one_cost_without_drafts() -> None:
     """And others with them."""
     cost = StepCost({1: 1.0}, 1, {2: 1.1, 16: 1.2})
-    cost.observe(1, 1.0, False)
+    cost.observe(1, 1.0, "plain")
     assert cost.plain[1] == 1.0
     assert cost.verifying[16] == 1.2
     assert choose_lengths([[0.9] * 15], 1, cost) == [15]

@@ -42,7 +42,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def prompts(engine: Engine) -> Iterator[Prompts]:
     """With costs that make drafts pay."""
-    prompts = Prompts(engine, 4)
+    prompts = Prompts(engine)
     costs = {1: 1.0, 16: 1.01}
     prompts.step_seconds, prompts.head_seconds = StepSeconds(costs, costs), {1: 0.001}
     yield prompts

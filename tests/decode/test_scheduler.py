@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Sequence
 from headrace.engine.page_pool import PagePool
+from headrace.kernels.draft_tree import chain
 from headrace.messages.request import SamplingParams
 from tests.kvtransfer.parts import PAGE_SIZE, make_offer
 
@@ -261,22 +262,31 @@ class Batch(RuleBasedStateMachine):
         sequences = self.scheduler.sequences()
         self.scheduler.remove(sequences[index % len(sequences)].key)
 
-    @precondition(lambda self: len(self.in_flight) < 2 and not any(self.drafts))
-    @rule(lengths=st.lists(st.integers(0, 9), max_size=3), ahead=st.integers(0, 5))
-    def start(self, lengths: list[int], ahead: int) -> None:
+    @precondition(
+        lambda self: len(self.in_flight) < 2 and not any(any(t[0] >= 0 for t in d.values()) for d in self.drafts)
+    )
+    @rule(
+        lengths=st.lists(st.integers(0, 9), max_size=3),
+        ahead=st.integers(0, 5),
+        guessed=st.booleans(),
+        depth=st.integers(0, 4),
+    )
+    def start(self, lengths: list[int], ahead: int, guessed: bool, depth: int) -> None:
         """A step begins: the engine's pages are the scheduler's, and there is one for each token to be written.
 
-        Drafts there are while no other step runs, and no other step starts while they are verified.
+        Drafts that the host knows there are while no other step runs, and no other step starts while they are verified.
         """
         oldest = self.scheduler.sequences()[:1]
         plan = self.scheduler.schedule()
         if plan is None:
             assert self.in_flight, "nothing to wait for"
             return
-        if not self.in_flight:
+        if guessed or not self.in_flight:
             drafted = zip(self.scheduler.batch(), lengths, strict=False)
-            drafts = {sequence.key: [5] * length for sequence, length in drafted if length}
-            self.scheduler.reserve(plan, drafts, {sequence.key: ahead for sequence in self.scheduler.batch()})
+            drafts = {s.key: chain(length) if guessed else [5] * length for s, length in drafted if length}
+            more = {} if guessed else {sequence.key: ahead for sequence in self.scheduler.batch()}
+            self.scheduler.reserve(plan, drafts, more, depth if guessed else 0)
+            assert plan.follows_tokens == (not guessed and bool(plan.drafts))
         for key in plan.leaves:
             del self.engine[key]
         for key, count in plan.kept_pages.items():
@@ -295,7 +305,7 @@ class Batch(RuleBasedStateMachine):
         if oldest and oldest[0] in plan.preempted:
             assert self.scheduler.num_running == 0
         if self.engine:
-            self.scheduler.started()
+            self.scheduler.started(plan.drafts)
             self.in_flight.append({key: list(pages) for key, pages in self.engine.items()})
             self.drafts.append(plan.drafts)
 
@@ -304,7 +314,7 @@ class Batch(RuleBasedStateMachine):
     def collect(self, accepted: int = 0) -> None:
         """The oldest step ends; the requests that still run get a token each, and those of their drafts that stand."""
         step, drafts = self.in_flight.popleft(), self.drafts.popleft()
-        self.scheduler.collected()
+        assert self.scheduler.collected() == bool(drafts)
         for key in step:
             sequence = self.scheduler.running(key)
             if sequence is not None:
@@ -313,6 +323,7 @@ class Batch(RuleBasedStateMachine):
                     sequence.append(5)
                 if not sequence.in_flight:  # a step that has begun may write to all of its pages
                     self.scheduler.roll_back(sequence)
+                assert sequence.drafts_in_flight == sum(len(drafts.get(key, ())) for drafts in self.drafts)
 
     @precondition(lambda self: self.in_flight)
     @rule()

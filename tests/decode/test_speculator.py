@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 
@@ -14,6 +16,8 @@ from headrace.decode.sequence import Key, Sequence
 from headrace.decode.speculator import MAX_STEPS_AHEAD, Speculator
 from headrace.decode.step_cost import StepCost
 from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
+from headrace.kernels.draft_tree import CHOICES, chain, place_of
 from headrace.messages.request import SamplingParams
 from tests.kvtransfer.parts import make_offer
 
@@ -121,6 +125,52 @@ def test_steps_run_ahead_unasked_where_nothing_was_found() -> None:
     assert any(speculating.waits([sequence]) for _ in range(MAX_STEPS_AHEAD + 1))
     assert speculating.propose([sequence])
     assert speculating.waits([sequence])
+
+
+def ahead(sequence: Sequence, speculating: Speculator, right: bool) -> int:
+    """One more step while another is in flight, whose guesses all stand or none does; returns how far it guesses."""
+    drafts = speculating.propose_ahead([sequence])
+    depth, drafted = speculating.depth_on_device, drafts.get(sequence.key, [])
+    length = sum(token % CHOICES == CHOICES - 1 for token in drafted)
+    assert drafted[:length] == chain(length)
+    step = len(sequence.token_ids)
+    made = [1000 + step + at for at in range((length if right else 0) + 1)]  # of which nothing repeats
+    verified = {token: made[place_of(token)] if right and token in chain(length) else 1 for token in drafted}
+    batch: Any = SimpleNamespace(verified={sequence.key: verified} if drafted else {})
+    speculating.look(batch)
+    speculating.ran(drafts, 1.1 if drafts or depth else 1.0)
+    for token in made:
+        sequence.append(token)
+    return depth
+
+
+def test_a_head_on_the_device_guesses_as_deep_as_pays() -> None:
+    """Nobody has seen its guesses before they are verified; when they fail it rests, and tries again now and then."""
+    sequence = request([1, 2, 3], max_tokens=10_000)
+    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 2.0, 9: 2.0}, {2: 1.1, 9: 1.1})
+    speculating = Speculator(NgramDrafter(), cost, 100_000, None, HeadCost({1: 0.02}, 1))
+    assert speculating.propose([sequence]) == {}, "nothing was guessed yet"
+    assert speculating.depth_on_device > 1
+    assert not speculating.waits([sequence])
+    for _ in range(40):
+        deep = ahead(sequence, speculating, right=True)
+    assert deep == MAX_HEAD_DEPTH
+    of_head = speculating.counters.of["head"]
+    assert of_head.accepted > 100
+    depths = [ahead(sequence, speculating, right=False) for _ in range(2000)]
+    assert 0 < sum(depth > 0 for depth in depths[-200:]) <= 12
+    several = [request([1, 2, 3]), request([4, 5, 6], "b")]
+    assert speculating.propose(several) == {}
+    assert speculating.depth_on_device == 0, "it guesses for one at most"
+
+
+def test_a_lookup_beats_the_head_where_it_is_worth_the_wait() -> None:
+    """A long repetition is verified at once, while the head would go on guessing."""
+    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 1.3, 16: 1.3}, {2: 1.1, 16: 1.1})
+    speculating = Speculator(NgramDrafter(), cost, 100_000, None, HeadCost({1: 1.0}, 1))
+    sequence = request(LOOP * 3)
+    assert speculating.waits([sequence])
+    assert speculating.propose([sequence])["a", 0][:4] == [5, 6, 7, 8]
 
 
 class PricedDrafter(NgramDrafter):

@@ -20,13 +20,10 @@ class PlainDecoder:
 
     def __init__(self, engine: Engine, requests: int) -> None:
         self._engine = engine
-        self.state = RequestState(
-            torch.zeros(requests, dtype=torch.int64),
-            torch.full((requests,), -1, dtype=torch.int32),
-            torch.zeros(requests, dtype=torch.int32),
-        )
+        self.state = RequestState.empty(requests, 1, torch.device("cpu"))
         self.rows = StepRows(requests, torch.device("cpu"))
         self.block_table = torch.zeros(requests, engine.pool.pages_for(engine.max_model_len), dtype=torch.int32)
+        self.limits = torch.zeros(requests, dtype=torch.int32)
         self.shared = 0
         """Steps that had prompts beside them."""
 

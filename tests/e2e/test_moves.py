@@ -82,9 +82,9 @@ class LateBatch(DecodeBatch[Any]):
         super().__init__(engine)
         self._late: deque[list[tuple[Any, SampledToken]]] = deque()
 
-    def start(self, drafts: Mapping[Any, Sequence[int]] = NO_DRAFTS) -> None:
+    def start(self, drafts: Mapping[Any, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
         """See `RunningBatch`."""
-        super().start(drafts)
+        super().start(drafts, depth)
         self._late.append(super().collect())
         self.in_flight = len(self._late)
 

@@ -16,7 +16,7 @@ import torch
 from headrace.colocate.main import serve
 from headrace.data_lines import DataLines, data_listener
 from headrace.decode.controller import HeadCost
-from headrace.decode.main import chain_drafter
+from headrace.decode.drafting import chain_drafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost

@@ -13,6 +13,7 @@ from headrace.engine import graph_batch
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.draft_rows import RequestState, StepRows, accept_rows_reference, expand_rows_reference
+from headrace.kernels.draft_tree import CHOICES, chain, guess_at
 from headrace.messages.request import SamplingParams
 from tests.engine.every_third import EveryThird
 
@@ -23,13 +24,10 @@ class SumDecoder:
     """Its next token is a function of the token, its position and the page that it goes to."""
 
     def __init__(self) -> None:
-        self.state = RequestState(
-            torch.zeros(CAPACITY, dtype=torch.int64),
-            torch.full((CAPACITY,), -1, dtype=torch.int32),
-            torch.zeros(CAPACITY, dtype=torch.int32),
-        )
-        self.rows = StepRows(CAPACITY * 4, torch.device("cpu"))
+        self.state = RequestState.empty(CAPACITY, 4, torch.device("cpu"))
+        self.rows = StepRows(CAPACITY * 5, torch.device("cpu"))
         self.block_table = torch.zeros(CAPACITY, WIDTH, dtype=torch.int32)
+        self.limits = torch.zeros(CAPACITY, dtype=torch.int32)
 
     def step(self, rows: int) -> torch.Tensor:
         """One row after the other."""
@@ -57,17 +55,50 @@ def following(token: int, position: int, page: int) -> int:
     return (31 * token + 7 * position + page) % VOCABULARY
 
 
-def make_batch() -> GraphBatch[int]:
+class SumHead:
+    """A head that knows what comes, and says something else now and then."""
+
+    max_requests = CAPACITY
+
+    def __init__(self, decoder: SumDecoder, rng: random.Random) -> None:
+        self._decoder = decoder
+        self._rng = rng
+
+    def read(self, rows: int) -> None:
+        """It needs no features."""
+
+    def guess(self, requests: int, depth: int) -> None:
+        """From each request's newest token on."""
+        state = self._decoder.state
+        for request in range(requests):
+            token, position = int(state.tokens[request]), int(state.positions[request])
+            for at in range(depth):
+                if position + at >= int(self._decoder.limits[request]):
+                    break
+                page = int(self._decoder.block_table[request, (position + at) // PAGE])
+                token = following(token, position + at, page)
+                place = self._rng.choice((0, 0, 0, 1, CHOICES))
+                for choice in range(CHOICES):
+                    state.guesses[request, at * CHOICES + choice] = token if choice == place else VOCABULARY - 1
+
+
+def make_batch(guesses: random.Random | None = None) -> GraphBatch[int]:
     """A batch whose engine is no more than it needs."""
     device = torch.device("cpu")
 
     def sampling_row(params: SamplingParams, tokens: Any, generated: int) -> SamplingRow:
         return SamplingRow.make(params, tokens, generated, VOCABULARY, device)
 
-    engine: Any = SimpleNamespace(
-        device=device, model_config=SimpleNamespace(vocab_size=VOCABULARY), sampling_row=sampling_row
-    )
     decoder: Any = SumDecoder()
+    engine: Any = SimpleNamespace(
+        device=device,
+        model_config=SimpleNamespace(vocab_size=VOCABULARY),
+        sampling_row=sampling_row,
+        cache=SimpleNamespace(pages=None),
+        graph_head=None if guesses is None else SumHead(decoder, guesses),
+        layout=SimpleNamespace(page_size=PAGE),
+        max_model_len=WIDTH * PAGE,
+    )
     return GraphBatch(engine, decoder)
 
 
@@ -124,15 +155,16 @@ def constrained(prompt: list[int], first: int, pages: list[int], tokens: int) ->
     return known[len(prompt) + 1 :]
 
 
-@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("drafts_of", ["nobody", "host", "device"])
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_with_a_grammar_run_ahead_among_others(
-    seed: int, drafted: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, drafts_of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each mask follows all tokens before it, those of the step in flight and of the draft among them."""
     monkeypatch.setattr(graph_batch, "accept_rows", accept_rows_reference)
+    monkeypatch.setattr(graph_batch, "move_leaf", lambda *args: None)  # it has no keys and values
     rng = random.Random(seed)
-    batch, tokens = make_batch(), 12
+    batch, tokens, verified = make_batch(rng), 12, set[int]()
     expected: dict[int, list[int]] = {}
     got: dict[int, list[int]] = {}
     sampling = SamplingParams(max_tokens=tokens, temperature=0)
@@ -146,7 +178,12 @@ def test_requests_with_a_grammar_run_ahead_among_others(
         else:
             expected[key] = constrained(prompt, first, pages, tokens)
     while running := [key for key in got if len(got[key]) < tokens - 1]:
-        if drafted and rng.random() < 0.6:
+        if drafts_of == "device" and rng.random() < 0.8:
+            draft = [*chain(rng.randint(1, 3)), *([guess_at(0, 1)] if rng.random() < 0.5 else [])]
+            batch.start(dict.fromkeys(running, draft), rng.choice((0, 3, 3)))
+            collect(batch, batch.lookahead, got)
+            verified |= {key for key, draft in batch.verified.items() if draft}
+        elif drafts_of == "host" and rng.random() < 0.6:
             collect(batch, 0, got)
             drafts = {}
             for key in running:
@@ -163,6 +200,8 @@ def test_requests_with_a_grammar_run_ahead_among_others(
         for key in [key for key in got if len(got[key]) >= tokens - 1 and key in batch._row_of]:
             batch.leave(key)
     assert {key: own[: tokens - 1] for key, own in got.items()} == expected
+    assert not any(key % 2 for key in verified), "nobody knew what their masks were to follow"
+    assert verified or drafts_of != "device"
 
 
 def true_draft(tokens: list[int], pages: list[int], length: int) -> list[int]:
@@ -211,3 +250,43 @@ def test_drafts_that_stand_give_the_tokens_to_come(seed: int, monkeypatch: pytes
             batch.start()
             batch.start()
     assert steps > 10
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_guesses_of_the_device_are_verified_before_the_host_has_seen_them(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests join and leave with a step in flight, of which nobody knows how many tokens it makes."""
+    monkeypatch.setattr(graph_batch, "accept_rows", accept_rows_reference)
+    monkeypatch.setattr(graph_batch, "move_leaf", lambda *_: None)  # there is no cache
+    rng = random.Random(seed)
+    batch = make_batch(rng)
+    running: dict[int, tuple[list[int], list[int]]] = {}
+    got: dict[int, list[int]] = {}
+    steps = tokens_made = drafted = 0
+    for key in range(60):
+        for k in [k for k, (prompt, _) in running.items() if len(prompt) + len(got[k]) > 14 or rng.random() < 0.1]:
+            batch.leave(k)
+            prompt, pages = running.pop(k)
+            assert got[k] == true_draft(prompt, pages, len(got[k]))
+        if len(running) < CAPACITY and rng.random() < 0.7:
+            prompt, own = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9))], []
+            own = [rng.randrange(1000) for _ in range(WIDTH)]
+            batch.join(key, prompt, 1, own, SamplingParams(max_tokens=99, temperature=0))
+            running[key], got[key] = (prompt, own), []
+        if not running:
+            continue
+        leaves = [guess_at(0, 1)] if rng.random() < 0.5 else []
+        # also of requests for which nothing was guessed: then there is no draft
+        drafts = {k: [*chain(rng.randint(1, 3)), *leaves] for k in running if rng.random() < 0.8}
+        batch.start(drafts, rng.choice((0, 3, 3, 3)))
+        if batch.in_flight > batch.lookahead:
+            steps += 1
+            for k, token in batch.collect():
+                got[k].append(token.token_id)
+                tokens_made += 1
+            drafted += sum(map(len, batch.verified.values()))
+    for k, (prompt, pages) in running.items():
+        assert got[k] == true_draft(prompt, pages, len(got[k]))
+    assert steps > 30
+    assert drafted > 30

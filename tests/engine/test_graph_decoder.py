@@ -113,6 +113,7 @@ def test_a_step_with_drafts_gives_the_logits_of_single_steps() -> None:
     decoder.rows.layout[0, : len(rows)] = torch.tensor([request for request, _ in rows])
     decoder.rows.layout[1, : len(rows)] = torch.arange(len(rows)) - torch.tensor([at for _, at in rows])
     decoder.rows.layout[2, : len(rows)] = torch.tensor([int(tokens[request, at]) for request, at in rows])
+    decoder.rows.layout[3, : len(rows)] = torch.tensor([at for _, at in rows])
     got = decoder.step_drafted(len(rows)).clone()
     after = cache.pages.clone()
     cache.pages.copy_(before)
@@ -155,6 +156,9 @@ def generate(sampling: list[SamplingParams], known: list[list[SampledToken]]) ->
     engine: Any = SimpleNamespace(
         device=device,
         model_config=SimpleNamespace(vocab_size=VOCABULARY),
+        graph_head=None,
+        layout=cache.layout,
+        max_model_len=64,
         sampling_row=lambda params, tokens, generated: SamplingRow.make(params, tokens, generated, VOCABULARY, device),
     )
     batch: GraphBatch[int] = GraphBatch(engine, decoder)

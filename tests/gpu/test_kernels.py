@@ -65,7 +65,7 @@ def test_attention_equals_its_reference(dim: int, group: int, page_size: int, no
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_drafts_see_the_rows_before_them(dim: int, group: int, page_size: int) -> None:
-    """Drafts of less and more than a tile in one launch; one request alone; many that are alike."""
+    """Drafts of less and more than a tile in one launch; one request alone; many that are alike; trees."""
     shape = HeadShape(8, group, dim, dim)
     for positions, drafts in (
         ([0, 5, 150, 63, 4000, 17], [3, 0, 15, 4, 1, 7]),
@@ -73,6 +73,8 @@ def test_drafts_see_the_rows_before_them(dim: int, group: int, page_size: int) -
         ([100] * 40, [5] * 40),
     ):
         compare_decode_attention("cuda", torch.bfloat16, positions, shape, page_size, group == 3, drafts=drafts)
+    several = {"drafts": [3, 8, 6], "leaves": 5}
+    compare_decode_attention("cuda", torch.bfloat16, [0, 150, 4000], shape, page_size, group == 3, **several)
 
 
 @pytest.mark.parametrize("lengths", [[0], [15], [3, 0, 15, 1, 1], [15] * 8, [2] * 40])

@@ -14,6 +14,14 @@ from headrace.kernels.decode_attention import (
 )
 from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
 from headrace.kernels.decode_linear import decode_linear, decode_linear_reference
+from headrace.kernels.draft_head import (
+    begin_guess,
+    begin_guess_reference,
+    pick_guess,
+    pick_guess_reference,
+    take_last,
+    take_last_reference,
+)
 from headrace.kernels.draft_rows import (
     RequestState,
     StepRows,
@@ -21,7 +29,10 @@ from headrace.kernels.draft_rows import (
     accept_rows_reference,
     expand_rows,
     expand_rows_reference,
+    move_leaf,
+    move_leaf_reference,
 )
+from headrace.kernels.draft_tree import CHOICES, chain, depths_of, guess_at
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.mask_logits import launch_mask_logits, mask_logits_reference
@@ -92,10 +103,12 @@ def compare_decode_attention(
     normed: bool = False,
     cache_dtype: torch.dtype | None = None,
     drafts: list[int] | None = None,
+    leaves: int = 0,
 ) -> None:
     """A new token of each request at each of `positions` (-1: none) against the reference, outputs and cache.
 
-    `drafts`: how many drafted tokens each has, and with them rows behind its own; one empty row comes last.
+    `drafts`: how many drafted tokens each has, and with them rows behind its own; one empty row comes last. Behind
+    those that have some are `leaves` rows for places among them.
     """
     requests, width = len(positions), (max(positions) + 64) // page_size + 5
     pages = torch.randn(requests * width + 1, 2, shape.kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
@@ -109,7 +122,14 @@ def compare_decode_attention(
     norms = (torch.rand(2, shape.head_dim, device=device, dtype=dtype) + 0.5).unbind() if normed else None
     drafted = None
     if drafts is not None:
-        rows = [(row, position + at) for row, position in enumerate(positions) for at in range(drafts[row] + 1)]
+        rows = [
+            (row, position + at)
+            for row, position in enumerate(positions)
+            for at in (
+                *range(drafts[row] + 1),
+                *(leaf % drafts[row] + 1 for leaf in range(leaves if drafts[row] else 0)),
+            )
+        ]
         firsts = [index - at for row in range(requests) for at, index in enumerate(_indices(rows, row))]
         columns = ([row for row, _ in rows] + [-1], [*firsts, -1])
         drafted = DraftRows(*(torch.tensor(column, dtype=torch.int32, device=device) for column in columns))
@@ -148,7 +168,10 @@ def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: in
 
 
 def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int) -> None:
-    """Rows of drafts of these lengths, in the order of a shuffled block table; drafts stand to random depths."""
+    """Rows of drafts of these lengths, in the order of a shuffled block table; drafts stand to random depths.
+
+    Some are a head's, which the requests' state holds.
+    """
     requests, generator = len(lengths), torch.Generator().manual_seed(sum(lengths))
 
     def random_state(high: int) -> torch.Tensor:
@@ -156,25 +179,37 @@ def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int
 
     tokens, positions, generated = random_state(3), random_state(900).int(), random_state(80).int()
     states, stepped = [], []
+    guesses = torch.randint(2, (requests + 2, 4 * CHOICES), generator=generator)
     owners = torch.randperm(requests + 2, generator=generator)[:requests].tolist()
-    layout = torch.full((3, max_rows), -1, dtype=torch.int32)
+    layout = torch.full((4, max_rows), -1, dtype=torch.int32)
     at = 0
     for owner, length in zip(owners, lengths, strict=True):
         layout[0, at : at + length + 1], layout[1, at : at + length + 1] = owner, at
         layout[2, at : at + length + 1] = torch.randint(2, (length + 1,), generator=generator)
+        layout[3, at : at + length + 1] = torch.arange(length + 1)
+        if owner % 2 and length > 1:
+            tree = [*chain(min(length - 1, 4)), *[guess_at(place, choice) for place in range(4) for choice in (1, 2)]]
+            draft = torch.tensor(tree[:length])
+            layout[2, at + 1 : at + len(draft) + 1] = draft
+            layout[3, at + 1 : at + len(draft) + 1] = torch.tensor(depths_of(tree[:length]))
         at += length + 1
     sampled = torch.randint(2, (size,), generator=generator)
-    for on, expand, accept in (
-        (device, expand_rows, accept_rows),
-        ("cpu", expand_rows_reference, accept_rows_reference),
+    table = torch.randperm((requests + 2) * 60).view(-1, 60).int()
+    pages = torch.randn(2, table.numel(), 2, 3, 16, 8)
+    for on, expand, accept, move in (
+        (device, expand_rows, accept_rows, move_leaf),
+        ("cpu", expand_rows_reference, accept_rows_reference, move_leaf_reference),
     ):
-        state = RequestState(*(column.clone().to(on) for column in (tokens, positions, generated)))
+        state = RequestState(*(column.clone().to(on) for column in (tokens, positions, generated, guesses)))
         rows = StepRows(max_rows, torch.device(on))
         rows.layout.copy_(layout)
         expand(state, rows)
         stepped.append([column.tolist() for column in (rows.tokens, rows.positions, rows.generated)])
         accept(sampled.to(on), rows, state)
-        states.append([column.tolist() for column in (state.tokens, state.positions, state.generated)])
+        after_move = pages.clone().to(on)
+        move(after_move, table.to(on), rows, state, requests + 2)
+        after = (*state.columns, rows.followers[:size], rows.report, rows.last[: requests + 2], after_move)
+        states.append([column.tolist() for column in after])
     assert stepped[0] == stepped[1]
     assert states[0] == states[1]
     assert states[0][1] != positions.tolist()
@@ -189,3 +224,49 @@ def compare_mask_logits(device: str, masked: list[int], rows: int, vocabulary: i
     launch_mask_logits(got, torch.tensor(masked, device=device), masks.to(device))
     mask_logits_reference(logits, torch.tensor(masked), masks)
     assert torch.equal(got.cpu(), logits)
+
+
+def compare_guesses(device: str, dtype: torch.dtype, requests: int, vocabulary: int, hidden: int) -> None:
+    """The kernels of a draft head: what it reads, which rows it goes on from, and what it takes for likely."""
+    torch.manual_seed(requests)
+    rows, width = 3 * requests, 2 * hidden
+    embedding, states = torch.randn(50, hidden).to(dtype), torch.randn(rows, hidden).to(dtype)
+    tokens, attended = torch.randint(50, (rows,)), torch.randn(rows, width).to(dtype)
+    last, positions = torch.randint(rows, (requests,)).int(), torch.randint(3, 90, (requests,)).int()
+    positions[0] = -1 if requests > 1 else 5
+    limits, logits = positions + torch.randint(3, (requests,)).int(), torch.randn(requests, vocabulary)
+    logits[:, vocabulary // 2] = logits[:, vocabulary // 3] = 9.0  # the first of two equals
+    found = []
+    for on, begin, take, pick in (
+        (device, begin_guess, take_last, pick_guess),
+        ("cpu", begin_guess_reference, take_last_reference, pick_guess_reference),
+    ):
+
+        def there(tensor: torch.Tensor, on: str = on) -> torch.Tensor:
+            return tensor.clone().to(on)
+
+        inputs = torch.empty(rows, 2 * hidden, dtype=dtype, device=on)
+        begin(there(tokens), there(embedding), there(states), 1e-5, inputs)
+        own = (
+            torch.zeros(requests, hidden, dtype=dtype, device=on),
+            torch.zeros(requests, width, dtype=dtype, device=on),
+        )
+        squares = torch.ones(2, requests, dtype=torch.int64, device=on)
+        own_positions = torch.zeros(requests, dtype=torch.int32, device=on)
+        take((there(states), there(attended)), there(last), there(positions), own, squares, own_positions)
+        zeroed = squares.clone()
+        guesses, own_tokens = (
+            torch.zeros(requests, 4 * CHOICES, dtype=torch.int64, device=on),
+            there(tokens[:requests]),
+        )
+        squares += 1
+        for _ in range(2):
+            pick(
+                there(logits), there(torch.arange(vocabulary) + 7), there(positions), there(limits), guesses,
+                own_positions, own_tokens, squares,
+            )  # fmt: skip
+        found.append([x.cpu() for x in (inputs, *own, zeroed, squares, own_positions, guesses, own_tokens)])
+    for mine, theirs in zip(*found, strict=True):
+        tolerance = 2e-2 if mine.is_floating_point() and dtype.itemsize == 2 else 1e-5
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
+    assert int(found[0][6][-1, 0]) == vocabulary // 3 + 7

@@ -33,6 +33,13 @@ def test_drafts_see_the_rows_before_them(shape: HeadShape, page_size: int, norme
     compare_decode_attention("cpu", torch.float32, positions, shape, page_size, normed, drafts=drafts)
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0][0], HeadShape(1, 16, 32, 16)])
+def test_leaves_see_themselves_and_the_chain_before_them(shape: HeadShape) -> None:
+    """In the chain's tile and in others, across a page's end; each is kept in a slot of its own."""
+    positions, drafts = [0, 5, 150, 63], [3, 0, 8, 4]
+    compare_decode_attention("cpu", torch.float32, positions, shape, 16, normed=True, drafts=drafts, leaves=5)
+
+
 def test_one_draft_is_shared_by_all_programs() -> None:
     """And merged again."""
     compare_decode_attention("cpu", torch.float32, [300], HeadShape(2, 3, 32, 32), 16, drafts=[5])
