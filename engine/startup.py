@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,8 @@ async def loaded_model(settings: Settings, *, decodes: bool) -> AsyncIterator[Lo
     with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
         engine = await loop.run_in_executor(device_thread, _load, settings, folder, decodes)
+        gc.collect()
+        gc.freeze()  # or each full collection looks at all of torch's objects, in the middle of a step
         identity = ModelIdentity(folder.name, folder.fingerprint, engine.max_model_len)
         populating = Populating(engine.cache.pages)
         try:
