@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,8 @@ async def loaded_model(settings: Settings, *, decodes: bool) -> AsyncIterator[Lo
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
         draft_folder = await loop.run_in_executor(device_thread, _locate_draft_model, settings, folder)
         engine = await loop.run_in_executor(device_thread, _load, settings, folder, draft_folder, decodes)
+        gc.collect()
+        gc.freeze()  # or each full collection looks at all of torch's objects, in the middle of a step
         identity = ModelIdentity(folder.name, folder.fingerprint, engine.max_model_len)
         populating = Populating(engine.cache.pages)
         try:
