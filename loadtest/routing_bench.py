@@ -76,6 +76,12 @@ class Side:
     gaps: list[float] = field(default_factory=list)
     """Mean time between tokens of each stream beside."""
 
+    @property
+    def told(self) -> str:
+        """So far, for whoever watches."""
+        ttft = statistics.median(self.ttft) * 1000
+        return f"first token {ttft:.0f} ms, chosen {self.chosen:.0f} of {self.prompts}, found {self.hits:.0f} tokens"
+
 
 METHODS: dict[type, str] = {Steering: "better", InPlaceChoice: "choose"}
 """Of what chooses; where it returns None, nothing is chosen."""
@@ -189,7 +195,9 @@ async def measure_steering(device: str, rounds: int) -> list[Figure]:
         for turn, chooses in enumerate([True, False] * rounds, start=1):
             await have_choose(mesh, chooses)
             numbers = range(turn * CONVERSATIONS, (turn + 1) * CONVERSATIONS)
-            await converse(mesh, session, numbers, steered if chooses else unsteered)
+            side = steered if chooses else unsteered
+            await converse(mesh, session, numbers, side)
+            print(f"{'steered' if chooses else 'unsteered'}: {side.told}", flush=True)
     rate, chance = steered.hits / steered.queries, unsteered.hits / unsteered.queries
     return [
         Figure("turns: prompts passed on", steered.chosen / steered.prompts, "of all"),
@@ -210,7 +218,9 @@ async def measure_in_place(device: str, rounds: int, shorts: int) -> list[Figure
         await ask_short(mesh, session, numbers, 2, Side())
         for chooses in [True, False] * rounds:
             await have_choose(mesh, chooses)
-            await ask_short(mesh, session, numbers, shorts, chosen if chooses else handed_over)
+            side = chosen if chooses else handed_over
+            await ask_short(mesh, session, numbers, shorts, side)
+            print(f"{'where it is faster' if chooses else 'handed over'}: {side.told}", flush=True)
     return [
         Figure("short prompts: computed by the decode worker", chosen.chosen / chosen.prompts, "of all"),
         Figure("short prompts: median time to first token", statistics.median(chosen.ttft) * 1000, "ms"),
