@@ -268,7 +268,7 @@ class NixlEndpoint:
 async def nixl_endpoint(settings: Settings, cache: Registrable) -> AsyncIterator[NixlEndpoint | None]:
     """This worker's inside the block, where there is to be one. Raises `SettingsError`."""
     agent = await asyncio.to_thread(_agent, settings.kv_transport, settings.bind)
-    endpoint = NixlEndpoint(agent, cache) if agent is not None else None
+    endpoint = await asyncio.to_thread(NixlEndpoint, agent, cache) if agent is not None else None
     try:
         yield endpoint
     finally:
