@@ -39,7 +39,7 @@ ACCEPT_AGAIN_SECONDS = 0.1
 TIMEOUT_SECONDS = 5.0
 """How long a peer may take nothing, or say nothing at first, before the connection is given up."""
 
-FRAME_SECONDS = 1.0
+FRAME_SECONDS = 2.0
 """How long a frame that has begun may make no progress before the receiver gives its connection up."""
 
 Make = Callable[[], tuple[bytes, Sequence[memoryview]]]

@@ -12,8 +12,9 @@ from typing import Protocol
 from headrace.kvtransfer import fp8
 from headrace.kvtransfer.arrivals import checksum
 from headrace.kvtransfer.base import PageStore
-from headrace.kvtransfer.handoff import Handoff, Outgoing
+from headrace.kvtransfer.handoff import Handoff
 from headrace.kvtransfer.messages import Pages, PagesInPlace
+from headrace.kvtransfer.on_the_way import Outgoing
 from headrace.kvtransfer.reshard import head_rows, heads_a_rank
 from headrace.wire import encode
 

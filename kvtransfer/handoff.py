@@ -57,6 +57,7 @@ from headrace.kvtransfer.messages import (
     TransportName,
     WireDtype,
 )
+from headrace.kvtransfer.on_the_way import Flight, OnTheWay, Outgoing
 from headrace.kvtransfer.reshard import heads_a_rank
 from headrace.kvtransfer.staging import Staged, Staging
 from headrace.messages.stream import TokenLogprobs
@@ -69,12 +70,6 @@ MESSAGE_BYTES: dict[TransportName, int] = {
     "local": 2**26,
 }
 """Page bytes of one message. Over TCP, what is small enough to stay in a processor's cache from checksum to socket."""
-
-PATIENCE_SECONDS = 0.5
-"""How long pages may be on the way, or a Commit unanswered, before the receiver is asked; more where it usually takes
-longer."""
-MAX_REPEATS = 4
-"""How often a handoff sends again what did not come, each time with twice the patience; then the lease decides."""
 
 
 class HandoffFailed(RuntimeError):
@@ -106,55 +101,6 @@ class Segment:
     """Which of the Grant's this is to leave as, once there is one."""
 
 
-@dataclass(frozen=True)
-class Outgoing:
-    """Pages for the data line to send."""
-
-    sequence: int
-    layers: range
-    first_page: int
-    """Index within the prompt."""
-    page_ids: list[PageId]
-    """Of each of the layers."""
-    credit_wanted: bool
-    ready: list[Ready]
-    rank: int
-    part: int
-    heads: range | None
-    """Those of the rank that travel; None: all."""
-    staged: Staged | None
-    """Where to copy them for the receiver to read."""
-
-
-@dataclass
-class Flight:
-    """Page bytes on the way to one receiver, over all handoffs."""
-
-    limit: int
-    size: int = 0
-    usual_seconds: float = 0.0
-    """From a message's departure to the news that it has landed: the longest, of late."""
-
-    def note(self, seconds: float) -> None:
-        """A message has taken so long."""
-        self.usual_seconds = max(seconds, 0.9 * self.usual_seconds)
-
-    @property
-    def patience(self) -> float:
-        """After which a message is overdue, in seconds."""
-        return max(PATIENCE_SECONDS, 4 * self.usual_seconds)
-
-
-@dataclass
-class _Sent:
-    """A message that no Credit has covered."""
-
-    outgoing: Outgoing
-    size: int
-    at: float
-    """When it was sent, for the last time."""
-
-
 @dataclass
 class Timings:
     """Moments of one handoff, by the monotonic clock."""
@@ -181,8 +127,6 @@ class Handoff:
         self.held_pages = 0
         self.sent_bytes = 0
         self.sent_pages = 0
-        self.repeats = 0
-        """How often it sent again what did not come."""
         self.transport: TransportName = "tcp"
         self.wire_dtype: WireDtype = "auto"
         self.receiver_is_done = True
@@ -199,23 +143,11 @@ class Handoff:
         self._segments: deque[Segment] = deque()
         """Computed, in order, and not sent."""
         self._sequence = 0
-        self._window_bytes = 0
-        self._window_left = 0
-        self._unasked_bytes = 0
-        """Sent since credit was last asked for."""
-        self._flight = Flight(2**62)
         self._most_pages = [1]
         """Of one message, by part."""
         self._largest_message = store.page_bytes
-        self._on_the_way: deque[_Sent] = deque()
-        """By sequence."""
-        self._again: deque[Outgoing] = deque()
-        """Did not come, and is to be sent once more."""
+        self._on_the_way = OnTheWay(clock)
         self._clock = clock
-        self._waits_since = 0.0
-        """When the Commit, or the last question, was sent."""
-        self._asked: float | None = None
-        """When the receiver was asked what came, until it answers."""
         self._staging: Staging | None = None
         self._staged: dict[int, Staged] = {}
         """By sequence, as long as the receiver may read it."""
@@ -230,6 +162,11 @@ class Handoff:
         return self.offer.request_id, self.offer.attempt
 
     @property
+    def repeats(self) -> int:
+        """How often it sent again what did not come."""
+        return self._on_the_way.repeats
+
+    @property
     def wants_layers(self) -> bool:
         """Whether computed layers need be announced: not where the receiver is known to hold all pages."""
         return self.state is not State.GRANTED or self.held_pages < len(self.pages)
@@ -242,7 +179,7 @@ class Handoff:
         assert self.state is State.UNPLACED, self.state
         self.receiver = receiver
         self.receiver_is_done = False
-        self._flight = flight or self._flight
+        self._on_the_way.flight = flight or self._on_the_way.flight
         self._staging = staging
         self.state = State.OFFERED
         self.timings.offered = self.timings.offered or self._clock()
@@ -276,7 +213,7 @@ class Handoff:
 
     def _committed(self, token_id: int | None, logprobs: TokenLogprobs | None, came: list[int]) -> Commit:
         self.state = State.COMMITTED
-        self._waits_since = self._clock()
+        self._on_the_way.committed()
         request_id, attempt = self.key
         self._commit = Commit(
             request_id=request_id,
@@ -300,14 +237,11 @@ class Handoff:
                 self.receiver_is_done = True
                 self.state = State.UNPLACED
             case Credit() if self.state in (State.GRANTED, State.COMMITTED):
-                self._note_speed(message.sequence)
-                self._landed(message.sequence)
-                self._find_lost()
+                self._free_staged(self._on_the_way.credited(message.sequence))
             case Ack() if self.state is State.COMMITTED or (self.offer.in_place and self.state is State.GRANTED):
                 self.state = State.DONE
                 self.timings.acknowledged = self._clock()
-                if self._asked is None and not self.repeats:
-                    self._flight.note(self.timings.acknowledged - self._waits_since)
+                self._on_the_way.acknowledged()
                 self._let_go()
             case Abort(cause="unknown") if self.state is State.OFFERED:  # the offer or its refusal was lost
                 self.receiver = None
@@ -327,7 +261,7 @@ class Handoff:
         self.held_pages = grant.held_pages
         self.transport = grant.transport
         self.wire_dtype = grant.wire_dtype
-        self._window_bytes = self._window_left = grant.window_bytes
+        self._on_the_way.open_window(grant.window_bytes)
         if grant.transport != "shm":
             self._staging = None
         if grant.parts:
@@ -349,64 +283,32 @@ class Handoff:
         self._page_bytes = [self._whole_page_bytes // heads * part.num_heads for part in parts]
         self._segments = deque(cut for segment in self._segments for cut in self._by_part(segment))
 
-    def _landed(self, end: int) -> None:
-        while self._on_the_way and self._on_the_way[0].outgoing.sequence < end:
-            sent = self._on_the_way.popleft()
-            self._window_left += sent.size
-            self._flight.size -= sent.size
-            if (staged := self._staged.pop(sent.outgoing.sequence, None)) is not None:
+    def _free_staged(self, landed: list[Outgoing]) -> None:
+        for outgoing in landed:
+            if (staged := self._staged.pop(outgoing.sequence, None)) is not None:
                 staged.let_go()
-
-    def _note_speed(self, end: int) -> None:
-        """Of the newest message that this Credit is for, where it was asked for as the message left."""
-        if self._asked is None and not self.repeats:
-            asking = [s for s in self._on_the_way if s.outgoing.sequence < end and s.outgoing.credit_wanted]
-            if asking:
-                self._flight.note(self._clock() - asking[-1].at)
-
-    def _find_lost(self) -> None:
-        """What was overdue when the receiver was asked, and has not come, is to be sent again."""
-        if self._asked is None:
-            return
-        sent_by = self._asked - self._patience
-        self._asked = None
-        lost = [sent for sent in self._on_the_way if sent.at <= sent_by]
-        if lost:
-            self.repeats += 1
-            self._again = deque(sent.outgoing for sent in lost)
-            for sent in lost:
-                sent.at = self._clock()
 
     @property
     def lost_some(self) -> bool:
         """Whether the next messages are some that did not come."""
-        return bool(self._again)
-
-    @property
-    def _patience(self) -> float:
-        return self._flight.patience * (1 << self.repeats)
+        return bool(self._on_the_way.lost)
 
     def seconds_until_overdue(self) -> float | None:
         """After which `ask` is to be called; None where nothing is waited for."""
-        if self.repeats > MAX_REPEATS or self.state not in (State.GRANTED, State.COMMITTED):
+        if self.state not in (State.GRANTED, State.COMMITTED):
             return None
-        if self.state is State.GRANTED and not self._on_the_way:
-            return None
-        since = self._waits_since
-        if self.state is State.GRANTED:
-            since = max(since, self._on_the_way[0].at)
-        return max(since + self._patience - self._clock(), 0.0)
+        return self._on_the_way.seconds_until_overdue(self.state is State.COMMITTED)
 
     def ask(self) -> list[Commit | Renew]:
         """What to tell the receiver now that something is overdue: it answers with what has come."""
-        self._asked = self._waits_since = self._clock()
+        self._on_the_way.ask()
         request_id, attempt = self.key
         renew = Renew(handoffs=[(request_id, attempt, self._sequence)])
         return [renew] if self._commit is None else [self._commit, renew]
 
     def _let_go(self) -> None:
         self.receiver_is_done = True
-        self._landed(self._sequence)
+        self._free_staged(self._on_the_way.land(self._sequence))
 
     def fail(self, reason: str) -> None:
         """Give the attempt up. The receiver is to be told, and the pages to be kept until it has answered."""
@@ -439,8 +341,8 @@ class Handoff:
 
     def next_message(self) -> Outgoing | Commit | None:
         """What can be sent now, or None."""
-        if self._again and self.state in (State.GRANTED, State.COMMITTED):
-            return self._again.popleft()
+        if self.lost_some and self.state in (State.GRANTED, State.COMMITTED):
+            return self._on_the_way.lost.popleft()
         if self.state is not State.GRANTED:
             return None
         while self._segments:
@@ -452,7 +354,7 @@ class Handoff:
             num_layers = self._num_layers_with(segment, stop - first) if stop == end else 1
             num_pages = (stop - first) * num_layers
             size = num_pages * self._page_bytes[segment.part]
-            has_room = self._has_room(size)
+            has_room = self._on_the_way.has_room(size)
             if has_room and self._staging is not None:
                 has_room = self._stage(num_pages)
             if not has_room:
@@ -482,11 +384,6 @@ class Handoff:
             count += 1
         return count
 
-    def _has_room(self, size: int) -> bool:
-        """Whether so much more may be on the way. What is larger than a bound travels alone."""
-        in_window = not self._on_the_way or size <= self._window_left
-        return in_window and (not self._flight.size or self._flight.size + size <= self._flight.limit)
-
     def _stage(self, num_pages: int) -> bool:
         """Whether there was room for the next message."""
         assert self._staging is not None
@@ -497,8 +394,7 @@ class Handoff:
 
     def _outgoing(self, joined: list[Segment], first: int, stop: int, size: int) -> Outgoing:
         segment = joined[0]
-        self._window_left -= size
-        self._flight.size += size
+        credit_wanted = self._on_the_way.take_room(size, self._largest_message)
         self._sequence += 1
         self.sent_bytes += size
         self.sent_pages += (stop - first) * len(joined)
@@ -507,14 +403,14 @@ class Handoff:
             layers=range(segment.layer, segment.layer + len(joined)),
             first_page=first,
             page_ids=self.pages[first:stop],
-            credit_wanted=self._wants_credit(size),
+            credit_wanted=credit_wanted or self._staging is not None,  # others may wait for that memory
             ready=[each.ready for each in joined if each.ready is not None],
             rank=segment.rank,
             part=segment.part,
             heads=self._heads_of(segment.part),
             staged=self._staged.get(self._sequence - 1),
         )
-        self._on_the_way.append(_Sent(outgoing, size, self._clock()))
+        self._on_the_way.add(outgoing, size)
         return outgoing
 
     def _heads_of(self, part: int) -> range | None:
@@ -522,23 +418,6 @@ class Handoff:
             return None
         first_head = self._parts[part].first_head
         return range(first_head, first_head + self._parts[part].num_heads)
-
-    def _wants_credit(self, size: int) -> bool:
-        """Whether to ask for credit for what is sent now.
-
-        Before a bound is half full nothing need be asked for. After that, all that crowds the way to the receiver, and
-        every eighth of the window. So who must wait waits for a message that will be credited. And all that takes up
-        staging memory, for which handoffs to other receivers may wait.
-        """
-        self._unasked_bytes += size
-        crowded = self._flight.size > self._flight.limit // 2
-        half_full = self._window_left < self._window_bytes // 2
-        full = self._window_left < self._largest_message
-        eighth = half_full and self._unasked_bytes >= self._window_bytes // 8
-        if crowded or full or eighth or self._staging is not None:
-            self._unasked_bytes = 0
-            return True
-        return False
 
     async def changed(self) -> None:
         """Wait until something happened. Raises `HandoffFailed` once the attempt is over."""

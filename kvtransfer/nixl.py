@@ -148,13 +148,24 @@ class NixlEndpoint:
         """For Offers."""
         self._inbox: queue.SimpleQueue[_Read | NixlSource | None] = queue.SimpleQueue()
         self._reading: list[_Read] = []
+        self._sources: dict[bytes, NixlSource] = {}
+        """By the description of their agent; those that are in use."""
         self.is_closing = False
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
         self._thread.start()
 
     def open(self, memory: NixlMemory) -> NixlSource:
-        """A sender's memory, of pages as large as this worker's."""
-        return NixlSource(self, memory)
+        """A sender's memory, of pages as large as this worker's. Raises `ValueError`.
+
+        There is one source for an agent, since NIXL would take the second for a new agent of that name: two workers of
+        one process have the same, and one that comes back has it while something may still be read from it.
+        """
+        known = self._sources.items()
+        self._sources = {name: source for name, source in known if not source.is_cut_off or source.num_reading}
+        source = self._sources.setdefault(memory.metadata, NixlSource(self, memory))
+        if source.memory != memory:
+            raise ValueError("it offers other memory of the same NIXL agent")
+        return source
 
     def submit(self, what: _Read | NixlSource) -> None:
         """Read soon, or let go of a source."""
@@ -257,7 +268,7 @@ class NixlEndpoint:
 async def nixl_endpoint(settings: Settings, cache: Registrable) -> AsyncIterator[NixlEndpoint | None]:
     """This worker's inside the block, where there is to be one. Raises `SettingsError`."""
     agent = await asyncio.to_thread(_agent, settings.kv_transport, settings.bind)
-    endpoint = NixlEndpoint(agent, cache) if agent is not None else None
+    endpoint = await asyncio.to_thread(NixlEndpoint, agent, cache) if agent is not None else None
     try:
         yield endpoint
     finally:

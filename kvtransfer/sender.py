@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from headrace.kvtransfer.base import PageId
-from headrace.kvtransfer.handoff import Flight, Handoff, HandoffFailed, Outgoing, State
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed, State
 from headrace.kvtransfer.messages import Abort, Commit, Refuse, Renew, ToSender
+from headrace.kvtransfer.on_the_way import Flight, Outgoing
 from headrace.kvtransfer.staging import Staging
 from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.mesh import PeerGone

@@ -153,11 +153,11 @@ class Transports:
         return opened[key]
 
     def _try_to_open(self, sender: str, offer: Offer, memory: Memory) -> Source | None:
-        if isinstance(memory, NixlMemory):
-            assert self._nixl is not None
-            return self._nixl.open(memory)
-        assert offer.host is not None
         try:
+            if isinstance(memory, NixlMemory):
+                assert self._nixl is not None
+                return self._nixl.open(memory)
+            assert offer.host is not None
             if isinstance(memory, SharedMemory):
                 page_bytes = page_bytes_of(offer.layout, self._layout, self._store.page_bytes)
                 return SharedSource(offer.host, memory, page_bytes, self._store)

@@ -244,7 +244,10 @@ class Prompts:
         return output.token.token_id, seconds
 
     async def hand_over(self, both: Pair) -> Times:
-        """One prompt alone, then another one with its handoff."""
+        """One prompt alone, then another one with its handoff, both right after one: a device that has been idle for a
+        while, as it is while bytes are compared, runs at another clock.
+        """
+        await self.prefill()
         _, alone = await self.prefill()
         loop = asyncio.get_running_loop()
         handoff = both.handoff(self.pages)

@@ -16,9 +16,10 @@ from headrace.decode.mover import COMING_TOKENS, Mover
 from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.page_pool import PagePool
-from headrace.kvtransfer.handoff import Handoff, Outgoing
+from headrace.kvtransfer.handoff import Handoff
 from headrace.kvtransfer.host import this_host
 from headrace.kvtransfer.messages import Abort, Offer
+from headrace.kvtransfer.on_the_way import Outgoing
 from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Exports

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from headrace.kvtransfer.departures import LineDepartures
-from headrace.kvtransfer.handoff import Handoff, Outgoing
+from headrace.kvtransfer.handoff import Handoff
 from headrace.kvtransfer.messages import Layout, Offer
+from headrace.kvtransfer.on_the_way import Outgoing
 from headrace.messages.request import SamplingParams
 
 PAGE_SIZE = 4

@@ -24,9 +24,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from headrace.engine.page_pool import OutOfPages, PagePool
 from headrace.kvtransfer import receiver as receiver_module
 from headrace.kvtransfer.base import Destination, Done, Source
-from headrace.kvtransfer.handoff import MAX_REPEATS, PATIENCE_SECONDS, Flight, Handoff, Outgoing, Segment, State
+from headrace.kvtransfer.handoff import Handoff, Segment, State
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import Abort, Layout, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
+from headrace.kvtransfer.on_the_way import MAX_REPEATS, PATIENCE_SECONDS, Flight, Outgoing
 from headrace.kvtransfer.receiver import LEASE_SECONDS, WINDOWS_IN_PLACE, ReceivedRequest, Receiver
 from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message
@@ -500,11 +501,11 @@ class Handoffs(RuleBasedStateMachine):
     def the_window_is_respected(self) -> None:
         """No more is on the way than was granted."""
         for job in (job for jobs in self.jobs.values() for job in jobs):
-            sizes = [sent.size for sent in job.handoff._on_the_way]
+            sizes = [sent.size for sent in job.handoff._on_the_way.sent]
             window = WINDOW if job.handoff.transport == "tcp" else WINDOWS_IN_PLACE * WINDOW
             assert sum(sizes) <= window or len(sizes) == 1
         for sender, jobs in self.jobs.items():
-            sizes = [sent.size for job in jobs for sent in job.handoff._on_the_way]
+            sizes = [sent.size for job in jobs for sent in job.handoff._on_the_way.sent]
             assert sum(sizes) == self.flights[sender].size
             assert sum(sizes) <= FLIGHT or len(sizes) == 1
 
@@ -514,7 +515,7 @@ class Handoffs(RuleBasedStateMachine):
         self.staging.check_integrity()
         taken = 0
         for job in self.jobs[SENDERS[2]]:
-            on_the_way = {sent.outgoing.sequence for sent in job.handoff._on_the_way}
+            on_the_way = {sent.outgoing.sequence for sent in job.handoff._on_the_way.sent}
             assert set(job.handoff._staged) == (on_the_way if job.handoff.transport == "shm" else set())
             taken += sum(len(staged.blocks) for staged in job.handoff._staged.values())
         assert self.staging.num_free == STAGING_BLOCKS - taken

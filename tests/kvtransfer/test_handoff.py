@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 import xxhash
 
-from headrace.kvtransfer.handoff import (
-    MAX_REPEATS,
-    PATIENCE_SECONDS,
-    Flight,
-    Handoff,
-    HandoffFailed,
-    Outgoing,
-    Segment,
-    State,
-)
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment, State
 from headrace.kvtransfer.messages import (
     Abort,
     Ack,
@@ -28,6 +19,7 @@ from headrace.kvtransfer.messages import (
     Released,
     Renew,
 )
+from headrace.kvtransfer.on_the_way import MAX_REPEATS, PATIENCE_SECONDS, Flight, Outgoing
 from headrace.wire import Decoder, encode
 from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, frame_of, make_offer
 

@@ -8,7 +8,7 @@ import functools
 import pytest
 
 from headrace.data_line import DataLine, TcpConnection
-from headrace.kvtransfer import handoff as handoff_module
+from headrace.kvtransfer import on_the_way
 from headrace.loadtest.fault_proxy import FaultProxy
 from tests.kvtransfer.test_ranks import SOURCE, TARGET, Worker, both
 
@@ -22,7 +22,7 @@ async def test_a_handoff_outlives_its_connections(
     accident: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each prompt arrives in its first attempt, also where neither end was told that its connection is gone."""
-    monkeypatch.setattr(handoff_module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(on_the_way, "PATIENCE_SECONDS", 0.05)
     async with both(Worker(1, 16), Worker(1, 16), in_place) as workers:
         port = int(workers.address.rpartition(":")[2])
         async with FaultProxy(PROXY, port, "127.0.0.1") as proxy:

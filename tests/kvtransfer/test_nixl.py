@@ -212,6 +212,27 @@ def test_a_read_that_hangs_is_over_only_when_nothing_writes_any_more(world: Worl
     assert world.agent.peers == set()
 
 
+def test_an_agent_has_one_source(world: World) -> None:
+    """As long as something is read from it; whoever comes back before that is not connected to a second time."""
+    exports = world.endpoint_there.exports
+    assert world.endpoint.open(exports) is world.source
+    with pytest.raises(ValueError, match="other memory"):
+        world.endpoint.open(msgspec.structs.replace(exports, address=0))
+    world.agent.is_stuck.set()
+    world.copy()
+    assert world.agent.looks.get(timeout=SECONDS) == "PROC"
+    world.source.close()
+    while not world.source.is_cut_off:
+        assert world.agent.looks.get(timeout=SECONDS) == "PROC"
+    assert world.endpoint.open(exports) is world.source
+    world.agent.is_stuck.clear()
+    assert world.end() is None
+    again = world.endpoint.open(exports)
+    assert again is not world.source
+    world.copy(again)
+    assert world.end() is None
+
+
 def test_closing_waits_for_what_is_being_read() -> None:
     """For a while: the memory is no longer registered, whatever becomes of it."""
     for seconds in (0.0, READ_SECONDS + 1):
