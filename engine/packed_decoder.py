@@ -19,7 +19,8 @@ from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import Checkpoint, Progress
 from headrace.kernels import packed_decoder as kernels
-from headrace.kernels.packed_linear import BLOCK, aligned, pack
+from headrace.kernels.packed_attention import AT_ONCE
+from headrace.kernels.packed_linear import BLOCK, INPUT, aligned, pack
 from headrace.kernels.packed_state import Buffers, Inputs, Shape, Weights
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.simd import LANES
@@ -129,7 +130,7 @@ def kernel_shape(config: ModelConfig, cache: KVCache, longest: int, **own: Any) 
         num_pages=cache.num_pages,
         page_size=page_size,
         table_width=table_width,
-        longest=-(-table_width * page_size // LANES) * LANES,
+        longest=-(-(table_width * page_size + AT_ONCE - 1) // LANES) * LANES,
         eps=config.norm_eps,
         **own,
     )
@@ -295,12 +296,8 @@ def _buffers(shape: Shape, rows: int, threads: int) -> Buffers:
         attended=floats(rows, attended),
         gate_up=floats(rows, 2 * shape.inner),
         logits=floats(rows, shape.vocabulary),
-        codes=aligned(np.zeros(rows * wide, np.int8)),
-        scales=floats(rows, wide // BLOCK),
-        sums=floats(rows, wide // BLOCK),
-        inner_codes=aligned(np.zeros(rows * inner, np.int8)),
-        inner_scales=floats(rows, inner // BLOCK),
-        inner_sums=floats(rows, inner // BLOCK),
+        inputs=floats(rows, wide // BLOCK, INPUT),
+        inner_inputs=floats(rows, inner // BLOCK, INPUT),
         shares=floats(threads, group),
         scores=floats(threads, group, shape.longest),
         features=floats(rows, shape.num_features),

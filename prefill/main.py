@@ -11,7 +11,7 @@ from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 from headrace.telemetry.endpoint import worker_endpoint
 
-TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
+TOKEN_BUDGET = {"cuda": 2048, "cpu": 96}
 """Prompt tokens that keep the device busy; more would only make the first of several prompts wait for the last."""
 
 
