@@ -140,6 +140,7 @@ class PackedDecoder:
     """See `Model`. Its batches' plans are `PagedPlan`s."""
 
     follows_tables = True
+    prompt_tokens: int | None = 96
     cache_dtype: torch.dtype | None = torch.float16
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, max_model_len: int) -> None:

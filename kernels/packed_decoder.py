@@ -39,8 +39,9 @@ INPUT_NORM, QKV, ROPE, ATTENTION, OUTPUT, MLP_NORM, GATE_UP, DOWN = range(8)
 PHASES_OF_LAYER = 8
 LAST_NORM, HEAD_INPUT, HEAD = range(3)
 """Phases after the layers."""
-CHUNKS = 16
+CHUNKS, CHUNKS_OF_MANY_ROWS = 16, 48
 """About so many a phase: few enough to cost nothing, enough that threads end together."""
+MANY_ROWS = 16
 ROW_CHUNKS = 64
 HEAD_GROUPS = 32
 """Groups of the head's outputs in a chunk."""
@@ -69,9 +70,8 @@ def _chunks(phase, shape, control):
         return of_rows
     if kind == ATTENTION:
         return of_rows * shape.kv_heads
-    if kind == GATE_UP:
-        return min(shape.inner // BLOCK, CHUNKS)
-    return min(shape.hidden // GROUP, CHUNKS)
+    most = CHUNKS if rows < MANY_ROWS else CHUNKS_OF_MANY_ROWS
+    return min(shape.inner // BLOCK if kind == GATE_UP else shape.hidden // GROUP, most)
 
 
 @njit(nogil=True, forceinline=True)

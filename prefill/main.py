@@ -11,7 +11,7 @@ from headrace.prefill.worker import PrefillWorker
 from headrace.settings import Settings
 from headrace.telemetry.endpoint import worker_endpoint
 
-TOKEN_BUDGET = {"cuda": 2048, "cpu": 96}
+TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
 """Prompt tokens that keep the device busy; more would only make the first of several prompts wait for the last."""
 
 
@@ -30,7 +30,9 @@ async def run(settings: Settings) -> None:
             turns=OwnDevice(
                 model.engine,
                 model.device_thread,
-                settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
+                settings.max_num_batched_tokens
+                or model.engine.model.prompt_tokens
+                or TOKEN_BUDGET[model.engine.device.type],
             ),
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,
