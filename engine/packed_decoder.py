@@ -25,7 +25,7 @@ from headrace.kernels.packed_state import Buffers, Inputs, Shape, Weights
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.simd import LANES
 
-LAYERS_AT_ONCE = 5
+LAYERS_AT_ONCE = 10
 """Layers between two calls of `on_layer`: for each, the thread must wait for the interpreter's lock."""
 FIRST_ROWS = 16
 """Rows that buffers are made for at first; they double when a batch has more."""
