@@ -295,7 +295,7 @@ def _buffers(shape: Shape, rows: int, threads: int) -> Buffers:
         hidden=floats(rows, shape.hidden),
         qkv=floats(rows, attended + 2 * shape.kv_heads * shape.head_dim),
         attended=floats(rows, attended),
-        gate_up=floats(rows, 2 * shape.inner),
+        gate_up=floats(threads, rows, 2 * BLOCK),
         logits=floats(rows, shape.vocabulary),
         inputs=floats(rows, wide // BLOCK, INPUT),
         inner_inputs=floats(rows, inner // BLOCK, INPUT),

@@ -148,13 +148,13 @@ def _activate(gate_up, gate, up):
 
 
 @njit(nogil=True)
-def _gate_up(first, end, layer, weights, shape, rows, buffers):
+def _gate_up(first, end, layer, thread, weights, shape, rows, buffers):
     """Blocks `first` to `end` of the inner activations of all rows."""
     blocks, groups, both = shape.hidden // BLOCK, 2 * BLOCK // GROUP, 2 * BLOCK
     inner_blocks, gate_up, one = shape.inner // BLOCK, buffers.gate_up, np.float32(1)
+    place = thread * rows * both
     for block in range(first, end):
         base = (layer * inner_blocks + block) * groups * blocks * RECORD
-        place = block * rows * both
         project(weights.gate_up, base, blocks, groups, buffers.inputs, rows, gate_up, place, both, np.int64(0))
         for row in range(rows):
             at = place + row * both
@@ -193,7 +193,7 @@ def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, bu
         _project(first, end, layer, weights.qkv, outputs, size, buffers.inputs, rows, buffers.qkv, np.int64(0))
     elif kind == GATE_UP:
         first, end = _part(chunk, chunks, shape.inner // BLOCK)
-        _gate_up(first, end, layer, weights, shape, rows, buffers)
+        _gate_up(first, end, layer, thread, weights, shape, rows, buffers)
     else:
         first, end = _part(chunk, chunks, shape.hidden // GROUP)
         records, size = weights.down, shape.inner

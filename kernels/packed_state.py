@@ -68,6 +68,7 @@ class Buffers(NamedTuple):
     qkv: np.ndarray
     attended: np.ndarray
     gate_up: np.ndarray
+    """[threads, rows, 64]: a block of the gate, and of up, before the activation; reused while it is in the cache."""
     logits: np.ndarray
     inputs: np.ndarray
     """Of QKV, of gate and up, and of the head: see `packed_linear.quantize`."""
