@@ -30,6 +30,8 @@ LayerAnnounced = Callable[[int, Ready | None], None]
 class Model(Protocol):
     """A decoder with its weights on one device."""
 
+    prompt_tokens: int | None
+    """Prompt tokens of a step from which on a token costs the same, where the model knows better than its device."""
     follows_tables: bool
     """Its plans are `PagedPlan`s."""
     cache_dtype: torch.dtype | None

@@ -29,6 +29,7 @@ class FusedDecoder:
     """Packed QKV and gate/up projections, paged attention, and residual sums folded into the norms that follow them."""
 
     follows_tables = False
+    prompt_tokens: int | None = None
     cache_dtype: torch.dtype | None = None
 
     def __init__(

@@ -22,6 +22,7 @@ class GeneralModel:
     """Loads a folder by `AutoModelForCausalLM`; models whose attention is more than softmax(QK)V are refused."""
 
     follows_tables = False
+    prompt_tokens: int | None = None
     cache_dtype: torch.dtype | None = None
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:

@@ -19,13 +19,14 @@ from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import Checkpoint, Progress
 from headrace.kernels import packed_decoder as kernels
-from headrace.kernels.packed_linear import BLOCK, PackedWeight, aligned, pack
+from headrace.kernels.packed_attention import AT_ONCE
+from headrace.kernels.packed_linear import BLOCK, INPUT, PackedWeight, aligned, pack
 from headrace.kernels.packed_state import Buffers, Inputs, Shape, Weights
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.round_weights import round_to_4_bits
 from headrace.kernels.simd import LANES
 
-LAYERS_AT_ONCE = 5
+LAYERS_AT_ONCE = 10
 """Layers between two calls of `on_layer`: for each, the thread must wait for the interpreter's lock."""
 FIRST_ROWS = 16
 """Rows that buffers are made for at first; they double when a batch has more."""
@@ -142,7 +143,7 @@ def kernel_shape(config: ModelConfig, cache: PagedLayers, longest: int, **own: A
         page_stride=cache.layer(0).stride(0),
         page_size=page_size,
         table_width=table_width,
-        longest=-(-table_width * page_size // LANES) * LANES,
+        longest=-(-(table_width * page_size + AT_ONCE - 1) // LANES) * LANES,
         eps=config.norm_eps,
         **own,
     )
@@ -152,6 +153,7 @@ class PackedDecoder:
     """See `Model`. Its batches' plans are `PagedPlan`s."""
 
     follows_tables = True
+    prompt_tokens: int | None = 96
     cache_dtype: torch.dtype | None = torch.float16
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, max_model_len: int) -> None:
@@ -306,14 +308,10 @@ def _buffers(shape: Shape, rows: int, threads: int) -> Buffers:
         hidden=floats(rows, shape.hidden),
         qkv=floats(rows, attended + 2 * shape.kv_heads * shape.head_dim),
         attended=floats(rows, attended),
-        gate_up=floats(rows, 2 * shape.inner),
+        gate_up=floats(threads, rows, 2 * BLOCK),
         logits=floats(rows, shape.vocabulary),
-        codes=aligned(np.zeros(rows * wide, np.int8)),
-        scales=floats(rows, wide // BLOCK),
-        sums=floats(rows, wide // BLOCK),
-        inner_codes=aligned(np.zeros(rows * inner, np.int8)),
-        inner_scales=floats(rows, inner // BLOCK),
-        inner_sums=floats(rows, inner // BLOCK),
+        inputs=floats(rows, wide // BLOCK, INPUT),
+        inner_inputs=floats(rows, inner // BLOCK, INPUT),
         shares=floats(threads, group),
         scores=floats(threads, group, shape.longest),
         features=floats(rows, shape.num_features),

@@ -209,7 +209,13 @@ def describe_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequen
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-    values, order = logprobs.topk(min(max([*counts, 1]), logits.shape[-1]), -1)
+    most = min(max(counts, default=0), logits.shape[-1])
+    if most == 0:  # a search of the whole vocabulary for nothing takes as long as all else here
+        return [
+            TokenLogprobs(token_id=token, logprob=logprob, top=[])
+            for token, logprob in zip(tokens.tolist(), chosen, strict=True)
+        ]
+    values, order = logprobs.topk(most, -1)
     return [
         TokenLogprobs(
             token_id=token,

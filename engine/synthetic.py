@@ -34,6 +34,7 @@ class SyntheticModel:
     """Stands where a `Model` is expected; nobody runs it."""
 
     follows_tables = True
+    prompt_tokens: int | None = None
     cache_dtype: torch.dtype | None = None
     feature_layers: tuple[int, ...] = ()
     features = torch.empty(0, 0)

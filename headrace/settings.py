@@ -142,7 +142,10 @@ class Settings(BaseModel):
         WORKER,
     )
     max_num_batched_tokens: int | None = _field(
-        None, "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU)", WORKER, ge=16
+        None,
+        "prompt tokens that a prefill step computes (default: 2048 on a GPU, 512 on a CPU, 96 with packed weights)",
+        WORKER,
+        ge=16,
     )
     max_num_prefills: int = _field(8, "prompts that a prefill worker holds at once", WORKER, ge=1, le=256)
     cpu_threads: int | None = _field(

@@ -5,27 +5,41 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-from headrace.kernels.packed_linear import BLOCK, quantize
+from headrace.kernels.packed_linear import BLOCK, INPUT, quantize
 from headrace.kernels.simd import (
+    F32,
+    FLOATS,
     LANES,
+    Vectors,
     add,
     broadcast,
     exponential,
+    four_sums,
+    fused_multiply_add,
+    half_vector,
     larger,
     largest_lane,
+    load,
     load_floats,
-    load_halves,
     multiply,
-    multiply_add,
+    pointer,
+    splat,
+    store,
     store_floats,
-    store_four_sums,
     store_halves,
     subtract,
     sum_lanes,
     zeros,
 )
+
+AT_ONCE = 4
+"""Keys, or vectors of a value, that meet all queries while they are in registers."""
+MAX_HEADS = 3
+"""Queries that share them: 3 x 4 sums, 3 queries and a key are the 16 registers."""
 
 
 @njit(nogil=True, forceinline=True)
@@ -68,28 +82,129 @@ def rotate_and_write(first, end, layer, weights, shape, inputs, buffers):
                     store_halves(weights.pages, to + i, load_floats(buffers.qkv, at + i))
 
 
-@njit(nogil=True, forceinline=True)
-def _scores(queries, query, pages, keys, count, page_size, size, scores, at):
-    """Products of one query with `count` keys of a page, and with up to three more that nobody looks at."""
-    key = 0
-    while key < count:
-        place = keys + key * size
-        if key + 4 <= page_size:
-            a, b, c, d = zeros(), zeros(), zeros(), zeros()
+def _for_heads(heads):
+    """Scores and weighted values of `heads` queries of a KV head: what is loaded and widened serves them all."""
+    sums = Vectors(FLOATS, heads * AT_ONCE)
+
+    def at(builder, index, step, count):
+        return builder.add(index, builder.mul(step, step.type(count)))
+
+    def add_all(builder, totals, of_head, of_four):
+        """Adds `of_head(h) * of_four(j)` to vector h * 4 + j."""
+        left = [of_head(head) for head in range(heads)]
+        for j in range(AT_ONCE):
+            right = of_four(j)
+            for index, factor in enumerate(left):
+                place = index * AT_ONCE + j
+                total = fused_multiply_add(builder, factor, right, builder.extract_value(totals, place))
+                totals = builder.insert_value(totals, total, place)
+        return totals
+
+    @intrinsic
+    def no_sums(typing):
+        return sums(), lambda context, builder, signature, given: ir.Constant(
+            sums.ir, [ir.Constant(FLOATS, [0.0] * LANES)] * sums.ir.count
+        )
+
+    @intrinsic
+    def add_products(typing, totals, queries, query, pages, key, size):
+        """Of 8 numbers of each query, `size` apart, and of four keys."""
+
+        def generate(context, builder, signature, given):
+            totals, queries, query, pages, key, size = given
+
+            def of_head(head):
+                place = at(builder, query, size, head)
+                return load(builder, pointer(context, builder, signature.args[1], queries, place, FLOATS))
+
+            def of_key(j):
+                return half_vector(context, builder, signature.args[3], pages, at(builder, key, size, j))
+
+            return add_all(builder, totals, of_head, of_key)
+
+        return sums(sums, queries, types.intp, pages, types.intp, types.intp), generate
+
+    @intrinsic
+    def store_scores(typing, totals, scores, first, longest):
+        """Four scores of each head, `longest` apart."""
+
+        def generate(context, builder, signature, given):
+            totals, scores, first, longest = given
+            for head in range(heads):
+                vectors = [builder.extract_value(totals, head * AT_ONCE + j) for j in range(AT_ONCE)]
+                four, place = four_sums(builder, *vectors), at(builder, first, longest, head)
+                store(builder, four, pointer(context, builder, signature.args[1], scores, place, four.type))
+            return context.get_dummy_value()
+
+        return types.void(sums, scores, types.intp, types.intp), generate
+
+    @intrinsic
+    def add_weighted(typing, totals, scores, score, longest, pages, value):
+        """32 numbers of a value times each head's score."""
+
+        def generate(context, builder, signature, given):
+            totals, scores, score, longest, pages, value = given
+
+            def of_head(head):
+                place = at(builder, score, longest, head)
+                weight = load(builder, pointer(context, builder, signature.args[1], scores, place, F32))
+                return splat(builder, weight, FLOATS)
+
+            def of_value(j):
+                return half_vector(context, builder, signature.args[4], pages, at(builder, value, value.type(LANES), j))
+
+            return add_all(builder, totals, of_head, of_value)
+
+        return sums(sums, scores, types.intp, types.intp, pages, types.intp), generate
+
+    def each(context, builder, kind, out, to, size):
+        """Where the 32 numbers of each head are, `size` apart."""
+        for index in range(sums.ir.count):
+            place = builder.add(at(builder, to, size, index // AT_ONCE), to.type(index % AT_ONCE * LANES))
+            yield index, pointer(context, builder, kind, out, place, FLOATS)
+
+    @intrinsic
+    def load_outputs(typing, out, to, size):
+        def generate(context, builder, signature, given):
+            totals = ir.Constant(sums.ir, ir.Undefined)
+            for index, address in each(context, builder, signature.args[0], *given):
+                totals = builder.insert_value(totals, load(builder, address), index)
+            return totals
+
+        return sums(out, types.intp, types.intp), generate
+
+    @intrinsic
+    def store_outputs(typing, totals, out, to, size):
+        def generate(context, builder, signature, given):
+            for index, address in each(context, builder, signature.args[1], *given[1:]):
+                store(builder, builder.extract_value(given[0], index), address)
+            return context.get_dummy_value()
+
+        return types.void(sums, out, types.intp, types.intp), generate
+
+    @njit(nogil=True, forceinline=True)
+    def score(queries, query, pages, keys, count, size, scores, first, longest):
+        """Products with `count` keys that lie one after the other, and with up to three more that nobody looks at."""
+        for key in range(0, count, AT_ONCE):
+            totals = no_sums()
             for i in range(0, size, LANES):
-                some = load_floats(queries, query + i)
-                a = multiply_add(some, load_halves(pages, place + i), a)
-                b = multiply_add(some, load_halves(pages, place + size + i), b)
-                c = multiply_add(some, load_halves(pages, place + 2 * size + i), c)
-                d = multiply_add(some, load_halves(pages, place + 3 * size + i), d)
-            store_four_sums(scores, at + key, a, b, c, d)
-            key += 4
-        else:
-            a = zeros()
-            for i in range(0, size, LANES):
-                a = multiply_add(load_floats(queries, query + i), load_halves(pages, place + i), a)
-            scores[at + key] = sum_lanes(a)
-            key += 1
+                totals = add_products(totals, queries, query + i, pages, keys + key * size + i, size)
+            store_scores(totals, scores, first + key, longest)
+
+    @njit(nogil=True, forceinline=True)
+    def add_values(scores, first, longest, pages, values, count, size, out, to):
+        """Add `count` values that lie one after the other, each times its weight, to each head's output."""
+        for i in range(0, size, AT_ONCE * LANES):
+            totals = load_outputs(out, to + i, size)
+            for key in range(count):
+                totals = add_weighted(totals, scores, first + key, longest, pages, values + key * size + i)
+            store_outputs(totals, out, to + i, size)
+
+    return score, add_values
+
+
+_score_1, _add_values_1 = _for_heads(1)
+_score_3, _add_values_3 = _for_heads(MAX_HEADS)
 
 
 @njit(nogil=True, forceinline=True)
@@ -108,43 +223,6 @@ def _softmax(scores, at, count, scaling):
     return np.float32(1) / sum_lanes(total)
 
 
-@njit(nogil=True, forceinline=True)
-def _add_values(scores, at, pages, values, count, size, out, to):
-    """Add `count` values that lie one after the other, each times its weight, 64 numbers at a time, or 32."""
-    i = 0
-    while size - i >= 8 * LANES:
-        a, b = load_floats(out, to + i), load_floats(out, to + i + LANES)
-        c, d = load_floats(out, to + i + 2 * LANES), load_floats(out, to + i + 3 * LANES)
-        e, f = load_floats(out, to + i + 4 * LANES), load_floats(out, to + i + 5 * LANES)
-        g, h = load_floats(out, to + i + 6 * LANES), load_floats(out, to + i + 7 * LANES)
-        for key in range(count):
-            weight, place = broadcast(scores[at + key]), values + key * size + i
-            a = multiply_add(weight, load_halves(pages, place), a)
-            b = multiply_add(weight, load_halves(pages, place + LANES), b)
-            c = multiply_add(weight, load_halves(pages, place + 2 * LANES), c)
-            d = multiply_add(weight, load_halves(pages, place + 3 * LANES), d)
-            e = multiply_add(weight, load_halves(pages, place + 4 * LANES), e)
-            f = multiply_add(weight, load_halves(pages, place + 5 * LANES), f)
-            g = multiply_add(weight, load_halves(pages, place + 6 * LANES), g)
-            h = multiply_add(weight, load_halves(pages, place + 7 * LANES), h)
-        store_floats(out, to + i, a)
-        store_floats(out, to + i + LANES, b)
-        store_floats(out, to + i + 2 * LANES, c)
-        store_floats(out, to + i + 3 * LANES, d)
-        store_floats(out, to + i + 4 * LANES, e)
-        store_floats(out, to + i + 5 * LANES, f)
-        store_floats(out, to + i + 6 * LANES, g)
-        store_floats(out, to + i + 7 * LANES, h)
-        i += 8 * LANES
-    while i < size:
-        a = load_floats(out, to + i)
-        for key in range(count):
-            place = values + key * size + i
-            a = multiply_add(broadcast(scores[at + key]), load_halves(pages, place), a)
-        store_floats(out, to + i, a)
-        i += LANES
-
-
 @njit(nogil=True)
 def attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
     """All query heads of a row that share a KV head, over all tokens up to the row's own; rounded for the output."""
@@ -155,9 +233,13 @@ def attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
     for first in range(0, context, page_size):
         count = min(page_size, context - first)
         keys = _page_at(layer, _page_of(row, first, shape, inputs), 0, kv_head, weights, shape)
-        for head in range(group):
-            at = scores + head * longest + first
-            _scores(buffers.qkv, query + head * size, weights.pages, keys, count, page_size, size, buffers.scores, at)
+        head, at = 0, scores + first
+        while group - head >= MAX_HEADS:
+            _score_3(buffers.qkv, query + head * size, weights.pages, keys, count, size, buffers.scores, at, longest)
+            head, at = head + MAX_HEADS, at + MAX_HEADS * longest
+        while head < group:
+            _score_1(buffers.qkv, query + head * size, weights.pages, keys, count, size, buffers.scores, at, longest)
+            head, at = head + 1, at + longest
     out = (row * shape.heads + kv_head * group) * size
     for i in range(out, out + group * size, LANES):
         store_floats(buffers.attended, i, zeros())
@@ -168,10 +250,13 @@ def attend(row, kv_head, layer, thread, weights, shape, inputs, buffers):
     for first in range(0, context, page_size):
         count = min(page_size, context - first)
         values = _page_at(layer, _page_of(row, first, shape, inputs), 1, kv_head, weights, shape)
-        for head in range(group):
-            at = scores + head * longest + first
-            _add_values(buffers.scores, at, weights.pages, values, count, size, buffers.attended, out + head * size)
-    codes, scales, sums = buffers.inner_codes, buffers.inner_scales, buffers.inner_sums
+        to, at, end = out, scores + first, out + group * size
+        while end - to >= MAX_HEADS * size:
+            _add_values_3(buffers.scores, at, longest, weights.pages, values, count, size, buffers.attended, to)
+            to, at = to + MAX_HEADS * size, at + MAX_HEADS * longest
+        while to < end:
+            _add_values_1(buffers.scores, at, longest, weights.pages, values, count, size, buffers.attended, to)
+            to, at = to + size, at + longest
     for head in range(group):
         at, share = out + head * size, buffers.shares[thread * group + head]
-        quantize(buffers.attended, at, size, share, codes, at, scales, sums, at // BLOCK)
+        quantize(buffers.attended, at, size, share, buffers.inner_inputs, at // BLOCK * INPUT)

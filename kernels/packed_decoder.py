@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from headrace.kernels.packed_attention import attend, rotate_and_write
-from headrace.kernels.packed_linear import BLOCK, RECORD, project, quantize
+from headrace.kernels.packed_linear import BLOCK, GROUP, INPUT, RECORD, project, quantize
 from headrace.kernels.simd import (
     LANES,
     add,
@@ -39,10 +39,11 @@ INPUT_NORM, QKV, ROPE, ATTENTION, OUTPUT, MLP_NORM, GATE_UP, DOWN = range(8)
 PHASES_OF_LAYER = 8
 LAST_NORM, HEAD_INPUT, HEAD = range(3)
 """Phases after the layers."""
-CHUNKS = 16
+CHUNKS, CHUNKS_OF_MANY_ROWS = 16, 48
 """About so many a phase: few enough to cost nothing, enough that threads end together."""
+MANY_ROWS = 16
 ROW_CHUNKS = 64
-HEAD_GROUPS = 64
+HEAD_GROUPS = 32
 """Groups of the head's outputs in a chunk."""
 SPINS = 4000
 """Looks for work before a thread lets others have the core, some 100 microseconds."""
@@ -62,16 +63,15 @@ def _chunks(phase, shape, control):
     after = phase - shape.layers * PHASES_OF_LAYER
     if after >= 0:
         if after == HEAD:
-            return -(-(shape.vocabulary // LANES) // HEAD_GROUPS)
+            return -(-(shape.vocabulary // GROUP) // HEAD_GROUPS)
         return of_rows if after == LAST_NORM else min(control[OUTPUT_ROWS], ROW_CHUNKS)
     kind = phase % PHASES_OF_LAYER
     if kind in (INPUT_NORM, ROPE, MLP_NORM):
         return of_rows
     if kind == ATTENTION:
         return of_rows * shape.kv_heads
-    if kind == GATE_UP:
-        return min(shape.inner // BLOCK, CHUNKS)
-    return min(shape.hidden // LANES, CHUNKS)
+    most = CHUNKS if rows < MANY_ROWS else CHUNKS_OF_MANY_ROWS
+    return min(shape.inner // BLOCK if kind == GATE_UP else shape.hidden // GROUP, most)
 
 
 @njit(nogil=True, forceinline=True)
@@ -96,25 +96,23 @@ def _normalize(row, size, residual, weights, weight, eps, out):
 @njit(nogil=True)
 def _normalize_rows(first, end, weights, weight, shape, buffers):
     """RMS norm of the residual stream, rounded for the projection that follows."""
-    size, blocks, one = shape.hidden, shape.hidden // BLOCK, np.float32(1)
+    size, one = shape.hidden, np.float32(1)
     for row in range(first, end):
         _normalize(row, size, buffers.residual, weights, weight, shape.eps, buffers.hidden)
-        at = row * size
-        quantize(buffers.hidden, at, size, one, buffers.codes, at, buffers.scales, buffers.sums, row * blocks)
+        quantize(buffers.hidden, row * size, size, one, buffers.inputs, row * size // BLOCK * INPUT)
 
 
 @njit(nogil=True)
 def _normalize_pairs(first, end, weights, shape, buffers):
     """A draft head's input: RMS norms of the token's embedding and of the state, side by side, rounded."""
     size, one = shape.hidden, np.float32(1)
-    blocks = size // BLOCK
-    codes, scales, sums = buffers.codes, buffers.scales, buffers.sums
+    half = size // BLOCK * INPUT
     for row in range(first, end):
         at = row * size
         _normalize(row, size, buffers.embedded, weights.input_norms, 0, shape.eps, buffers.hidden)
-        quantize(buffers.hidden, at, size, one, codes, 2 * at, scales, sums, 2 * row * blocks)
+        quantize(buffers.hidden, at, size, one, buffers.inputs, 2 * row * half)
         _normalize(row, size, buffers.residual, weights.input_norms, size, shape.eps, buffers.hidden)
-        quantize(buffers.hidden, at, size, one, codes, 2 * at + size, scales, sums, (2 * row + 1) * blocks)
+        quantize(buffers.hidden, at, size, one, buffers.inputs, (2 * row + 1) * half)
 
 
 @njit(nogil=True)
@@ -134,11 +132,9 @@ def fuse(rows, records, shape, buffers):
     size, one = shape.num_features, np.float32(1)
     blocks = size // BLOCK
     for row in range(rows):
-        at = row * size
-        quantize(buffers.features, at, size, one, buffers.codes, at, buffers.scales, buffers.sums, row * blocks)
-    inputs = (buffers.codes, buffers.scales, buffers.sums)
-    groups = shape.hidden // LANES
-    project(records, 0, blocks, groups, inputs, rows, buffers.residual, 0, shape.hidden, np.int64(0))
+        quantize(buffers.features, row * size, size, one, buffers.inputs, row * blocks * INPUT)
+    groups = shape.hidden // GROUP
+    project(records, 0, blocks, groups, buffers.inputs, rows, buffers.residual, 0, shape.hidden, np.int64(0))
 
 
 @njit(nogil=True, forceinline=True)
@@ -152,37 +148,30 @@ def _activate(gate_up, gate, up):
 
 
 @njit(nogil=True)
-def _gate_up(first, end, layer, weights, shape, rows, buffers):
+def _gate_up(first, end, layer, thread, weights, shape, rows, buffers):
     """Blocks `first` to `end` of the inner activations of all rows."""
-    blocks, groups = shape.hidden // BLOCK, 2 * BLOCK // LANES
-    base = (layer * 2 * shape.inner // LANES + first * groups) * blocks * RECORD
-    inputs = (buffers.codes, buffers.scales, buffers.sums)
-    width, inner_blocks = 2 * shape.inner, shape.inner // BLOCK
-    column = first * 2 * BLOCK
-    codes, scales, sums = buffers.inner_codes, buffers.inner_scales, buffers.inner_sums
-    project(
-        weights.gate_up, base, blocks, (end - first) * groups, inputs, rows, buffers.gate_up, column, width, np.int64(0)
-    )
-    for row in range(rows):
-        for block in range(first, end):
-            at = row * width + block * 2 * BLOCK
-            _activate(buffers.gate_up, at, at + BLOCK)
-            to = row * inner_blocks + block
-            quantize(buffers.gate_up, at, BLOCK, np.float32(1), codes, to * BLOCK, scales, sums, to)
+    blocks, groups, both = shape.hidden // BLOCK, 2 * BLOCK // GROUP, 2 * BLOCK
+    inner_blocks, gate_up, one = shape.inner // BLOCK, buffers.gate_up, np.float32(1)
+    place = thread * rows * both
+    for block in range(first, end):
+        base = (layer * inner_blocks + block) * groups * blocks * RECORD
+        project(weights.gate_up, base, blocks, groups, buffers.inputs, rows, gate_up, place, both, np.int64(0))
+        for row in range(rows):
+            at = place + row * both
+            _activate(gate_up, at, at + BLOCK)
+            quantize(gate_up, at, BLOCK, one, buffers.inner_inputs, (row * inner_blocks + block) * INPUT)
 
 
 @njit(nogil=True)
 def _project(first, end, layer, records, outputs, size, inputs, rows, out, is_sum):
     """Groups `first` to `end` of a projection of all rows."""
     blocks = size // BLOCK
-    base = (layer * outputs // LANES + first) * blocks * RECORD
-    project(records, base, blocks, end - first, inputs, rows, out, first * LANES, outputs, is_sum)
+    base = (layer * outputs // GROUP + first) * blocks * RECORD
+    project(records, base, blocks, end - first, inputs, rows, out, first * GROUP, outputs, is_sum)
 
 
 @njit(nogil=True)
 def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, buffers, rows):
-    hidden_inputs = (buffers.codes, buffers.scales, buffers.sums)
-    inner_inputs = (buffers.inner_codes, buffers.inner_scales, buffers.inner_sums)
     first, end = _part(chunk, chunks, rows)
     if kind == INPUT_NORM and shape.qkv_inputs > shape.hidden:
         _normalize_pairs(first, end, weights, shape, buffers)
@@ -199,18 +188,20 @@ def _run_in_layer(kind, layer, chunk, chunks, thread, weights, shape, inputs, bu
             attend(row, chunk % shape.kv_heads, layer, thread, weights, shape, inputs, buffers)
     elif kind == QKV:
         outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        first, end = _part(chunk, chunks, outputs // LANES)
+        first, end = _part(chunk, chunks, outputs // GROUP)
         size = shape.qkv_inputs
-        _project(first, end, layer, weights.qkv, outputs, size, hidden_inputs, rows, buffers.qkv, np.int64(0))
+        _project(first, end, layer, weights.qkv, outputs, size, buffers.inputs, rows, buffers.qkv, np.int64(0))
     elif kind == GATE_UP:
         first, end = _part(chunk, chunks, shape.inner // BLOCK)
-        _gate_up(first, end, layer, weights, shape, rows, buffers)
+        _gate_up(first, end, layer, thread, weights, shape, rows, buffers)
     else:
-        first, end = _part(chunk, chunks, shape.hidden // LANES)
+        first, end = _part(chunk, chunks, shape.hidden // GROUP)
         records, size = weights.down, shape.inner
         if kind == OUTPUT:
             records, size = weights.output, shape.heads * shape.head_dim
-        _project(first, end, layer, records, shape.hidden, size, inner_inputs, rows, buffers.residual, np.int64(1))
+        _project(
+            first, end, layer, records, shape.hidden, size, buffers.inner_inputs, rows, buffers.residual, np.int64(1)
+        )
 
 
 @njit(nogil=True)
@@ -222,16 +213,14 @@ def _run_after_layers(kind, chunk, chunks, weights, shape, buffers, rows, output
             _normalize(row, size, buffers.residual, weights.norm, 0, shape.eps, buffers.hidden)
     elif kind == HEAD_INPUT:
         first, end = _part(chunk, chunks, output_rows)
-        blocks, one = size // BLOCK, np.float32(1)
-        codes, scales, sums = buffers.codes, buffers.scales, buffers.sums
         for row in range(first, end):
             for copy in range(row * copies, (row + 1) * copies):
-                quantize(buffers.hidden, row * size, size, one, codes, copy * size, scales, sums, copy * blocks)
+                place = copy * size // BLOCK * INPUT
+                quantize(buffers.hidden, row * size, size, np.float32(1), buffers.inputs, place)
     else:
-        groups = shape.vocabulary // LANES
+        groups = shape.vocabulary // GROUP
         first = chunk * HEAD_GROUPS
         end = min(first + HEAD_GROUPS, groups)
-        inputs = (buffers.codes, buffers.scales, buffers.sums)
         _project(
             first,
             end,
@@ -239,7 +228,7 @@ def _run_after_layers(kind, chunk, chunks, weights, shape, buffers, rows, output
             weights.head,
             shape.vocabulary,
             size * copies,
-            inputs,
+            buffers.inputs,
             output_rows,
             buffers.logits,
             np.int64(0),

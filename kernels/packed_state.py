@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     page_size: int
     table_width: int
     longest: int
-    """Room for the scores of a context, whole pages and a multiple of 8."""
+    """Room for the scores of a context and of three keys more, a multiple of 8."""
     eps: float
     qkv_inputs: int
     """The hidden size; twice that for a draft head, whose layer reads a token's embedding beside the state."""
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """float32, but int8 for what ends in codes; a row for each token, and for the head one for each row of logits."""
+    """float32; a row for each token, and for the head one for each row of logits."""
 
     residual: np.ndarray
     cosines: np.ndarray
@@ -71,13 +71,12 @@ class Buffers(NamedTuple):
     qkv: np.ndarray
     attended: np.ndarray
     gate_up: np.ndarray
+    """[threads, rows, 64]: a block of the gate, and of up, before the activation; reused while it is in the cache."""
     logits: np.ndarray
-    codes: np.ndarray
-    scales: np.ndarray
-    sums: np.ndarray
-    inner_codes: np.ndarray
-    inner_scales: np.ndarray
-    inner_sums: np.ndarray
+    inputs: np.ndarray
+    """Of QKV, of gate and up, and of the head: see `packed_linear.quantize`."""
+    inner_inputs: np.ndarray
+    """Of the output projection, and of down."""
     shares: np.ndarray
     """[threads, query heads of a KV head]: one over the sum of a softmax."""
     scores: np.ndarray

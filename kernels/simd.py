@@ -20,10 +20,10 @@ BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(*of) for of in ((I8, 32), (I16, 16)
 
 
 class Vectors(types.Type):  # type: ignore[misc]
-    """Some vectors of one kind, kept in registers."""
+    """A vector, or `count` values of one kind, kept in registers."""
 
-    def __init__(self, of: ir.VectorType, count: int = 1) -> None:
-        self.ir = of if count == 1 else ir.ArrayType(of, count)
+    def __init__(self, of: ir.Type, count: int = 0) -> None:
+        self.ir = of if count == 0 else ir.ArrayType(of, count)
         super().__init__(f"{count}x[{of}]")
 
 
@@ -52,6 +52,12 @@ def load(builder, address):
 def store(builder, value, address):
     """Store to an address that may be odd."""
     builder.store(value, address).align = 1
+
+
+def half_vector(context, builder, array_type, array, index):
+    """Eight float16 of an array as float32."""
+    kind = ir.VectorType(ir.HalfType(), LANES)
+    return builder.fpext(load(builder, pointer(context, builder, array_type, array, index, kind)), FLOATS)
 
 
 def splat(builder, value, vector):
@@ -103,10 +109,7 @@ def load_halves(typing, array, index):
     """Eight float16 as float32."""
 
     def generate(context, builder, signature, given):
-        kind = ir.VectorType(ir.HalfType(), LANES)
-        return builder.fpext(
-            load(builder, pointer(context, builder, signature.args[0], given[0], given[1], kind)), FLOATS
-        )
+        return half_vector(context, builder, signature.args[0], *given)
 
     return float32x8(array, types.intp), generate
 
@@ -193,23 +196,14 @@ sum_lanes = _across(lambda builder, a, b: builder.fadd(a, b))
 largest_lane = _across(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
-@intrinsic
-def store_four_sums(typing, array, index, a, b, c, d):
-    """Store `sum_lanes` of four vectors one after the other."""
+def four_sums(builder, a, b, c, d):
+    """`sum_lanes` of four vectors, in a vector of four."""
 
-    def generate(context, builder, signature, given):
-        array, index, *vectors = given
+    def plus(builder, a, b):
+        return builder.fadd(a, b)
 
-        def plus(builder, a, b):
-            return builder.fadd(a, b)
-
-        a, b, c, d = vectors
-        first, second = _pairs(builder, a, b, plus), _pairs(builder, c, d, plus)
-        sums = _halves(builder, _pairs(builder, first, second, plus), plus)
-        store(builder, sums, pointer(context, builder, signature.args[0], array, index, sums.type))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, float32x8, float32x8, float32x8, float32x8), generate
+    first, second = _pairs(builder, a, b, plus), _pairs(builder, c, d, plus)
+    return _halves(builder, _pairs(builder, first, second, plus), plus)
 
 
 @intrinsic
@@ -324,6 +318,17 @@ def compare_and_swap(typing, array, index, old, new):
         return builder.extract_value(found, 1)
 
     return types.boolean(array, types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def keep_apart(typing):
+    """Never copy the function that calls this into others: its registers are its own, its speed the same everywhere."""
+
+    def generate(context, builder, signature, given):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

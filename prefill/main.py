@@ -32,7 +32,9 @@ async def run(settings: Settings) -> None:
             turns=OwnDevice(
                 model.engine,
                 model.device_thread,
-                settings.max_num_batched_tokens or TOKEN_BUDGET[model.engine.device.type],
+                settings.max_num_batched_tokens
+                or model.engine.model.prompt_tokens
+                or TOKEN_BUDGET[model.engine.device.type],
             ),
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,

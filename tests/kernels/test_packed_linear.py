@@ -10,9 +10,9 @@ from headrace.engine.device import can_pack
 if not can_pack():
     pytest.skip("packed weights need numba and AVX2", allow_module_level=True)
 
-from headrace.kernels.packed_linear import BLOCK, pack, project, quantize
+from headrace.kernels.packed_linear import BLOCK, GROUP, INPUT, pack, project, quantize
 
-SHAPES = [(8, 32), (64, 96), (120, 576), (72, 1536)]
+SHAPES = [(16, 32), (64, 96), (112, 576), (80, 1536)]
 
 
 def weights_of_4_bits(rows: int, inputs: int) -> np.ndarray:
@@ -34,16 +34,15 @@ def weights_of_8_bits(rows: int, inputs: int) -> np.ndarray:
     return (codes.astype(np.float32) * scales).reshape(rows, inputs)
 
 
-def rounded(x: np.ndarray, copies: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """The inputs of `multiply`, and the values that they stand for."""
+def rounded(x: np.ndarray, copies: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs of `project`, and the values that they stand for."""
     rows, size = x.shape
-    codes = np.empty((rows, copies, size), np.int8)
-    scales, sums = (np.empty((rows, copies, size // BLOCK), np.float32) for _ in range(2))
+    inputs = np.empty((rows, copies, size // BLOCK, INPUT), np.float32)
     for row in range(rows):
         for copy in range(copies):
-            quantize(x[row], 0, size, np.float32(1), codes[row, copy], 0, scales[row, copy], sums[row, copy], 0)
-    values = codes[:, 0].reshape(rows, -1, BLOCK).astype(np.float64) * scales[:, 0, :, None]
-    return (codes.reshape(-1), scales.reshape(-1), sums.reshape(-1)), values.reshape(rows, size)
+            quantize(x[row], 0, size, np.float32(1), inputs[row, copy].reshape(-1), 0)
+    codes = np.ascontiguousarray(inputs[:, 0, :, :8]).view(np.int8).astype(np.float64)
+    return inputs.reshape(-1), (codes * inputs[:, 0, :, 8:9]).reshape(rows, size)
 
 
 @pytest.mark.parametrize("make", [weights_of_4_bits, weights_of_8_bits])
@@ -59,7 +58,7 @@ def test_products_are_those_of_the_weights(make: object, shape: tuple[int, int],
     out = np.ones((rows, shape[0] + 8), np.float32)
     records, blocks, width = packed.records.reshape(-1), packed.records.shape[1], out.shape[1]
     for is_sum in (0, 1):
-        project(records, 0, blocks, shape[0] // 8, inputs, rows, out.reshape(-1), 8, width, is_sum)
+        project(records, 0, blocks, shape[0] // GROUP, inputs, rows, out.reshape(-1), 8, width, is_sum)
     expected = 2 * (values @ weight.T.astype(np.float64))
     size = np.abs(values) @ np.abs(weight.T)
     assert (np.abs(out[:, 8:] - expected) / size).max() < 1e-5
@@ -68,7 +67,7 @@ def test_products_are_those_of_the_weights(make: object, shape: tuple[int, int],
 
 @pytest.mark.parametrize("rows", [2, 5, 8, 30])
 def test_a_row_gives_the_same_bits_in_any_company(rows: int) -> None:
-    """Tiles of 1, 2, 4 and 8 rows add in the same order."""
+    """Tiles of 1 to 4 rows add in the same order."""
     packed = pack(weights_of_4_bits(64, 576))
     assert packed is not None
     x = np.random.default_rng(1).normal(size=(rows, 576)).astype(np.float32)
@@ -76,7 +75,7 @@ def test_a_row_gives_the_same_bits_in_any_company(rows: int) -> None:
     def product(some: np.ndarray) -> np.ndarray:
         out = np.empty((len(some), 64), np.float32)
         inputs = rounded(some, 1)[0]
-        project(packed.records.reshape(-1), 0, 18, 8, inputs, len(some), out.reshape(-1), 0, 64, 0)
+        project(packed.records.reshape(-1), 0, 18, 64 // GROUP, inputs, len(some), out.reshape(-1), 0, 64, 0)
         return out
 
     together = product(x)
@@ -87,20 +86,20 @@ def test_a_row_gives_the_same_bits_in_any_company(rows: int) -> None:
 def test_weights_that_are_not_of_so_few_bits_are_not_packed() -> None:
     """Packing is never an approximation."""
     generator = np.random.default_rng(0)
-    assert pack(generator.normal(size=(8, 64)).astype(np.float32)) is None
-    assert pack(weights_of_4_bits(8, 64)[:, :48]) is None, "not whole blocks"
-    assert pack(weights_of_4_bits(8, 64)[:7]) is None, "not whole groups"
+    assert pack(generator.normal(size=(16, 64)).astype(np.float32)) is None
+    assert pack(weights_of_4_bits(16, 64)[:, :48]) is None, "not whole blocks"
+    assert pack(weights_of_4_bits(8, 64)) is None, "not whole groups"
 
 
 def test_constant_blocks_and_zeros_are_packed() -> None:
     """Blocks without a step."""
-    weight = np.zeros((8, 64), np.float32)
+    weight = np.zeros((16, 64), np.float32)
     weight[3, :32] = 0.5
     packed = pack(weight)
     assert packed is not None
     inputs, values = rounded(np.ones((1, 64), np.float32), packed.copies)
-    out = np.empty((1, 8), np.float32)
-    project(packed.records.reshape(-1), 0, 2 * packed.copies, 1, inputs, 1, out.reshape(-1), 0, 8, 0)
+    out = np.empty((1, GROUP), np.float32)
+    project(packed.records.reshape(-1), 0, 2 * packed.copies, 1, inputs, 1, out.reshape(-1), 0, GROUP, 0)
     assert np.allclose(out, values @ weight.T, atol=1e-4)
 
 
