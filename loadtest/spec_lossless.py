@@ -313,6 +313,7 @@ def figures(done: Mapping[str, Mapping[str, float]], wanted: Mapping[str, Any]) 
             chi_squared, excluded = part.get("chi squared"), part.get("excluded")
             found.append(Figure(f"{name}: chi-squared over its limit", chi_squared, "", "<= 1", why))
             found.append(Figure(f"{name}: tokens that the filters exclude", excluded, "", "= 0", why))
+            found.append(Figure(f"{name}: drafted tokens", part.get("drafted"), "", "", why))
             share = part["accepted"] / max(part["drafted"], 1) if part else None
             found.append(Figure(f"{name}: accepted of drafted", share, "", "", why))
     return found
