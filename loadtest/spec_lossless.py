@@ -70,7 +70,8 @@ COST = FixedCost({1: 1.0, 16: 2.0, 256: 17.0}, 16)
 """Of steps, in any unit: drafts pay as they do in float32 on a CPU."""
 HEAD_COST = FixedHeadCost({1: 0.05})
 DRAWS, TOGETHER = 50_000, 100
-FREE, FREE_HEAD = FixedCost({1: 1.0, 256: 1.001}, TOGETHER), FixedHeadCost({1: 1e-6})
+FREE = FixedCost({1: 1.0, 256: 1.001}, TOGETHER, verifying={1: 0.5, 256: 0.501})
+FREE_HEAD = FixedHeadCost({1: 1e-6})
 """For drawn answers: a tiny model's guesses are seldom right, and all of them are to be verified."""
 TEMPERATURES = (0.5, 1.0, 1.5)
 TOP_K, TOP_P = 12, 0.95
@@ -312,6 +313,7 @@ def figures(done: Mapping[str, Mapping[str, float]], wanted: Mapping[str, Any]) 
             chi_squared, excluded = part.get("chi squared"), part.get("excluded")
             found.append(Figure(f"{name}: chi-squared over its limit", chi_squared, "", "<= 1", why))
             found.append(Figure(f"{name}: tokens that the filters exclude", excluded, "", "= 0", why))
+            found.append(Figure(f"{name}: drafted tokens", part.get("drafted"), "", "", why))
             share = part["accepted"] / max(part["drafted"], 1) if part else None
             found.append(Figure(f"{name}: accepted of drafted", share, "", "", why))
     return found
