@@ -24,6 +24,8 @@ agent does not end it. When a stopped process woke up after that, its bytes stil
 NIXL encrypts nothing, and whoever reaches an agent's ports can read and write what is registered. Between hosts it is
 therefore taken by itself over RDMA alone; UCX's TCP must be asked for, and is kept to loopback where the worker is.
 Memory of a GPU is registered the same way; it has no checksum here, and has not been tried.
+
+An agent has a thread that never rests: it takes a core of each worker's machine.
 """
 
 from __future__ import annotations
