@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -50,7 +51,8 @@ def load(target: Path, draft: Path | None, **options: Any) -> Engine:
 
 
 def checkpoint(folder: Path, family: str = "Llama", **options: Any) -> Path:
-    """A tiny random model on disk."""
+    """A tiny random model on disk, the same each time: a draft model may say what its target can't."""
+    torch.manual_seed(0)
     save(folder, family, {"head_dim": 8} | options if family == "Llama" else options)
     return folder
 

@@ -111,6 +111,7 @@ def test_a_step_with_drafts_gives_the_exact_logits(engine: Engine, exact: torch.
         own = slice(request * 16, request * 16 + 16)
         decoder.rows.layout[0, own], decoder.rows.layout[1, own] = request, request * 16
         decoder.rows.layout[2, own] = torch.tensor([0, *PROMPT[start + 1 : start + 16]])
+        decoder.rows.layout[3, own] = torch.arange(16, dtype=torch.int32)
         held += pages
         ends += range(start, start + 16)
     got = decoder.step_drafted(requests * 16).clone()
