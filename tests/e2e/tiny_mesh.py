@@ -89,7 +89,8 @@ class TinyMesh:
     def speculator(self, engine: Engine) -> Speculator:
         """One that takes drafted tokens to cost next to nothing, so that it drafts as often as it can."""
         drafter, cost = chain_drafter(engine), StepCost({1: 1.0, 2: 1.001}, 16)
-        self.speculators.append(Speculator(NgramDrafter(), cost, MAX_MODEL_LEN, drafter, HeadCost({1: 1e-6})))
+        own = (drafter, HeadCost({1: 1e-6})) if drafter is not None else ()
+        self.speculators.append(Speculator(NgramDrafter(), cost, MAX_MODEL_LEN, *own))
         return self.speculators[-1]
 
 
