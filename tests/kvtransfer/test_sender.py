@@ -5,25 +5,20 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-import pytest
 
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Outgoing
-from headrace.kvtransfer.messages import Abort, AbortCause, Ack, Grant
+from headrace.kvtransfer.handoff import Handoff, Outgoing
+from headrace.kvtransfer.messages import Ack, Grant
 from headrace.kvtransfer.sender import Sender
 from headrace.wire import Message
 from tests.kvtransfer.parts import PAGE_SIZE, MemoryStore, make_offer
 
 
 class _Departures:
-    def __init__(self) -> None:
-        self.reconnected: list[str] = []
-
     def send(self, handoff: Handoff, outgoing: Outgoing) -> None:
         """Pages go nowhere."""
 
     def reconnect(self, receiver: str) -> None:
-        """Remember it."""
-        self.reconnected.append(receiver)
+        """Nor does anything else."""
 
 
 async def _granted(sender: Sender, messages: asyncio.Queue[Message], handoff: Handoff) -> asyncio.Task[None]:
@@ -34,20 +29,6 @@ async def _granted(sender: Sender, messages: asyncio.Queue[Message], handoff: Ha
     await messages.get()
     sender.handle("decode-1", Grant(request_id="r", attempt=0, held_pages=0, window_bytes=2**20))
     return delivering
-
-
-@pytest.mark.parametrize(("cause", "reconnected"), [("lease", ["decode-1"]), ("checksum", [])])
-async def test_pages_that_did_not_arrive_have_the_line_opened_anew(cause: AbortCause, reconnected: list[str]) -> None:
-    """It may be half open, and would swallow those of the next attempt, too."""
-    messages: asyncio.Queue[Message] = asyncio.Queue()
-    departures = _Departures()
-    sender = Sender(lambda _, message: messages.put(message), departures)
-    handoff = Handoff(make_offer(range(PAGE_SIZE)), [0], MemoryStore(1))
-    delivering = await _granted(sender, messages, handoff)
-    sender.handle("decode-1", Abort(request_id="r", attempt=0, cause=cause))
-    with pytest.raises(HandoffFailed):
-        await delivering
-    assert departures.reconnected == reconnected
 
 
 async def test_an_offer_in_place_ends_with_its_acknowledgement_and_is_no_transfer() -> None:

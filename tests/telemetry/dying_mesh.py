@@ -64,6 +64,9 @@ class Stall:
         self._steps = itertools.count()
         self._loop = asyncio.get_running_loop()
 
+    async def before_step(self, requests: int) -> None:
+        """At once."""
+
     def start_step(self, batch: object) -> bool:
         """Nothing goes with it."""
         return False
