@@ -153,6 +153,7 @@ class DecodeWorker:
                 log.warning("giving up requests that did not end in time: they are computed again")
             await self._mover.stop()
             await end_task(stepping)
+            self._receiver.give_up()  # or it would hand over what nobody runs
             for sequence in self._scheduler.sequences():
                 self._fail(sequence, "worker_stopping", "the decode worker was stopped")
                 self._scheduler.remove(sequence.key)

@@ -22,7 +22,7 @@
 | RECEIVING, COMMITTING | Renew           | Credit: so much is here                          | same       |
 | WAITING, RECEIVING | Renew, all that was sent is here | start the lease again              | same       |
 | any        | Abort                      | (Released when drained)                          | DRAINING   |
-| any        | cancel, lease ended, sender gone, computing failed | Abort to a living sender | DRAINING   |
+| any        | cancel, lease ended, sender gone, computing failed, `give_up` | Abort to a living sender | DRAINING |
 | DRAINING   | no thread writes its pages | free them                                        | (none)     |
 
 The pages themselves land beside this, on threads (`arrivals.py`, `landing.py`), in any order, before the Commit or
@@ -347,6 +347,11 @@ class Receiver:
             request_id, attempt = incoming.key
             refuse = Refuse(request_id=request_id, attempt=attempt, cause="stopping", message="this worker stops")
             self._send(incoming.sender, refuse)
+
+    def give_up(self) -> None:
+        """Time is up for this worker: what has not arrived never will. To be called after `stop`."""
+        for incoming in list(self._incoming.values()):
+            self._abort(incoming, "receiver_failed", "this worker stops")
 
     def grant_waiting(self) -> None:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""

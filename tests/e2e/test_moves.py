@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ async def until_running(mesh: TinyMesh, name: str, count: int) -> None:
             running = worker._scheduler.batch()
             if len(running) >= count and min(sequence.generated for sequence in running) > 2:
                 return
+            await asyncio.sleep(0)
+
+
+async def until_arriving(mesh: TinyMesh, name: str, count: int) -> None:
+    """Wait until so many requests are on their way to a decode worker, with pages of its kept for them."""
+    worker = mesh.workers[name]
+    assert isinstance(worker, DecodeWorker)
+    async with asyncio.timeout(30):
+        while worker._receiver.num_open - worker._receiver.num_waiting < count:  # noqa: ASYNC110 (nothing tells)
             await asyncio.sleep(0)
 
 
@@ -148,14 +157,17 @@ async def test_a_worker_ends_what_nobody_takes(redis_url: str, tmp_path: Path) -
     assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
 
 
-async def test_what_is_left_when_time_is_up_is_computed_again(redis_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", [until_running, until_arriving], ids=["running", "arriving"])
+async def test_what_is_left_when_time_is_up_is_computed_again(
+    moment: Callable[[TinyMesh, str, int], Awaitable[None]], redis_url: str, tmp_path: Path
+) -> None:
     """No time at all: the gateway queues the rest of each answer, and the counter says so."""
     asked = prompts(4)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
         undisturbed = await ask_all(mesh, asked)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60, 60], drain_timeout=0.0) as mesh:
         asking = asyncio.create_task(ask_all(mesh, asked))
-        await until_running(mesh, "decode-0", 1)
+        await moment(mesh, "decode-0", 1)
         await mesh.stop("decode-0")
         answers = await asking
         assert recomputed(mesh) > 0

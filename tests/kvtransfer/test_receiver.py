@@ -579,6 +579,17 @@ def test_a_worker_that_stops_sends_those_away_who_wait(bench: Bench) -> None:
     assert len(bench.received) == 1
 
 
+def test_what_has_not_arrived_when_time_is_up_is_given_up(bench: Bench) -> None:
+    """Nothing is handed over, and nothing held, once nobody would run it; the sender learns of it at once."""
+    bench.offer(4)
+    bench.receiver.stop()
+    bench.receiver.give_up()
+    assert bench.last == Abort(request_id="r", attempt=0, cause="receiver_failed", message="this worker stops")
+    bench.deliver()
+    assert bench.received == []
+    bench.assert_empty()
+
+
 def test_a_prompt_that_is_offered_in_place_is_computed_here(bench: Bench) -> None:
     """RECEIVING -> (none): the next one finds its pages, all but what its last token is in."""
     prompt = list(range(5))
