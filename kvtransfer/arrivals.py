@@ -65,7 +65,7 @@ class Arrivals:
         self._arriving: dict[Key, Arriving] = {}
         self._lock = threading.Lock()
         self.dropped = 0
-        """Messages that came late, or twice, or name no pages that were granted."""
+        """Messages that came late, or twice, or name no pages that were granted, or did not come to their end."""
 
     def expect(self, key: Key, arriving: Arriving) -> None:
         """Pages of this handoff may come."""
@@ -88,8 +88,7 @@ class Arrivals:
         """Write one message's pages. One that fits no granted handoff is late, and is dropped."""
         arriving = self._arriving.get((sender, message.request_id, message.attempt))
         if arriving is None or not arriving.landing.claim(message):
-            with self._lock:
-                self.dropped += 1
+            self._drop()
             return
         if isinstance(message, PagesInPlace):
             self._copy(sender, arriving, message)
@@ -97,12 +96,17 @@ class Arrivals:
         try:
             problem = self._read(arriving, message, payload)
         except ConnectionError:
+            self._drop()
             arriving.landing.interrupted(message)
             raise
         except BaseException:
             self._end(sender, arriving, message, FAILED)
             raise
         self._end(sender, arriving, message, problem)
+
+    def _drop(self) -> None:
+        with self._lock:
+            self.dropped += 1
 
     def _end(self, sender: str, arriving: Arriving, message: OnDataLine, problem: Problem | None) -> None:
         if problem is not None:

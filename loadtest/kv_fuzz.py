@@ -25,7 +25,7 @@ import zmq
 
 from headrace.data_line import PREAMBLE, Listener, Make
 from headrace.data_lines import DataLines, data_listener
-from headrace.kvtransfer.messages import Commit, Offer, OnDataLine
+from headrace.kvtransfer.messages import Abort, Commit, Offer, OnDataLine
 from headrace.loadtest.bare_gateway import BareGateway
 from headrace.loadtest.bare_workers import BareDecode, BarePrefill
 from headrace.loadtest.intruder import Intruder, RawDataLine, Socket, intruder
@@ -257,6 +257,9 @@ class Attack:
         line = RawDataLine(self._rig.data_address, self.insider.name)
         await line.send((header, payload), leave_out=self._random.randrange(1, PAGE_BYTES))
         line.close()
+        # what was cut off may come once more, so its handoff goes on until somebody ends it
+        over = Abort(request_id=request_id, attempt=attempt, cause="cancelled")
+        await self._put(self._mailbox_lines["insider"][0], [encode(over)])
 
     async def _break_data_line(self) -> None:
         """A stranger's, or what is no frame on a member's."""
