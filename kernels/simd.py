@@ -105,16 +105,6 @@ def store_floats(typing, array, index, value):
 
 
 @intrinsic
-def load_halves(typing, array, index):
-    """Eight float16 as float32."""
-
-    def generate(context, builder, signature, given):
-        return half_vector(context, builder, signature.args[0], *given)
-
-    return float32x8(array, types.intp), generate
-
-
-@intrinsic
 def store_halves(typing, array, index, value):
     """Eight float32 as float16."""
 
