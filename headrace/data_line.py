@@ -30,9 +30,10 @@ STRIPES = min(4, max(2, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sche
 PREAMBLE = struct.Struct("<4sIQ")
 """Magic, bytes of the header, bytes of the payload."""
 MAGIC = b"HRD1"
-SOCKET_BUFFER_BYTES = 2**17
-"""At either end of a connection on loopback, of which the kernel makes twice as much. So what is on the way stays in a
-processor's cache; the sizes that the kernel would choose, of some megabytes, cost half of the speed."""
+SEND_BUFFER_BYTES = 2**17
+"""Of a connection on loopback, of which the kernel makes twice as much: what is on the way stays in a processor's
+cache, which the megabytes that the kernel would choose don't fit into. A small receive buffer makes threads take turns
+at every piece."""
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_PAYLOAD_BYTES = 2**30
 MAX_PARTS = 1024
@@ -212,7 +213,7 @@ class TcpConnection:
         self._socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _as_timeval(TIMEOUT_SECONDS))
         if is_loopback(host):
             _use_plain_congestion_control(self._socket)
@@ -273,7 +274,6 @@ class TcpListener:
 
     def __init__(self, bind: str) -> None:
         self._listening = socket.create_server((bind, 0), family=socket.AF_INET6 if ":" in bind else socket.AF_INET)
-        self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)  # of what it accepts, too
         self.address = f"{bind}:{self._listening.getsockname()[1]}"
         self._decode: Decoder[Hello] = Decoder(Hello)
         self._connections: dict[threading.Thread, tuple[socket.socket, str]] = {}
