@@ -213,10 +213,10 @@ class TcpConnection:
         self._socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _as_timeval(TIMEOUT_SECONDS))
         if is_loopback(host):
             _use_plain_congestion_control(self._socket)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.send(encode(Hello(name=name)), ())
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
