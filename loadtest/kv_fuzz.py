@@ -23,7 +23,7 @@ from pathlib import Path
 
 import zmq
 
-from headrace.data_line import PREAMBLE, Listener, Make
+from headrace.data_line import Listener, Make
 from headrace.data_lines import DataLines, data_listener
 from headrace.kvtransfer.messages import Abort, Commit, Offer, OnDataLine
 from headrace.loadtest.bare_gateway import BareGateway
@@ -38,6 +38,7 @@ from headrace.redis_server import private_redis
 from headrace.registry import Tier
 from headrace.settings import Settings
 from headrace.tasks import end_task, run_beside
+from headrace.tcp_line import PREAMBLE
 from headrace.wire import Decoder, Message, encode
 
 MODEL = ModelIdentity("keyed", "keyed", 65536)
