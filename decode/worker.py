@@ -19,6 +19,7 @@ from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
 from headrace.decode.step import Alongside, plan_step, run_step
+from headrace.decode.step_gauge import StepGauge
 from headrace.decode.watch import ended
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
@@ -36,7 +37,6 @@ from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.registry import Member
-from headrace.scaling.gauges import StepGauge
 from headrace.tasks import end_task
 from headrace.telemetry.events import StepRan
 from headrace.wire import Decoder, Message

@@ -79,7 +79,7 @@ def recomputed(mesh: TinyMesh) -> float:
     """Prompts that the prefill worker computed again."""
     worker = mesh.workers["prefill-0"]
     assert isinstance(worker, PrefillWorker)
-    return worker._recomputed
+    return worker._service.recomputed
 
 
 class LateBatch(DecodeBatch[Any]):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from headrace.engine.page_pool import page_hashes
+from headrace.engine.prompt_cost import PromptCost
 from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.transfer_stats import TransferStats
@@ -45,10 +46,10 @@ def _choice(**stats: float) -> InPlaceChoice:
 
     sender = SimpleNamespace(stats=TransferStats(), deliver=None)
     sender.stats.exposed_mean = EXPOSED
-    choice = InPlaceChoice(Placement(Registry()), sender, PAGE)  # type: ignore[arg-type]
+    cost = PromptCost()
     for tokens in (10, 100, 500):
-        choice.cost.observe(tokens, BASE + PER_TOKEN * tokens)
-    return choice
+        cost.observe(tokens, BASE + PER_TOKEN * tokens)
+    return InPlaceChoice(Placement(Registry()), sender, PAGE, cost)  # type: ignore[arg-type]
 
 
 def _is_in_place(choice: InPlaceChoice, held: int = 0, backlog: Backlog = IDLE) -> bool:
@@ -113,5 +114,5 @@ def test_the_decode_workers_own_measurements_come_first(monkeypatch: pytest.Monk
     assert not _is_in_place(_choice(in_place_pass_seconds=0.05, in_place_token_seconds=0.0))
     assert not _is_in_place(_choice(in_place_most_tokens=0.0))
     choice = _choice()
-    monkeypatch.setattr(choice, "cost", type(choice.cost)())
+    monkeypatch.setattr(choice, "_cost", PromptCost())
     assert not _is_in_place(choice)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from headrace.decode.step_gauge import StepGauge
 from headrace.errors import StartError
 from headrace.redis_client import Keys, connect
 from headrace.registry import Member
 from headrace.scaling.autoscale import Autoscaler
 from headrace.scaling.executors import DockerCompose, Kubernetes, Workers
-from headrace.scaling.gauges import PrefillGauge, StepGauge
 from headrace.scaling.policy import TIERS, Bounds, Targets
 from headrace.scaling.signals import Look, MeshReader, signals_between
 from headrace.wire import encode
@@ -90,10 +90,6 @@ def test_gauges_measure_steps() -> None:
     steps.ended(50.3, 4)
     assert now_and_alone() == (pytest.approx(0.3), pytest.approx(0.1))
     assert list(steps.stats().values())[2:] == [3, 6, pytest.approx(0.5)]
-    prompts = PrefillGauge()
-    prompts.ran(512, 2, 0.5)
-    prompts.ran(88, 1, 0.1)
-    assert list(prompts.stats().values()) == [600, 3, pytest.approx(0.6)]
 
 
 class Recorder:
