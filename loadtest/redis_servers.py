@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.loadtest.loopback import free_port
 from headrace.processes import end_process
 from headrace.redis_client import RedisError, connect
 from headrace.redis_server import find_server
@@ -44,13 +44,6 @@ class RedisServer:
         """SIGKILL, and start on the same port."""
         await self.kill()
         await self.start()
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def _spawn(port: int, folder: Path, options: Sequence[str]) -> asyncio.subprocess.Process:

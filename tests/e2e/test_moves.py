@@ -18,9 +18,10 @@ from headrace.decode.worker import DecodeWorker
 from headrace.engine.decode_batch import NO_DRAFTS, DecodeBatch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
-from headrace.loadtest.client import Answer, StreamClient
+from headrace.loadtest.client import StreamClient
 from headrace.loadtest.rolling_restart import measure
 from headrace.loadtest.shapes import TINY, servable_folder
+from headrace.loadtest.timed_stream import TimedStream
 from headrace.prefill.worker import PrefillWorker
 from tests.e2e.tiny_mesh import MAX_MODEL_LEN, MODEL, VOCABULARY, TinyMesh, tiny_mesh
 
@@ -34,7 +35,7 @@ def prompts(count: int) -> list[list[int]]:
     return [[chance.randrange(VOCABULARY) for _ in range(1 + n % longest)] for n in range(12, 12 + count)]
 
 
-async def ask_all(mesh: TinyMesh, asked: list[list[int]]) -> list[Answer]:
+async def ask_all(mesh: TinyMesh, asked: list[list[int]]) -> list[TimedStream]:
     """All at once."""
     async with StreamClient(mesh.url, MODEL) as client:
         return await asyncio.gather(*[client.complete(prompt, TOKENS) for prompt in asked])

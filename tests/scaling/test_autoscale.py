@@ -13,6 +13,7 @@ from aiohttp import web
 
 from headrace.decode.step_gauge import StepGauge
 from headrace.errors import StartError
+from headrace.loadtest.loopback import serving
 from headrace.redis_client import Keys, connect
 from headrace.registry import Member
 from headrace.scaling.autoscale import Autoscaler
@@ -161,13 +162,8 @@ async def api_server(replicas: dict[str, int], seen: list[web.Request]) -> Async
     app = web.Application()
     path = "/apis/apps/v1/namespaces/llm/deployments/{name}/scale"
     app.add_routes([web.get(path, scale), web.patch(path, scale)])
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with serving(app) as url:
+        yield url
 
 
 async def test_kubernetes_is_asked_through_the_scale_subresource(tmp_path: Path) -> None:
