@@ -14,6 +14,7 @@ from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.prefill.in_place import Backlog, InPlaceChoice
 from headrace.registry import Member
+from tests.members import member
 
 PAGE = 16
 PROMPT = list(range(100))
@@ -25,17 +26,7 @@ BASE, PER_TOKEN, EXPOSED = 0.01, 0.0001, 0.014
 def _choice(**stats: float) -> InPlaceChoice:
     """A pass takes 10 ms and 0.1 ms a token, a handoff 14 ms more; there is one decode worker."""
     whole = {"kv_pages_total": 1000.0, "kv_page_tokens": float(PAGE), "in_place_most_tokens": 128.0, **stats}
-    worker = Member(
-        id="d",
-        epoch=1,
-        tier="decode",
-        address="",
-        version="",
-        model="",
-        model_fingerprint="",
-        max_model_len=4096,
-        stats=whole,
-    )
+    worker = member("d", stats=whole)
 
     class Registry:
         on_join: list[Any] = []

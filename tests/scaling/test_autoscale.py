@@ -21,28 +21,18 @@ from headrace.scaling.executors import DockerCompose, Kubernetes, Workers
 from headrace.scaling.policy import TIERS, Bounds, Targets
 from headrace.scaling.signals import Look, MeshReader, signals_between
 from headrace.wire import encode
+from tests.members import member
 
 
-def member(tier: Any, number: int, draining: bool = False, **stats: float) -> Member:
-    """One worker or gateway."""
-    return Member(
-        id=f"{tier}-{number}",
-        epoch=1,
-        tier=tier,
-        address="",
-        version="0",
-        model="m",
-        model_fingerprint="f",
-        max_model_len=100,
-        draining=draining,
-        stats=stats,
-    )
+def figures(tier: Any, number: int, draining: bool = False, **stats: float) -> Member:
+    """A worker or gateway that publishes these."""
+    return member(f"{tier}-{number}", tier, draining=draining, stats=stats)
 
 
 def prefill(number: int, seconds: float, tokens: float, **stats: float) -> Member:
     """A prefill worker that has computed so many tokens in 100-token prompts."""
     counters = {"prefill_busy_seconds_total": seconds, "prompt_tokens_total": tokens, "prompts_total": tokens / 100}
-    return member("prefill", number, **(counters | stats))
+    return figures("prefill", number, **(counters | stats))
 
 
 def test_signals_are_what_happened_between_two_looks() -> None:
@@ -51,12 +41,12 @@ def test_signals_are_what_happened_between_two_looks() -> None:
     now = Look(
         10.0,
         [
-            member("gateway", 0, prompt_tokens_queued=5000),
+            figures("gateway", 0, prompt_tokens_queued=5000),
             prefill(0, 6.0, 6000, requests_running=2, prompt_tokens_waiting=150),
             prefill(1, 8.0, 10_000),
-            member("decode", 0, kv_pages_in_use=50, kv_pages_total=100, inter_token_seconds=0.02),
-            member("decode", 1, kv_pages_in_use=0, kv_pages_total=100, inter_token_alone_seconds=0.01),
-            member("decode", 2, True, kv_pages_in_use=100, kv_pages_total=100, inter_token_seconds=1.0),
+            figures("decode", 0, kv_pages_in_use=50, kv_pages_total=100, inter_token_seconds=0.02),
+            figures("decode", 1, kv_pages_in_use=0, kv_pages_total=100, inter_token_alone_seconds=0.01),
+            figures("decode", 2, True, kv_pages_in_use=100, kv_pages_total=100, inter_token_seconds=1.0),
         ],
         5,
     )
@@ -125,7 +115,7 @@ async def test_a_backlog_starts_workers_and_trouble_is_tried_again(
     bounds = dict.fromkeys(TIERS, Bounds(1, 6))
     scaler = Autoscaler(reader, recorder, Targets(0.5, 0.05), bounds, dry_run=False)
     try:
-        decode = member("decode", 0, kv_pages_in_use=10, kv_pages_total=100)
+        decode = figures("decode", 0, kv_pages_in_use=10, kv_pages_total=100)
         await publish(prefill(0, 0.0, 0), decode)
         await scaler.step()
         now = 5.0
