@@ -48,9 +48,9 @@ class LocalMesh:
             if used and not any(used.values()):
                 return
 
-    async def until_pages_are_used(self, worker: str, seconds: float = 30.0) -> None:
+    async def until_pages_are_used(self, worker: str) -> None:
         """Wait until a worker holds pages. Raises `TimeoutError`."""
-        async for used in self._pages_in_use(seconds):
+        async for used in self._pages_in_use(30.0):
             if used.get(worker):
                 return
 
