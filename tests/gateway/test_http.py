@@ -75,6 +75,23 @@ async def test_the_openai_client_gets_a_chat_stream(open_gateway: OpenGateway) -
     assert last.usage.completion_tokens > 0
 
 
+async def test_a_stream_may_count_its_tokens_all_the_while(open_gateway: OpenGateway) -> None:
+    """As vLLM does, and as guidellm asks every server to."""
+    async with open_gateway() as gateway, _openai(gateway) as client:
+        stream = await client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Hi"}],
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        )
+        usages = [chunk.usage async for chunk in stream]
+    counts = [usage.completion_tokens for usage in usages if usage is not None]
+    assert len(counts) == len(usages)
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] == counts[-2]
+    assert all(usage is not None and usage.prompt_tokens == usages[-1].prompt_tokens for usage in usages)
+
+
 async def test_several_choices_are_one_answer(open_gateway: OpenGateway) -> None:
     """Each has its index, and usage counts the prompt once."""
     async with open_gateway() as gateway, _openai(gateway) as client:
