@@ -110,7 +110,7 @@ class Grammars:
 
         Both libraries let no other thread of the process run Python meanwhile: for a process that does not serve yet.
         """
-        threading.Thread(target=self._load_quietly, name="grammars", daemon=True).start()
+        threading.Thread(target=self._load_quietly, name="grammars").start()
 
     def _load_quietly(self) -> None:
         with contextlib.suppress(GrammarError):
