@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from headrace.decode import worker as decode_worker
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.decode_batch import NO_DRAFTS, DecodeBatch
 from headrace.engine.engine import Engine
@@ -110,6 +111,8 @@ async def test_running_requests_move_and_no_prompt_is_computed_again(
     kind: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker leaves while all its streams run; another has them all, and each text is as it is undisturbed."""
+    if kind == "a step ahead":
+        monkeypatch.setattr(decode_worker, "new_batch", LateBatch)
     asked = prompts(6)
     drafts = {"speculates": kind.startswith("draft"), "drafts_itself": kind == "draft model"}
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
