@@ -14,9 +14,11 @@ import aiohttp
 class StreamFailed(RuntimeError):
     """The server refused the request, by this HTTP status, or ended its stream with an error: the message."""
 
-    def __init__(self, message: str, status: int = 200) -> None:
+    def __init__(self, message: str, status: int = 200, retry_after: float = 0.0) -> None:
+        """`retry_after`: seconds after which to ask again, where the server said so."""
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 @dataclass
@@ -56,7 +58,8 @@ async def timed_stream(
     events: list[bytes] = []
     async with session.post(f"{url}/v1/completions", json=body | {"stream": True}, headers=headers) as response:
         if response.status != 200:
-            raise StreamFailed(await response.text(), response.status)
+            retry_after = float(response.headers.get("Retry-After-Ms", 0)) / 1000
+            raise StreamFailed(await response.text(), response.status, retry_after)
         async for line in response.content:
             if line.startswith(b"data: {"):
                 stream.event_times.append(time.perf_counter())
