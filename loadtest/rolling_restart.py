@@ -79,11 +79,6 @@ def prompt(index: int) -> list[int]:
     return unique_tokens(PROMPT_TOKENS, index)
 
 
-def worst_pause(answers: list[TimedStream]) -> float:
-    """The longest time between two tokens of one answer, seconds."""
-    return max(after - before for a in answers for before, after in zip(a.token_times, a.token_times[1:], strict=False))
-
-
 async def watch(mesh: LocalMesh, totals: Totals) -> None:
     """Follow the counters until cancelled."""
     while True:
@@ -132,8 +127,8 @@ async def measure(
         Figure("queued anew by the gateway", anew, "", "= 0"),
         Figure("running requests that moved", totals.sums[MOVED], "", ">= 1"),
         Figure("pages leaked", 0, "", "= 0"),
-        Figure("worst pause", worst_pause(load.answers), "s", "<= 1"),
-        Figure("worst pause before the restart", worst_pause(calm), "s"),
+        Figure("worst pause", max(answer.worst_pause for answer in load.answers), "s", "<= 1"),
+        Figure("worst pause before the restart", max(answer.worst_pause for answer in calm), "s"),
     ]
 
 

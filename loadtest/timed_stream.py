@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ class TimedStream:
     """Of each event with text or tokens; the first is the first token's."""
     token_times: list[float] = field(default_factory=list)
     """Of each token, where log probabilities were asked for."""
+    finish_reason: str = ""
+    output_tokens: int = 0
+    """As `usage` says, where it was asked for."""
 
     @property
     def ttft(self) -> float:
@@ -41,6 +45,11 @@ class TimedStream:
     def itl(self) -> float:
         """Mean gap between tokens."""
         return (self.token_times[-1] - self.token_times[0]) / max(len(self.token_times) - 1, 1)
+
+    @property
+    def worst_pause(self) -> float:
+        """The longest time between two events."""
+        return max(map(operator.sub, self.event_times[1:], self.event_times), default=0.0)
 
 
 async def timed_stream(
@@ -58,7 +67,8 @@ async def timed_stream(
     events: list[bytes] = []
     async with session.post(f"{url}/v1/completions", json=body | {"stream": True}, headers=headers) as response:
         if response.status != 200:
-            retry_after = float(response.headers.get("Retry-After-Ms", 0)) / 1000
+            in_ms, in_seconds = (float(response.headers.get(f"Retry-After{unit}", 0)) for unit in ("-Ms", ""))
+            retry_after = in_ms / 1000 or in_seconds
             raise StreamFailed(await response.text(), response.status, retry_after)
         async for line in response.content:
             if line.startswith(b"data: {"):
@@ -72,9 +82,12 @@ async def timed_stream(
             raise StreamFailed(chunk["error"]["message"])
         for choice in chunk["choices"]:
             stream.text += choice["text"]
+            stream.finish_reason = choice.get("finish_reason") or stream.finish_reason
             stream.token_times += [at] * len((choice.get("logprobs") or {}).get("tokens", ()))
-    if not events:
-        raise StreamFailed("the stream ended without a token")
+        if chunk.get("usage"):
+            stream.output_tokens = chunk["usage"]["completion_tokens"]
+    if not stream.finish_reason:
+        raise StreamFailed("the stream ended without an end")
     return stream
 
 
