@@ -29,6 +29,7 @@ async def run(settings: Settings) -> None:
     """Serve until told to stop. Workers may come and go at any time, before and after."""
     folder = await asyncio.to_thread(locate_model, settings.model)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder.path)
+    tokenizer.grammars.load_soon()
     try:
         identity = ModelIdentity(folder.name, folder.fingerprint, tokenizer.context_length)
         name = settings.served_model_name or folder.name

@@ -32,7 +32,7 @@ from headrace.loadtest.load.prompts import Prompts
 from headrace.loadtest.load.target import Target, find_target
 from headrace.loadtest.local_mesh import local_mesh
 from headrace.loadtest.mesh_scale import COSTS
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.report import Figure, conclude
 from headrace.processes import end_process
 
 WITHIN = "<= 5"
@@ -236,8 +236,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="of an environment with guidellm")
     options = parser.parse_args()
     figures = uvloop.run(measure(options.quick, options.peers))
-    print(f"written to {publish('loadtest-quick' if options.quick else 'loadtest', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("loadtest-quick" if options.quick else "loadtest", figures)
 
 
 if __name__ == "__main__":

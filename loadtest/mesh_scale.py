@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import sys
 import tempfile
@@ -20,8 +19,9 @@ from pathlib import Path
 import aiohttp
 
 from headrace.loadtest.local_mesh import LocalMesh, local_mesh
+from headrace.loadtest.proc import processor_seconds
 from headrace.loadtest.prompts import unique_tokens
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.report import Figure, conclude
 from headrace.loadtest.timed_stream import StreamFailed, completion, timed_stream
 from headrace.settings import Settings
 
@@ -36,7 +36,6 @@ KEYS = ("key-of-a", "key-of-b")
 KNOWS_KEYS = "api_keys_file" in Settings.model_fields
 """Whether this gateway tells callers apart."""
 FAIR_TOKENS = 4
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -125,13 +124,13 @@ async def many_streams(mesh: LocalMesh, session: aiohttp.ClientSession, extent: 
     alone = Crowd(session)
     await alone.stream(0, extent.tokens)
     crowd = Crowd(session)
-    before, started = _cpu_seconds(mesh.pids["gateway"]), time.perf_counter()
+    before, started = processor_seconds(mesh.pids["gateway"]), time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for number in range(1, extent.streams + 1):
             group.create_task(crowd.stream(number, extent.tokens))
             await asyncio.sleep(1 / OPENED_PER_SECOND)
     seconds = time.perf_counter() - started
-    cpu = _cpu_seconds(mesh.pids["gateway"]) - before
+    cpu = processor_seconds(mesh.pids["gateway"]) - before
     tokens = extent.streams * extent.tokens
     for failure in crowd.failures[:3]:
         print(f"failed: {failure}", file=sys.stderr)
@@ -172,11 +171,6 @@ async def fair_sharing(session: aiohttp.ClientSession, extent: Extent) -> Figure
     return Figure(name, (1 - min(counts) / max(counts)) * 100, "%", target)
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
-
-
 def _peak_memory(pid: int) -> int:
     return _kilobytes(f"/proc/{pid}/status", "VmHWM:")
 
@@ -199,8 +193,7 @@ def main() -> None:
     extent = QUICK if options.quick else FULL
     extent.streams = options.streams or extent.streams
     figures = asyncio.run(bench(extent))
-    print(f"written to {publish('mesh', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("mesh", figures)
 
 
 if __name__ == "__main__":

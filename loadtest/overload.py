@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import operator
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,7 +21,9 @@ from pathlib import Path
 import aiohttp
 
 from headrace.loadtest.local_mesh import LocalMesh, local_mesh
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.proc import parent
+from headrace.loadtest.report import Figure, conclude
+from headrace.loadtest.timed_stream import EACH_TOKEN, StreamFailed, completion, timed_stream
 
 PROMPT_TOKENS = 96
 OUTPUT_TOKENS = 24
@@ -72,28 +72,12 @@ class Clients:
 
     async def ask(self) -> Outcome:
         """One streamed completion."""
-        body = {
-            "model": "smollm2",
-            "prompt": [self._random.randrange(100, VOCABULARY) for _ in range(PROMPT_TOKENS)],
-            "max_tokens": OUTPUT_TOKENS,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-            "logprobs": 0,  # makes each token an event
-        }
-        started = time.perf_counter()
-        times: list[float] = []
-        tokens = 0
-        async with self._session.post("/v1/completions", json=body) as response:
-            async for line in response.content:
-                if response.status == 200 and line.startswith(b"data: {"):
-                    times.append(time.perf_counter())
-                    logprobs = json.loads(line[6:])["choices"][0]["logprobs"]
-                    tokens += len(logprobs["tokens"]) if logprobs else 0
-        if not times:
-            return Outcome(response.status, time.perf_counter())
-        itl = (times[-1] - times[0]) / max(tokens - 1, 1)
-        return Outcome(response.status, times[-1], times[0] - started, itl, tokens)
+        prompt = [self._random.randrange(100, VOCABULARY) for _ in range(PROMPT_TOKENS)]
+        try:
+            stream = await timed_stream(self._session, completion("smollm2", prompt, OUTPUT_TOKENS) | EACH_TOKEN)
+        except StreamFailed as failed:
+            return Outcome(failed.status, time.perf_counter())
+        return Outcome(200, stream.event_times[-1], stream.ttft, stream.itl, len(stream.token_times))
 
     async def closed_loop(self, clients: int, seconds: float) -> list[Outcome]:
         """So many clients that ask again as soon as they have their answer."""
@@ -131,10 +115,10 @@ class Memory:
     @classmethod
     def of(cls, mesh: LocalMesh) -> Memory:
         """Of the supervisor and all its children, Redis among them."""
-        parent = _parent(next(iter(mesh.pids.values())))
+        supervisor = parent(next(iter(mesh.pids.values())))
         children = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
         known = {pid: name for name, pid in mesh.pids.items()}
-        return cls({parent: "up"} | {pid: known.get(pid, "redis") for pid in children if _parent(pid) == parent})
+        return cls({supervisor: "up"} | {pid: known.get(pid, "redis") for pid in children if parent(pid) == supervisor})
 
     async def until_steady(self) -> None:
         """Wait until nobody's has grown for a while: workers touch all of their KV cache soon after their start.
@@ -165,13 +149,6 @@ class Memory:
         }
         most = max(grown, key=lambda name: grown[name])
         return grown[most], most
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it ended meanwhile
-        return 0
 
 
 def _resident(pid: int) -> float:
@@ -273,8 +250,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="6 and 12 seconds instead of 20 and 60")
     quick = parser.parse_args().quick
     figures = asyncio.run(bench(*((6.0, 12.0) if quick else (20.0, 60.0))))
-    print(f"written to {publish('overload', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("overload", figures)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ async def _events(response: aiohttp.ClientResponse) -> list[Any]:
     return [json.loads(line.removeprefix(b"data: ")) for line in lines[:-1]]
 
 
+async def _choices(gateway: Gateway, body: dict[str, Any]) -> list[Any]:
+    """The choices of one completion, or those of all its events."""
+    async with gateway.http.post(f"{gateway.url}/v1/completions", json=body) as response:
+        if body["stream"]:
+            return [event["choices"][0] for event in await _events(response)]
+        choices: list[Any] = (await response.json())["choices"]
+        return choices
+
+
 async def test_the_openai_client_gets_a_whole_chat_answer(open_gateway: OpenGateway) -> None:
     """Text, finish reason and usage; the stop token counts and is not shown."""
     async with open_gateway() as gateway, _openai(gateway) as client:
@@ -129,11 +138,7 @@ async def test_echo_with_logprobs_scores_the_prompt_too(open_gateway: OpenGatewa
     """Offsets count from the prompt's first character; the first token has no score."""
     body = {**COMPLETION, "echo": True, "logprobs": 2, "max_tokens": 3, "stream": stream}
     async with open_gateway() as gateway:
-        async with gateway.http.post(f"{gateway.url}/v1/completions", json=body) as response:
-            if stream:
-                choices = [event["choices"][0] for event in await _events(response)]
-            else:
-                choices = (await response.json())["choices"]
+        choices = await _choices(gateway, body)
         expected = gateway.workers.ids("Hi there") + gateway.workers.ids()[:3]
         vocabulary = gateway.workers.tokenizer.vocabulary
     text = "".join(choice["text"] for choice in choices)
@@ -168,11 +173,7 @@ async def test_a_stop_string_ends_the_text_before_it_and_frees_the_workers(
     """Its start is never shown, and both tiers are told to stop."""
     body = {**COMPLETION, "stop": ["fox jumps", "nothing"], "stream": stream, "logprobs": 0}
     async with open_gateway() as gateway:
-        async with gateway.http.post(f"{gateway.url}/v1/completions", json=body) as response:
-            if stream:
-                choices = [event["choices"][0] for event in await _events(response)]
-            else:
-                choices = (await response.json())["choices"]
+        choices = await _choices(gateway, body)
         await gateway.workers.until(lambda: len(gateway.workers.cancels) >= 2)
     assert "".join(choice["text"] for choice in choices) == "The quick brown "
     assert choices[-1]["finish_reason"] == "stop"

@@ -7,9 +7,10 @@ import functools
 
 import pytest
 
-from headrace.data_line import DataLine, TcpConnection
+from headrace.data_line import DataLine
 from headrace.kvtransfer import on_the_way
 from headrace.loadtest.fault_proxy import FaultProxy
+from headrace.tcp_line import TcpConnection
 from tests.kvtransfer.test_ranks import SOURCE, TARGET, Worker, both
 
 PROXY = "127.0.0.2"
