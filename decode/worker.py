@@ -24,10 +24,11 @@ from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
+from headrace.kvtransfer.incoming import OwnPrompt, ReceivedRequest
 from headrace.kvtransfer.messages import Abort, Commit, Layout, Offer, Renew, ToReceiver, ToSender, WireDtype
 from headrace.kvtransfer.nixl import NixlEndpoint
 from headrace.kvtransfer.placement import Placement
-from headrace.kvtransfer.receiver import OwnPrompt, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Beside, Transports, Wanted, exports_of
 from headrace.mesh import PeerGone
@@ -270,9 +271,9 @@ class DecodeWorker:
 
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
-        self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
-        self._receiver.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.room.reserve_pages = self._scheduler.num_running
+        self._receiver.room.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.room.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
         self._receiver.grant_waiting()
         self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
 

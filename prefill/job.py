@@ -11,7 +11,8 @@ from headrace.engine.engine import PrefillChunk
 from headrace.engine.page_pool import page_hashes
 from headrace.engine.sampler import SampledToken
 from headrace.grammar import Matcher
-from headrace.kvtransfer.handoff import Handoff, Segment
+from headrace.kvtransfer.handoff import Handoff
+from headrace.kvtransfer.segments import Segment
 from headrace.messages.request import QueueEntry
 from headrace.messages.stream import FailureCode, TokenLogprobs
 from headrace.prefill.scheduler import Chunk, Key

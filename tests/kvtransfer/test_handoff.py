@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import xxhash
 
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment, State
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed, State
 from headrace.kvtransfer.messages import (
     Abort,
     Ack,
@@ -20,6 +20,7 @@ from headrace.kvtransfer.messages import (
     Renew,
 )
 from headrace.kvtransfer.on_the_way import MAX_REPEATS, PATIENCE_SECONDS, Flight, Outgoing
+from headrace.kvtransfer.segments import Segment
 from headrace.wire import Decoder, encode
 from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, frame_of, make_offer
 

@@ -19,9 +19,10 @@ import torch
 from headrace.data_line import DataLine, Make
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.page_pool import PagePool
-from headrace.kvtransfer import receiver as receiver_module
+from headrace.kvtransfer import admission as admission_module
 from headrace.kvtransfer.departures import LineDepartures
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed
+from headrace.kvtransfer.incoming import ReceivedRequest
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import (
     Abort,
@@ -34,7 +35,8 @@ from headrace.kvtransfer.messages import (
     TransportName,
     WireDtype,
 )
-from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Transports, exports_of
 from headrace.messages.request import SamplingParams
@@ -240,7 +242,7 @@ async def both(source: Worker, target: Worker, in_place: bool = False) -> AsyncI
 @pytest.fixture(autouse=True)
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a prompt takes many messages and needs credit."""
-    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", WINDOW_BYTES)
+    monkeypatch.setattr(admission_module, "WINDOW_BYTES", WINDOW_BYTES)
 
 
 CUTS = [
