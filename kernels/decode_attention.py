@@ -268,20 +268,7 @@ def _attention_kernel(
     g = tl.arange(0, TILE)
     d = tl.arange(0, DIM_PADDED)[None, :]
     token = tl.arange(0, BLOCK)
-    if PDL:
-        if unit < end:
-            # cached tokens don't depend on the projections: the first ones come into the L2 cache before the wait
-            row, _, _, head, block = _place(unit, first_units, first_units_ptr, KV_HEADS)
-            at = block * BLOCK + token
-            if owners_ptr is not None:
-                row = tl.load(owners_ptr + row)
-            page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
-            lines = (tl.arange(0, LINES) * LINE)[None, :]
-            cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + lines
-            _prefetch(cached)
-            _prefetch(cached + values_at)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    start = unit
     while unit < end:
         row, row_units, blocks, head, first = _place(unit, first_units, first_units_ptr, KV_HEADS)
         last = tl.minimum(blocks, first + end - unit)
@@ -306,6 +293,26 @@ def _attention_kernel(
             own_head = (head * GROUP + g % GROUP_PADDED)[:, None] * DIM
             q_at = qkv_ptr + own_row[:, None].to(tl.int64) * row_stride + own_head
             out = out_ptr + own_row[:, None].to(tl.int64) * (KV_HEADS * GROUP * DIM) + own_head
+            # keys of this step, see below
+            offset = tl.arange(0, STEP_ROWS)
+            key_row = first_row + offset
+            is_key = (offset < row - first_row + QUERIES) & (key_row < batch)
+            is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
+            key_at = num_cached + tl.where(is_key, offset, 0)
+            key_position = tl.load(positions_ptr + key_row, mask=is_key, other=0)
+            key_angles = _angles(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
+            key_page = tl.load(table + key_at // PAGE).to(tl.int64)
+        if PDL:  # what is loaded above does not depend on the projections
+            if unit == start + last - first:
+                # nor do cached tokens: the first ones come into the L2 cache before the wait, which later units pass
+                at = first * BLOCK + token
+                page = tl.load(table + at // PAGE).to(tl.int64)
+                lines = (tl.arange(0, LINES) * LINE)[None, :]
+                cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + lines
+                _prefetch(cached)
+                _prefetch(cached + values_at)
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         is_query = in_tile[:, None] & (d < DIM)
         q = _rotated(q_at, d, angles, q_norm_ptr, eps, is_query, DIM, ROTARY)
         q = (q * (scale * 1.4426950408889634)).to(qkv_ptr.dtype.element_ty)  # log2(e): exp2 is the faster one
@@ -341,25 +348,18 @@ def _attention_kernel(
                 highest = higher
             else:
                 # keys of this step: those of the tile's own rows go to the cache
-                offset = tl.arange(0, STEP_ROWS)
-                key_row = first_row + offset
-                is_key = (offset < row - first_row + QUERIES) & (key_row < batch)
-                is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
-                at = num_cached + tl.where(is_key, offset, 0)
-                key_position = tl.load(positions_ptr + key_row, mask=is_key, other=0)
-                key_angles = _angles(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
                 is_cell = is_key[:, None] & (d < DIM)
                 k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + k_head
                 k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY)
                 k = k.to(pages_ptr.dtype.element_ty)
                 v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_cell, other=0.0).to(pages_ptr.dtype.element_ty)
-                page = tl.load(table + at // PAGE).to(tl.int64)
-                cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
+                own_slots = key_page * page_stride + head * (PAGE * DIM) + key_at % PAGE * DIM
+                cached = pages_ptr + own_slots[:, None] + d
                 is_own = is_cell & (key_row >= row)[:, None]
                 tl.store(cached, k, mask=is_own)
                 tl.store(cached + values_at, v, mask=is_own)
                 until = tl.where(in_tile, own_position, 2**30)[:, None]  # other rows see something, too
-                before = (key_position == at)[None, :] & (key_position[None, :] < until)
+                before = (key_position == key_at)[None, :] & (key_position[None, :] < until)
                 visible = is_key[None, :] & (before | (key_row[None, :] == own_row[:, None]))
                 highest, weight, acc = _attend(q, k.to(q.dtype), v.to(q.dtype), visible, highest, weight, acc)
         if last - first == blocks:
@@ -411,3 +411,6 @@ def _attention_kernel(
                     merged_at += (head * GROUP + gs % GROUP_PADDED)[:, None] * DIM
                 is_stored_cell = is_stored[:, None] & (d < DIM)
                 tl.store(merged_at + d, merged.to(out_ptr.dtype.element_ty), mask=is_stored_cell)
+    if PDL:  # a program without units: what is older than the kernel ahead must be complete when this one is
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

@@ -3,7 +3,8 @@
 What surrounds a projection in a decoder happens while its result is in registers, see `Epilogue`. One row has a kernel
 of its own, below: each program multiplies a few rows of the weights, held in registers, by the input. Its weights are
 on their way before it waits for the input, so that the memory never rests between one projection and the next. More
-rows take tensor cores: `ring_linear` on a Hopper GPU, `stream_linear` elsewhere.
+rows take tensor cores: `few_rows_linear` for up to 16 and small weights, else `ring_linear` on a Hopper GPU and
+`stream_linear` elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
+from headrace.kernels.few_rows_linear import few_rows_linear, suits_few_rows
 from headrace.kernels.gated_activation import activated, gated_activation
 from headrace.kernels.launch import dependent_launch, is_hopper, power_of_two
 from headrace.kernels.stream_linear import stream_linear
@@ -35,6 +37,8 @@ def decode_linear(
     """
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
+    elif suits_few_rows(x, weight):
+        few_rows_linear(x, weight, out, epilogue)
     elif is_hopper() and x.dtype == weight.dtype != torch.float32 and x.shape[1] % 16 == out.shape[1] % 8 == 0:
         ring_linear(x, weight, out, epilogue, workspace)
     else:
