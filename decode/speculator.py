@@ -50,8 +50,9 @@ FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
 has guessed is known."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
-MAX_STEPS_BESIDE_HEAD = 3
-"""The same where a head drafts meanwhile: a lookup must show more, and each look is evidence of it."""
+REQUESTS_A_STEP_BESIDE_HEAD = 8
+"""The same where a head drafts meanwhile, for each so many requests: a lookup must show more, each look is evidence of
+it, and what it takes the host depends on the requests."""
 
 
 @dataclass
@@ -238,7 +239,7 @@ class Speculator:
         return bool(chosen)
 
     def _found(self, drafts: bool) -> None:
-        most = MAX_STEPS_BESIDE_HEAD if self._on_device else MAX_STEPS_AHEAD
+        most = self._num_requests // REQUESTS_A_STEP_BESIDE_HEAD if self._on_device else MAX_STEPS_AHEAD
         self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
         self._steps_left = self._steps_ahead
 
@@ -454,7 +455,7 @@ class Speculator:
         if new:
             for name, guessed in drafted.guesses.items():
                 self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
-        drafted.guesses = {}
+            drafted.guesses = {}
         if drafted.verified:
             self.counters.of[drafted.verified].accepted += max(len(new) - 1, 0)
         drafted.verified = ""

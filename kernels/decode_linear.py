@@ -28,6 +28,11 @@ def max_rows(device: torch.device) -> int:
     return 128 if device.type == "cuda" and is_hopper() else 64
 
 
+def takes_few_rows(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether so many rows of this type are `few_rows_linear`'s."""
+    return dtype == weight.dtype and weight.element_size() > 1 and suits_few_rows(rows, weight)
+
+
 def decode_linear(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue, workspace: Workspace
 ) -> None:
@@ -37,7 +42,7 @@ def decode_linear(
     """
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
-    elif suits_few_rows(x, weight):
+    elif takes_few_rows(len(x), weight, x.dtype):
         few_rows_linear(x, weight, out, epilogue)
     elif is_hopper() and x.dtype == weight.dtype != torch.float32 and x.shape[1] % 16 == out.shape[1] % 8 == 0:
         ring_linear(x, weight, out, epilogue, workspace)
@@ -55,6 +60,8 @@ def decode_linear_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Te
     if epilogue.squares is not None:
         mean = epilogue.squares.double() / SQUARES_SCALE / x.shape[1]
         y *= torch.rsqrt(mean + epilogue.eps).unsqueeze(1)
+    if epilogue.own_squares:
+        y *= torch.rsqrt(x.double().square().mean(1, keepdim=True) + epilogue.eps)
     if epilogue.bias is not None:
         y += epilogue.bias
     if epilogue.activation is not None:
