@@ -41,11 +41,6 @@ class RequestAcceptance:
         self.stood = [0.0] * DEPTHS
         self.seen = [0.0] * DEPTHS
 
-    def fade(self) -> None:
-        """Forget as much as an observation would."""
-        self.stood = [stood * REQUEST_MEMORY for stood in self.stood]
-        self.seen = [seen * REQUEST_MEMORY for seen in self.seen]
-
 
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
@@ -70,13 +65,6 @@ class Acceptance:
         self._stood[depth] = self._stood[depth] * MEMORY + stood
         self._seen[depth] = self._seen[depth] * MEMORY + 1.0
         self._rates[depth] = self._stood[depth] / self._seen[depth]
-
-    def fade(self) -> None:
-        """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
-        for depth in range(DEPTHS):
-            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
-            self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
-            self._rates[depth] = self._stood[depth] / self._seen[depth]
 
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""

@@ -25,7 +25,7 @@ from headrace.kernels.decode_attention import (
     plan_decode_attention,
 )
 from headrace.kernels.decode_begin import begin_decode
-from headrace.kernels.decode_linear import decode_linear, max_rows, takes_few_rows
+from headrace.kernels.decode_linear import decode_linear, max_rows
 from headrace.kernels.draft_rows import RequestState, StepRows, expand_rows
 from headrace.kernels.epilogue import Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
@@ -252,33 +252,24 @@ class GraphDecoder:
         size = step.size
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv = self._qkv[:size]
-        # to add squares up takes small kernels less time than to wait for those of the kernel ahead
-        normed = self._weights.layers[0].qkv, self._weights.layers[0].gate_up
-        own = all(takes_few_rows(size, one.weight, residual.dtype) for one in normed)
-        squares = iter([None] * len(self._squares) if own else self._squares[:, :size])
+        squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
-            norm = {"squares": sums, "own_squares": own, "eps": eps}
-            keep = self._features_of(step, index)
-            if keep is not None and not own:
-                keep.copy_(residual)
-                keep = None
-            self._project(residual, layer.qkv, qkv, **norm, bias=layer.qkv.bias, keep=keep)
+            self._keep_features(step, index)
+            self._project(residual, layer.qkv, qkv, squares=sums, eps=eps, bias=layer.qkv.bias)
             attended = self._attend(step, index, qkv)
             sums = next(squares)
             self._project(attended, layer.output, residual, bias=layer.output.bias, residual=True, squares_out=sums)
-            norm["squares"] = sums
-            self._project(residual, layer.gate_up, activated, **norm, activation=self._config.activation)
+            activation = self._config.activation
+            self._project(residual, layer.gate_up, activated, squares=sums, eps=eps, activation=activation)
             sums = next(squares)
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
         return rms_norm(residual, self._weights.norm, eps)
 
-    def _features_of(self, step: StepInputs, index: int) -> torch.Tensor | None:
-        """Where to keep a layer's input, if it is to be kept."""
-        if step.drafted is None or index not in self._feature_layers:
-            return None
-        place, hidden = self._feature_layers.index(index), self._config.hidden_size
-        return self.features[: step.size, place * hidden : (place + 1) * hidden]
+    def _keep_features(self, step: StepInputs, index: int) -> None:
+        if step.drafted is not None and index in self._feature_layers:
+            place, hidden = self._feature_layers.index(index), self._config.hidden_size
+            self.features[: step.size, place * hidden : (place + 1) * hidden] = self._residual[: step.size]
 
     def _project(self, x: torch.Tensor, projection: Projection, out: torch.Tensor, **epilogue: Any) -> None:
         """One projection with its surroundings, see `Epilogue`."""
@@ -324,8 +315,7 @@ class GraphDecoder:
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            if (keep := self._features_of(step, index)) is not None:
-                keep.copy_(residual)
+            self._keep_features(step, index)
             attended = self._attend(step, index, layer.qkv(hidden))
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))

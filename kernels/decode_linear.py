@@ -3,8 +3,7 @@
 What surrounds a projection in a decoder happens while its result is in registers, see `Epilogue`. One row has a kernel
 of its own, below: each program multiplies a few rows of the weights, held in registers, by the input. Its weights are
 on their way before it waits for the input, so that the memory never rests between one projection and the next. More
-rows take tensor cores: `few_rows_linear` for up to 16 and small weights, else `ring_linear` on a Hopper GPU and
-`stream_linear` elsewhere.
+rows take tensor cores: `ring_linear` on a Hopper GPU, `stream_linear` elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
-from headrace.kernels.few_rows_linear import few_rows_linear, suits_few_rows
 from headrace.kernels.gated_activation import activated, gated_activation
 from headrace.kernels.launch import dependent_launch, is_hopper, power_of_two
 from headrace.kernels.stream_linear import stream_linear
@@ -28,11 +26,6 @@ def max_rows(device: torch.device) -> int:
     return 128 if device.type == "cuda" and is_hopper() else 64
 
 
-def takes_few_rows(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether so many rows of this type are `few_rows_linear`'s."""
-    return dtype == weight.dtype and weight.element_size() > 1 and suits_few_rows(rows, weight)
-
-
 def decode_linear(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue, workspace: Workspace
 ) -> None:
@@ -42,8 +35,6 @@ def decode_linear(
     """
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
-    elif takes_few_rows(len(x), weight, x.dtype):
-        few_rows_linear(x, weight, out, epilogue)
     elif is_hopper() and x.dtype == weight.dtype != torch.float32 and x.shape[1] % 16 == out.shape[1] % 8 == 0:
         ring_linear(x, weight, out, epilogue, workspace)
     else:
@@ -60,8 +51,6 @@ def decode_linear_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Te
     if epilogue.squares is not None:
         mean = epilogue.squares.double() / SQUARES_SCALE / x.shape[1]
         y *= torch.rsqrt(mean + epilogue.eps).unsqueeze(1)
-    if epilogue.own_squares:
-        y *= torch.rsqrt(x.double().square().mean(1, keepdim=True) + epilogue.eps)
     if epilogue.bias is not None:
         y += epilogue.bias
     if epilogue.activation is not None:

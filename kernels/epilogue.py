@@ -32,10 +32,6 @@ class Epilogue:
     """The result is added to `out`."""
     squares_out: torch.Tensor | None = None
     """[M] int64: the new sums of squares of `out` are added here."""
-    own_squares: bool = False
-    """Norms as with `squares`, which the kernel adds up itself; of a projection that `suits_few_rows`."""
-    keep: torch.Tensor | None = None
-    """[M, K]: x is copied there; of a projection that `suits_few_rows`."""
 
 
 LARGEST_SPLIT = 8
