@@ -69,17 +69,14 @@ class Acceptance:
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
         found, chance = [], 1.0
-        for depth in draft.depths:
-            chance *= self.rate(request, depth if depth < DEPTHS else DEPTHS - 1)
+        rates, stood, seen = self._rates, request.stood, request.seen
+        for depth in draft.depths:  # spelled out: this runs for each drafted token before each step
+            at = depth if depth < DEPTHS else DEPTHS - 1
+            chance *= (OTHERS_WEIGHT * rates[at] + stood[at]) / (OTHERS_WEIGHT + seen[at])
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
         return found
-
-    def rate(self, request: RequestAcceptance, depth: int) -> float:
-        """How likely a token of this depth is right where all before it are."""
-        others = OTHERS_WEIGHT * self._rates[depth]
-        return (others + request.stood[depth]) / (OTHERS_WEIGHT + request.seen[depth])
 
 
 def choose_lengths(
