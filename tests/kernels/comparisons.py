@@ -209,6 +209,7 @@ def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int
         accept(sampled.to(on), rows, state, report)
         after_move = pages.clone().to(on)
         move(after_move, table.to(on), rows, state, requests + 2)
+        # the report comes last: it may be the host's memory, and copies of what is before it wait for the device
         after = (*state.columns, rows.followers[:size], rows.last[: requests + 2], after_move, report)
         states.append([column.tolist() for column in after])
     assert stepped[0] == stepped[1]
