@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from headrace.decode.draft_counters import Counters
 from headrace.decode.drafting import chain_drafter, new_speculator
 from headrace.decode.sequence import Sequence
-from headrace.decode.speculator import Counters, Speculator
+from headrace.decode.speculator import Speculator
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
