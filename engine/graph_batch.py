@@ -366,7 +366,7 @@ class GraphBatch(Generic[K]):
             joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
             columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
             targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
-            for column in (*decoder.state.columns, decoder.state.guesses):
+            for column in (*decoder.state.columns, decoder.state.guesses) if self._moved else ():
                 column[targets] = column[origins]
             for column, of_joined in zip(decoder.state.columns, values, strict=True):
                 column[rows] = of_joined.to(column.dtype)
