@@ -2,7 +2,7 @@
 
 Everything else recovers by itself: tokens that overtake lost ones are a gap, and a worker that leaves loses its
 requests. What is left is silence, where the last message of an answer was lost, or its entry, which Redis forgot. An
-answer that is silent for `FIRST_LOOK_SECONDS` is looked at, and again after twice that, and so on. Its decode worker is
+answer that is silent for `FIRST_LOOK_SECONDS` is looked at, and again after a while, which grows. Its decode worker is
 asked to repeat what the gateway lacks; where none is known, its queue entry is looked for.
 """
 
@@ -23,6 +23,8 @@ from headrace.redis_client import RedisError
 log = logging.getLogger(__name__)
 
 FIRST_LOOK_SECONDS = 2.0
+GROWTH = 1.25
+"""From one look to the next. Where the question is lost, too, as while a network is parted, the answer waits for it."""
 LONGEST_SECONDS = 30.0
 TICK_SECONDS = 0.5
 SECOND_LOOK_SECONDS = 1.0
@@ -78,7 +80,7 @@ class Audit:
             if watch is None or watch.progress != progress:
                 self._watches[name] = _Watch(progress, now + FIRST_LOOK_SECONDS)
             elif now >= watch.look_at and not choice.ended:
-                watch.patience = min(2 * watch.patience, LONGEST_SECONDS)
+                watch.patience = min(GROWTH * watch.patience, LONGEST_SECONDS)
                 watch.look_at = now + watch.patience
                 due.append(choice)
         return due

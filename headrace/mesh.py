@@ -14,7 +14,6 @@ import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -33,11 +32,18 @@ SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
 SILENCE_MS = 3000
+"""After which a connection counts as broken."""
+HANDSHAKE_MS = 1000
+"""The same for one that is being made."""
 STRANGER_SECONDS = 1.0
 """How often a sender that the registry does not know is looked up there again."""
 LOOK_UP_SECONDS = 0.5
 """How long that may keep the mailbox waiting."""
 MAX_STRANGERS = 1024
+BURST_SECONDS = 0.01
+"""For so long, messages that are here are taken before other tasks have their turn: of what they bring for one stream,
+one event is made, and not one each.
+"""
 OTHERS = "others"
 """Under which those are counted that there is no room to name."""
 GREETING = b""
@@ -73,13 +79,16 @@ class Mesh:
         self._registry: Registry | None = None
         self._refused: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._burst_ends = 0.0
+        """Monotonic seconds."""
         self._looking_up = asyncio.Lock()
         self._strangers: OrderedDict[bytes, float] = OrderedDict()
         """Routing ids that were looked up in vain within the last `STRANGER_SECONDS`, the oldest first, and when."""
         self._bind_mailbox(bind, advertise or bind)
 
     def _bind_mailbox(self, bind: str, advertise: str) -> None:
-        _notice_broken_lines(self._mailbox)
+        self._mailbox.setsockopt(zmq.LINGER, 0)
+        self._mailbox.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._mailbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._mailbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         if self._key is not None:
@@ -103,7 +112,9 @@ class Mesh:
         assert self._registry is not None
         me = self._registry.me
         line = self._context.socket(zmq.DEALER)
-        _notice_broken_lines(line)
+        line.setsockopt(zmq.LINGER, 0)
+        line.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        _notice_silence(line)
         line.setsockopt(zmq.ROUTING_ID, f"{me.id}@{me.epoch}".encode())
         line.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         if self._key is not None:
@@ -112,7 +123,7 @@ class Mesh:
             line.curve_secretkey = self._key.secret
         line.connect(member.address)
         self._lines[member.id] = line
-        _send_now(line, [GREETING])
+        _send_now(line, GREETING)
 
     def _close_line(self, member: Member) -> None:
         line = self._lines.pop(member.id, None)
@@ -127,9 +138,12 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
+        sent = line.send(encode(message))
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                await line.send(encode(message))
+            if not sent.done():
+                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                    await sent
+            sent.result()
         except (TimeoutError, zmq.ZMQError) as error:
             raise PeerGone(f"{peer_id} takes no messages: {error or 'timed out'}") from error
 
@@ -141,7 +155,7 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        if error := _send_now(line, [encode(message)]):
+        if error := _send_now(line, encode(message)):
             raise PeerGone(f"{peer_id} takes no messages: {error}") from error
 
     async def receive_as(self, decode: Decoder[T]) -> tuple[Inbound, T]:
@@ -156,14 +170,24 @@ class Mesh:
     async def receive(self) -> Inbound:
         """The next message from a registered peer."""
         while True:
-            await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
-            frames: list[Any] = await self._mailbox.recv_multipart(copy=False)
+            frames = await self._next_frames()
             if len(frames) != 2:
-                self._refuse(f"{len(frames) - 1} frames are no message", bytes(frames[0].buffer))
+                self._refuse(f"{len(frames) - 1} frames are no message", frames[0])
                 continue
-            sender = await self.identify(bytes(frames[0].buffer))
-            if sender is not None and len(frames[1].buffer) > len(GREETING):
-                return Inbound(sender, frames[1].buffer)
+            sender = await self.identify(frames[0])
+            if sender is not None and len(frames[1]) > len(GREETING):
+                return Inbound(sender, memoryview(frames[1]))
+
+    async def _next_frames(self) -> list[bytes]:
+        if time.monotonic() < self._burst_ends:
+            try:
+                return await self._mailbox.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                pass
+        await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
+        frames = await self._mailbox.recv_multipart()
+        self._burst_ends = time.monotonic() + BURST_SECONDS
+        return frames
 
     async def identify(self, routing_id: bytes) -> Member | None:
         """The member behind an `id@epoch`; None for a stranger, who is counted."""
@@ -232,20 +256,20 @@ class Mesh:
         self._context.destroy(linger=0)
 
 
-def _notice_broken_lines(socket: zmq.asyncio.Socket) -> None:
-    """Find connections whose other end is silent, as TCP would only after minutes; a new one then takes their place.
+def _notice_silence(line: zmq.asyncio.Socket) -> None:
+    """Have a connection closed whose other end is silent, as TCP would only after minutes; a new one takes its place.
 
+    This end alone asks, or there would be twice as many messages; it tells the mailbox how long to wait for the next.
     libzmq's threads do that, so a busy event loop is not taken for a broken line.
     """
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, SILENCE_MS)
+    line.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+    line.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
+    line.setsockopt(zmq.HEARTBEAT_TTL, SILENCE_MS)
 
 
-def _send_now(line: zmq.asyncio.Socket, frames: list[bytes]) -> BaseException | None:
+def _send_now(line: zmq.asyncio.Socket, frame: bytes) -> BaseException | None:
     """Send without waiting; the error where that is known to have failed."""
-    sent = asyncio.ensure_future(line.send_multipart(frames, flags=zmq.NOBLOCK))
+    sent = line.send(frame, zmq.NOBLOCK)
     if sent.done():
         return sent.exception()
     sent.add_done_callback(lambda future: future.cancelled() or future.exception())

@@ -46,6 +46,8 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 STOP_TAKING_SECONDS = 2.0
+HOLDS_SECONDS = 0.2
+"""Between two `Holds`: what is computed meanwhile goes with the next one."""
 MAX_PASSED = 1024
 """Entries passed on and not looked at; what is beyond comes when others claim it."""
 
@@ -115,6 +117,9 @@ class PrefillWorker:
         self._steps: deque[_Step] = deque()
         """On the device, the oldest first."""
         self._work = asyncio.Event()
+        self._untold: list[bytes] = []
+        """Pages computed that the tier has not been told of."""
+        self._next_holds: asyncio.TimerHandle | None = None
         self._recomputed = 0
         self._gauge = PrefillGauge()
         self._step_rate = StepRate()
@@ -146,6 +151,8 @@ class PrefillWorker:
             if self._tasks:
                 await asyncio.wait(list(self._tasks.values()), timeout=drain_timeout)
             await self._give_entries_back(list(self._tasks), is_untouched=False)
+            if self._next_holds is not None:
+                self._next_holds.cancel()
             await self._farewell.say()
             await asyncio.gather(*[end_task(task) for task in running])
 
@@ -421,15 +428,26 @@ class PrefillWorker:
                     hashes = hashes[: (len(job.entry.token_ids) - 1) // self._layout.page_size]
                 for page, page_hash in zip(job.pages, hashes, strict=False):
                     self._engine.pool.publish(page, page_hash)
-                if computed := hashes[job.cached_tokens // self._layout.page_size :]:
-                    waiting = self._scheduler.num_tokens
-                    self._tell_tier(Holds(waiting=waiting, page_hashes=computed[:MAX_HELD_PAGES]))
+                self._tell_of(hashes[job.cached_tokens // self._layout.page_size :])
         except ExceptionGroup as failures:
             error = failures.exceptions[0]
             if isinstance(error, HandoffFailed):
                 raise RequestRejected("worker_error", f"the KV could not be handed over: {error}", True) from error
             raise error from None
         return first_token_at
+
+    def _tell_of(self, computed: list[bytes]) -> None:
+        """Have the tier know of pages: at once, or `HOLDS_SECONDS` after it was told last."""
+        self._untold = (self._untold + computed)[-MAX_HELD_PAGES:]
+        if self._next_holds is None:
+            self._tell_of_all()
+
+    def _tell_of_all(self) -> None:
+        self._next_holds = None
+        if self._untold:
+            self._tell_tier(Holds(waiting=self._scheduler.num_tokens, page_hashes=self._untold))
+            self._untold = []
+            self._next_holds = asyncio.get_running_loop().call_later(HOLDS_SECONDS, self._tell_of_all)
 
     async def _step_loop(self) -> None:
         """Schedule, start, and have the jobs told at the end of the step; for ever."""
