@@ -42,12 +42,15 @@ async def timed_stream(
     async with session.post("/v1/completions", json=body | {"stream": True}, headers=headers) as response:
         if response.status != 200:
             raise StreamFailed(await response.text())
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                stream.event_times.append(time.perf_counter())
-                events.append(line)
-                if len(events) == 1:
-                    on_first()
+        left = b""
+        async for data in response.content.iter_any():
+            *whole, left = (left + data).split(b"\n\n")
+            for event in whole:
+                if event.startswith(b"data: {"):
+                    stream.event_times.append(time.perf_counter())
+                    events.append(event)
+                    if len(events) == 1:
+                        on_first()
     for event in events:
         chunk = json.loads(event.removeprefix(b"data: "))
         if "error" in chunk:
