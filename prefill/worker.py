@@ -46,7 +46,7 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 STOP_TAKING_SECONDS = 2.0
-HOLDS_SECONDS = 0.2
+HOLDS_SECONDS = 0.1
 """Between two `Holds`: what is computed meanwhile goes with the next one."""
 MAX_PASSED = 1024
 """Entries passed on and not looked at; what is beyond comes when others claim it."""
