@@ -32,9 +32,6 @@ SEND_HIGH_WATER_MARK = 4096
 """Messages that wait for one peer before senders wait."""
 SEND_TIMEOUT_SECONDS = 5.0
 SILENCE_MS = 3000
-"""After which a connection counts as broken."""
-HANDSHAKE_MS = 1000
-"""The same for one that is being made."""
 STRANGER_SECONDS = 1.0
 """How often a sender that the registry does not know is looked up there again."""
 LOOK_UP_SECONDS = 0.5
@@ -87,8 +84,7 @@ class Mesh:
         self._bind_mailbox(bind, advertise or bind)
 
     def _bind_mailbox(self, bind: str, advertise: str) -> None:
-        self._mailbox.setsockopt(zmq.LINGER, 0)
-        self._mailbox.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        _notice_broken_lines(self._mailbox)
         self._mailbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._mailbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         if self._key is not None:
@@ -112,9 +108,7 @@ class Mesh:
         assert self._registry is not None
         me = self._registry.me
         line = self._context.socket(zmq.DEALER)
-        line.setsockopt(zmq.LINGER, 0)
-        line.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        _notice_silence(line)
+        _notice_broken_lines(line)
         line.setsockopt(zmq.ROUTING_ID, f"{me.id}@{me.epoch}".encode())
         line.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         if self._key is not None:
@@ -256,15 +250,15 @@ class Mesh:
         self._context.destroy(linger=0)
 
 
-def _notice_silence(line: zmq.asyncio.Socket) -> None:
-    """Have a connection closed whose other end is silent, as TCP would only after minutes; a new one takes its place.
+def _notice_broken_lines(socket: zmq.asyncio.Socket) -> None:
+    """Find connections whose other end is silent, as TCP would only after minutes; a new one then takes their place.
 
-    This end alone asks, or there would be twice as many messages; it tells the mailbox how long to wait for the next.
     libzmq's threads do that, so a busy event loop is not taken for a broken line.
     """
-    line.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-    line.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
-    line.setsockopt(zmq.HEARTBEAT_TTL, SILENCE_MS)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, SILENCE_MS)
 
 
 def _send_now(line: zmq.asyncio.Socket, frame: bytes) -> BaseException | None:
