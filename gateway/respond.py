@@ -98,6 +98,10 @@ class EventStream:
         """Raises `ConnectionResetError` where the client has gone or reads nothing for a minute."""
         if not data:
             return
+        transport = self._request.transport
+        if self.begun and transport is not None and not transport.get_write_buffer_size():
+            await self.response.write(data)  # the client has read all else: it waits for nothing
+            return
         try:
             async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
                 if not self.begun:

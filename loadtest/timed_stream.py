@@ -70,12 +70,15 @@ async def timed_stream(
             in_ms, in_seconds = (float(response.headers.get(f"Retry-After{unit}", 0)) for unit in ("-Ms", ""))
             retry_after = in_ms / 1000 or in_seconds
             raise StreamFailed(await response.text(), response.status, retry_after)
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                stream.event_times.append(time.perf_counter())
-                events.append(line)
-                if len(events) == 1:
-                    on_first()
+        left = b""
+        async for data in response.content.iter_any():
+            *whole, left = (left + data).split(b"\n\n")
+            for event in whole:
+                if event.startswith(b"data: {"):
+                    stream.event_times.append(time.perf_counter())
+                    events.append(event)
+                    if len(events) == 1:
+                        on_first()
     for at, event in zip(stream.event_times, events, strict=True):
         chunk = json.loads(event.removeprefix(b"data: "))
         if "error" in chunk:

@@ -36,6 +36,8 @@ from headrace.wire import Decoder, Message
 log = logging.getLogger(__name__)
 
 STOP_TAKING_SECONDS = 2.0
+HOLDS_SECONDS = 0.1
+"""Between two `Holds`: what is computed meanwhile goes with the next one."""
 MAX_PASSED = 1024
 """Entries passed on and not looked at; what is beyond comes when others claim it."""
 
@@ -85,6 +87,9 @@ class PrefillWorker:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._prompts: dict[Key, Prompt] = {}
         """What each of them serves."""
+        self._untold: list[bytes] = []
+        """Pages computed that the tier has not been told of."""
+        self._next_holds: asyncio.TimerHandle | None = None
         self._stopping = False
         self._farewell = Farewell(node)
         self._decode: Decoder[ToSender | Cancel | Flushed | GivenBack | Holds | PassedOn] = Decoder(
@@ -112,6 +117,8 @@ class PrefillWorker:
             if self._tasks:
                 await asyncio.wait(list(self._tasks.values()), timeout=drain_timeout)
             await self._give_entries_back(list(self._tasks), is_untouched=False)
+            if self._next_holds is not None:
+                self._next_holds.cancel()
             await self._farewell.say()
             await asyncio.gather(*[end_task(task) for task in running])
 
@@ -171,7 +178,17 @@ class PrefillWorker:
         return True
 
     def _tell_what_is_held(self, page_hashes: list[bytes]) -> None:
-        self._tell_tier(Holds(waiting=self._steps.num_waiting_tokens, page_hashes=page_hashes[:MAX_HELD_PAGES]))
+        """Have the tier know of pages: at once, or `HOLDS_SECONDS` after it was told last."""
+        self._untold = (self._untold + page_hashes)[-MAX_HELD_PAGES:]
+        if self._next_holds is None:
+            self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        self._next_holds = None
+        if self._untold:
+            self._tell_tier(Holds(waiting=self._steps.num_waiting_tokens, page_hashes=self._untold))
+            self._untold = []
+            self._next_holds = asyncio.get_running_loop().call_later(HOLDS_SECONDS, self._tell_untold)
 
     def _begin(self, group: asyncio.TaskGroup, prompt: Prompt, room: asyncio.Semaphore) -> None:
         task = group.create_task(self._serve(prompt), name=f"serve {prompt.key}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.gateway.choice import MAX_REQUEUES, Choice
 from headrace.gateway.job import Prompt
+from headrace.gateway.news import News
 from headrace.gateway.text import AnswerText
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.messages.request import SamplingParams
@@ -43,7 +43,7 @@ class _Courier:
 def _choice(tokenizer: Tokenizer, **sampling: Any) -> Choice:
     params = SamplingParams(**{"max_tokens": 50, **sampling})
     text = AnswerText(tokenizer.vocabulary, (), 0)
-    return Choice("r.0", Prompt([1, 2, 3], None), params, text, time.time() + 60, asyncio.Event())
+    return Choice("r.0", Prompt([1, 2, 3], None), params, text, time.time() + 60, News())
 
 
 def _event(attempt: int, start: int, end: int) -> TokenEvent:
