@@ -37,9 +37,9 @@ STRANGER_SECONDS = 1.0
 LOOK_UP_SECONDS = 0.5
 """How long that may keep the mailbox waiting."""
 MAX_STRANGERS = 1024
-BURST_SECONDS = 0.01
-"""For so long, messages that are here are taken before other tasks have their turn: of what they bring for one stream,
-one event is made, and not one each.
+BURST_SECONDS = 0.1
+"""For so long, messages that are here are taken before other tasks have their turn. A process that falls behind thus
+takes several for the same stream, of which it makes one event and not one each.
 """
 OTHERS = "others"
 """Under which those are counted that there is no room to name."""
