@@ -14,6 +14,7 @@ import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -37,9 +38,9 @@ STRANGER_SECONDS = 1.0
 LOOK_UP_SECONDS = 0.5
 """How long that may keep the mailbox waiting."""
 MAX_STRANGERS = 1024
-BURST_SECONDS = 0.01
-"""For so long, messages that are here are taken before other tasks have their turn: of what they bring for one stream,
-one event is made, and not one each.
+BURST_SECONDS = 0.1
+"""For so long, messages that are here are taken before other tasks have their turn. A process that falls behind thus
+takes several for the same stream, of which it makes one event and not one each.
 """
 OTHERS = "others"
 """Under which those are counted that there is no room to name."""
@@ -132,7 +133,7 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        sent = line.send(encode(message))
+        sent = asyncio.ensure_future(line.send(encode(message)))
         try:
             if not sent.done():
                 async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
@@ -173,9 +174,11 @@ class Mesh:
                 return Inbound(sender, memoryview(frames[1]))
 
     async def _next_frames(self) -> list[bytes]:
+        frames: list[Any]
         if time.monotonic() < self._burst_ends:
             try:
-                return await self._mailbox.recv_multipart(zmq.NOBLOCK)
+                frames = await self._mailbox.recv_multipart(zmq.NOBLOCK)
+                return frames
             except zmq.Again:
                 pass
         await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
@@ -263,7 +266,7 @@ def _notice_broken_lines(socket: zmq.asyncio.Socket) -> None:
 
 def _send_now(line: zmq.asyncio.Socket, frame: bytes) -> BaseException | None:
     """Send without waiting; the error where that is known to have failed."""
-    sent = line.send(frame, zmq.NOBLOCK)
+    sent = asyncio.ensure_future(line.send(frame, zmq.NOBLOCK))
     if sent.done():
         return sent.exception()
     sent.add_done_callback(lambda future: future.cancelled() or future.exception())

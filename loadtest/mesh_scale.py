@@ -28,7 +28,7 @@ from headrace.settings import Settings
 MODEL = "smollm2"
 COSTS = Path(__file__).resolve().parent / "step_costs" / "smollm2_cpu.json"
 PROMPT_TOKENS = 16
-OPENED_PER_SECOND = 200
+OPENED_PER_SECOND = 300
 """Streams: the gateway, which reads 1,024 requests at once, keeps up."""
 FAIR_PROMPT_TOKENS = 128
 """So long that the mesh has a backlog of both keys, whom the gateway reads faster."""
@@ -52,7 +52,7 @@ class Extent:
     """Of each: even one that runs alone at first has not ended when the last is opened."""
 
 
-FULL, QUICK = Extent(8, 16, 2000, 224), Extent(2, 3, 300, 64)
+FULL, QUICK = Extent(8, 16, 2000, 256), Extent(2, 3, 300, 64)
 
 
 @dataclass
