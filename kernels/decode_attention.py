@@ -336,7 +336,7 @@ def _attention_kernel(
         acc = tl.zeros((TILE, DIM_PADDED), tl.float32)
         k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + (GROUP * KV_HEADS + head) * DIM
         if EARLY:
-            is_new = is_cell & (last == blocks)
+            is_new = is_cell & (d < tl.where(last == blocks, DIM, 0))
             new_k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_new, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
             new_v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_new, other=0.0).to(pages_ptr.dtype.element_ty)
             seen = (first_at < num_cached)[None, :]

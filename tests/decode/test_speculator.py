@@ -175,15 +175,16 @@ def test_a_lookup_beats_the_head_where_it_is_worth_the_wait() -> None:
 
 def test_a_lookup_beside_a_head_learns_from_what_came_while_steps_ran_ahead() -> None:
     """Looks are evidence also where the step that was looked ahead of was started before its tokens came."""
-    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 1.3, 16: 1.3}, {2: 1.1, 16: 1.1})
+    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 2.0, 16: 2.0}, {2: 1.1, 16: 1.1})
     speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.02}, 1)))
     sequence = request([*range(100, 200)] * 3, max_tokens=1000)
     waited = []
-    for step in range(60):
+    for step in range(40):
         sequence.in_flight = 1
         waited.append(speculating.waits([sequence]))
         speculating.propose_ahead([sequence])
-        sequence.append(100 + step % 100)
+        for token in range(3):
+            sequence.append(100 + (3 * step + token) % 100)
     assert not waited[0], "nothing is known of lookups yet"
     assert waited[-1]
 
