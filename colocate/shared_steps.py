@@ -23,12 +23,13 @@ from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedP
 from headrace.engine.graph_batch import GraphBatch
 from headrace.kvtransfer.messages import Commit
 
-EARLIEST, LATEST = 0.05, 0.0005
+EARLIEST, LATEST = 0.005, 0.0005
 """Seconds before the end of a step at which the next one is scheduled: what the host takes to start it, and how far
-timers and what is expected of steps are off. How early that must be is found out."""
-EARLIER, LATER = 0.0003, 0.000003
-"""After a step with prompts that was started too late, and after one that was not: 1 % are. Steps without prompts are
-so much shorter than the target that it does not matter when they are late."""
+timers and what is expected of steps are off. How early that must be is found out, up to where prompts that come too
+late for a step wait longer for the next one than it is worth."""
+EARLIER, LATER = 0.0003, 0.000006
+"""After a step with prompts that was started too late, and after one that was not: some 2 % are. Steps without prompts
+are so much shorter than the target that it does not matter when they are late."""
 
 
 @dataclass(frozen=True)

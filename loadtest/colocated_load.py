@@ -65,11 +65,11 @@ FULL = Plan(
     config=LLAMA_8B,
     tokens_in=1024,
     tokens_out=128,
-    rates=((8.0, 160), (16.0, 320)),
+    rates=((8.0, 64), (16.0, 320)),
     repeats=3,
-    sweep_start=10.0,
-    sweep_seconds=10.0,
-    precision=0.05,
+    sweep_start=20.0,
+    sweep_seconds=8.0,
+    precision=0.2,
     flags=("--max-model-len", "2048", "--max-num-seqs", "128", "--max-num-prefills", "32"),
 )
 QUICK = Plan(
