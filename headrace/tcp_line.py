@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-from headrace.data_line import MAX_HEADER_BYTES, TIMEOUT_SECONDS, Make, OnFrame
+from headrace.data_line import MAX_HEADER_BYTES, STRIPES, TIMEOUT_SECONDS, Make, OnFrame
 from headrace.keys import is_loopback
 from headrace.wire import Decoder, Message, WireError, encode
 
@@ -18,10 +19,6 @@ log = logging.getLogger(__name__)
 PREAMBLE = struct.Struct("<4sIQ")
 """Magic, bytes of the header, bytes of the payload."""
 MAGIC = b"HRD1"
-SEND_BUFFER_BYTES = 2**17
-"""Of a connection on loopback, of which the kernel makes twice as much: what is on the way stays in a processor's
-cache, which the megabytes that the kernel would choose don't fit into. A small receive buffer makes threads take turns
-at every piece."""
 MAX_PAYLOAD_BYTES = 2**30
 MAX_PARTS = 1024
 """Pieces of memory in one system call (IOV_MAX)."""
@@ -48,7 +45,6 @@ class TcpConnection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _as_timeval(TIMEOUT_SECONDS))
         if is_loopback(host):
             _use_plain_congestion_control(self._socket)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.send(encode(Hello(name=name)), ())
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
@@ -152,7 +148,9 @@ class TcpListener:
             connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _as_timeval(FRAME_SECONDS))
             with self._lock:
+                others = sum(peer == member_id for _, peer in self._connections.values())
                 self._connections[threading.current_thread()] = (connection, member_id)
+            _keep_apart(others % STRIPES)
             while True:
                 header, payload = _receive(connection)
                 self._on_frame(member_id, header, payload)
@@ -186,6 +184,16 @@ class TcpListener:
         for thread in [*threads, *([self._accepting] if self._accepting else [])]:
             thread.join()
         self._listening.close()
+
+
+def _keep_apart(stripe: int) -> None:
+    """Let this thread share no core with those of a line's other stripes. Two that are woken at once often get the same
+    core, and take turns there while another is idle.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[stripe::STRIPES]
+        if cores:
+            os.sched_setaffinity(0, cores)
 
 
 def _receive(connection: socket.socket) -> tuple[memoryview, _TcpPayload]:
