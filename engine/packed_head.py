@@ -70,6 +70,14 @@ class PackedHead:
 
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See `DraftHead`."""
+        return self._run(states, batch, cache, LAST_NORM).residual[: len(states)]
+
+    def write(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> None:
+        """See `DraftHead`."""
+        self._run(states, batch, cache, kernels.ROPE + 1)
+
+    def _run(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache, end: int) -> Team:
+        """Run the layer's phases up to `end`."""
         plan, rows = batch.plan, len(batch.token_ids)
         assert isinstance(plan, PagedPlan)
         assert cache is self._cache, "it is attached to another cache"
@@ -80,8 +88,8 @@ class PackedHead:
         team.inputs.request[:rows] = plan.request
         team.tables[:requests, :width] = plan.block_table.numpy()
         team.control[kernels.ROWS] = rows
-        team.run(0, LAST_NORM, self._threads)
-        return team.residual[:rows]
+        team.run(0, end, self._threads)
+        return team
 
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""
