@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sys
 from collections.abc import Awaitable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -45,6 +46,9 @@ TARGET_MS = {"cuda": 14.0, "cpu": 200.0}
 """Between two tokens of a stream, where --itl-target is not given."""
 FEWEST_TOKENS = {"cuda": 256, "cpu": 32}
 """Of a chunk. Fewer take hardly less time: all weights are read, and a GPU's host launches as many kernels."""
+SWITCH_SECONDS = 0.0002
+"""After which a thread must let another one have the interpreter, on a GPU. Starting a pass lets go of it with each of
+a hundred operations; with Python's 5 ms, one that finds the event loop busy then comes too late."""
 
 
 async def run(settings: Settings) -> None:
@@ -119,6 +123,7 @@ async def _turns(model: LoadedModel, target: float, fewest: int, most: int) -> T
     from headrace.colocate.row_budget import RowBudget, measurable, time_passes
     from headrace.colocate.shared_steps import SharedSteps
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     sizes = measurable(engine, engine.graph_decoder.sizes("shared"), most)
     pages = engine.pool.allocate(engine.pool.pages_for(max(sizes, default=0)))
     seconds = await asyncio.get_running_loop().run_in_executor(device_thread, time_passes, engine, sizes, pages)

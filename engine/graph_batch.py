@@ -312,10 +312,12 @@ class GraphBatch(Generic[K]):
             self._mask(logits, layout.firsts, own)
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
         logprobs = sampler.logprobs(sampled, logits)
-        accept_rows(sampled, decoder.rows, decoder.state)
+        # written by the kernel itself: a copy would keep the head behind it waiting for 20 microseconds
+        report = torch.empty(rows, 2, dtype=torch.int64, pin_memory=sampled.is_cuda)
+        accept_rows(sampled, decoder.rows, decoder.state, report)
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
-        arriving = ArrivingTokens(decoder.rows.report[:rows], logprobs)
+        arriving = ArrivingTokens(report, logprobs, is_copied=True)
         self._running.append(_Running(list(self._keys), arriving, layout, penalized if layout.is_known else ()))
         if depth and head is not None:
             head.read(rows)
@@ -364,7 +366,7 @@ class GraphBatch(Generic[K]):
             joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
             columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
             targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
-            for column in (*decoder.state.columns, decoder.state.guesses):
+            for column in (*decoder.state.columns, decoder.state.guesses) if self._moved else ():
                 column[targets] = column[origins]
             for column, of_joined in zip(decoder.state.columns, values, strict=True):
                 column[rows] = of_joined.to(column.dtype)

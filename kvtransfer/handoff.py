@@ -208,9 +208,10 @@ class Handoff:
             case Credit() if self.state in (State.GRANTED, State.COMMITTED):
                 self._free_staged(self._on_the_way.credited(message.sequence))
             case Ack() if self.state is State.COMMITTED or (self.offer.in_place and self.state is State.GRANTED):
+                if self.state is State.COMMITTED:  # or nothing was on the way that could tell how long it takes
+                    self._on_the_way.acknowledged()
                 self.state = State.DONE
                 self.timings.acknowledged = self._clock()
-                self._on_the_way.acknowledged()
                 self._let_go()
             case Abort(cause="unknown") if self.state is State.OFFERED:  # the offer or its refusal was lost
                 self.receiver = None

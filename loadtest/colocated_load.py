@@ -3,8 +3,8 @@ are served in time.
 
 Starts `headrace up --colocate` with random weights in the shape of Llama 3.1 8B, sends 1,024 tokens in and asks for
 128 out at fixed rates, then looks for the highest rate at which 90 % of the requests see their first token within
-200 ms and no gap of more than 20 ms. The load is that of `headrace loadtest`. Flags that are not this script's go to
-`headrace up`.
+200 ms and no gap of more than 20 ms. Each rate is run several times, each time with other arrivals; figures are the
+medians of these runs. The load is that of `headrace loadtest`. Flags that are not this script's go to `headrace up`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from rich.console import Console
 
 from headrace.loadtest.load.arrivals import Lengths, Workload
 from headrace.loadtest.load.crew import Run, start_crew
-from headrace.loadtest.load.figures import Limits, Overhead, failures, numbers
+from headrace.loadtest.load.figures import Estimate, Limits, Overhead, failures, numbers
 from headrace.loadtest.load.prompts import Prompts
 from headrace.loadtest.load.session import Load, Session
 from headrace.loadtest.load.target import find_target
@@ -46,7 +47,9 @@ class Plan:
     tokens_in: int
     tokens_out: int
     rates: tuple[tuple[float, int], ...]
-    """(rate, requests)."""
+    """(rate, requests of a run)."""
+    repeats: int
+    """Runs a rate."""
     sweep_start: float
     sweep_seconds: float
     precision: float
@@ -62,10 +65,11 @@ FULL = Plan(
     config=LLAMA_8B,
     tokens_in=1024,
     tokens_out=128,
-    rates=((8.0, 160), (16.0, 320)),
-    sweep_start=10.0,
-    sweep_seconds=10.0,
-    precision=0.05,
+    rates=((8.0, 64), (16.0, 320)),
+    repeats=3,
+    sweep_start=20.0,
+    sweep_seconds=8.0,
+    precision=0.2,
     flags=("--max-model-len", "2048", "--max-num-seqs", "128", "--max-num-prefills", "32"),
 )
 QUICK = Plan(
@@ -73,6 +77,7 @@ QUICK = Plan(
     tokens_in=64,
     tokens_out=16,
     rates=((4.0, 8), (8.0, 16)),
+    repeats=2,
     sweep_start=8.0,
     sweep_seconds=1.0,
     precision=2.0,
@@ -82,21 +87,26 @@ TARGETS = {("16 req/s", "first token p50"): "<= 56", ("16 req/s", "first token p
 TARGETS |= {("16 req/s", "inter-token p99"): "<= 15"}
 
 
-def figures_of(run: Run, plan: Plan) -> Iterator[Figure]:
-    """The table of one rate."""
-    name = f"{run.rate:g} req/s"
-    measured = numbers(run, LIMITS)
+def figures_of(runs: Sequence[Run], plan: Plan) -> Iterator[Figure]:
+    """The table of one rate: medians of its runs."""
+    name = f"{runs[0].rate:g} req/s"
+    measured = [numbers(run, LIMITS) for run in runs]
+
+    def figure(what: str, key: tuple[str, str]) -> Figure:
+        values = [of_run[key] for of_run in measured if key in of_run]
+        value, spread = (statistics.median(values), Estimate.of(values).spread) if values else (None, None)
+        return Figure(f"{name}, {what}", value, key[1], TARGETS.get((name, what), ""), spread=spread)
+
     for what, ours in (("first token", "TTFT"), ("inter-token", "ITL")):
         for percentile in ("p50", "p99"):
-            figure = f"{what} {percentile}"
-            value = measured.get((f"{ours} {percentile}", "ms"))
-            yield Figure(f"{name}, {figure}", value, "ms", TARGETS.get((name, figure), ""))
-    incomplete = sum(bool(result.failure) or result.tokens != plan.tokens_out for result in run.results)
-    for failure, count in failures([run]).most_common(5):
+            yield figure(f"{what} {percentile}", (f"{ours} {percentile}", "ms"))
+    yield figure("in time", ("in time", "%"))
+    yield figure("output", ("output", "tokens/s"))
+    incomplete = sum(bool(result.failure) or result.tokens != plan.tokens_out for run in runs for result in run.results)
+    for failure, count in failures(runs).most_common(5):
         print(f"{name}: {failure} ({count} times)", file=sys.stderr)
-    yield Figure(f"{name}, failed", incomplete, f"of {run.planned}", "= 0")
-    yield Figure(f"{name}, output", measured["output", "tokens/s"], "tokens/s")
-    for figure_of_cost in Overhead.of([run]).figures():
+    yield Figure(f"{name}, failed", incomplete, f"of {sum(run.planned for run in runs)}", "= 0")
+    for figure_of_cost in Overhead.of(runs).figures():
         yield Figure(f"{name}, {figure_of_cost.name}", figure_of_cost.value, figure_of_cost.unit)
 
 
@@ -109,15 +119,20 @@ async def measure(plan: Plan, flags: Sequence[str], folder: Path) -> list[Figure
     async with local_mesh(*mesh_flags) as mesh, start_crew(1, REQUEST_SECONDS) as crew:
         figures.append(Figure("start", time.perf_counter() - started, "s"))
         target = await find_target(mesh.url, model.name, None, "completions", {})
-        warm_up = (plan.rates[0][0], 16)
-        for number, (rate, requests) in enumerate((warm_up, *plan.rates)):
-            run = await crew.run(
-                target, plan.workload.plan(rate, requests, number), Prompts(target, (number,)), rate=rate
-            )
-            if number:
-                figures += figures_of(run, plan)
-                print(*[f"{f.name}: {f.value} {f.unit}" for f in figures[-11:]], sep="\n", flush=True)
+
+        async def one_run(rate: float, requests: int, seed: int) -> Run:
+            prompts = Prompts(target, (round(rate), seed))
+            done = await crew.run(target, plan.workload.plan(rate, requests, seed), prompts, rate=rate)
             await mesh.until_no_page_is_used(30)
+            return done
+
+        await one_run(plan.rates[0][0], 16, 0)
+        for rate, requests in plan.rates:
+            runs = [await one_run(rate, requests, seed) for seed in range(1, plan.repeats + 1)]
+            figures += figures_of(runs, plan)
+            for run in runs:
+                words = [f"{name} {value:.1f} {unit}" for (name, unit), value in numbers(run, LIMITS).items()]
+                print(f"{rate:g} req/s", *words, sep="; ", flush=True)
         load = Load(
             plan.workload,
             LIMITS,

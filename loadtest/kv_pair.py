@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from headrace.curve_line import CurveConnection, CurveListener
-from headrace.data_line import DataLine, TcpConnection, TcpListener
+from headrace.data_line import DataLine
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.page_pool import PagePool
 from headrace.keys import MeshKey
@@ -37,6 +37,7 @@ from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Transports, Wanted, exports_of
 from headrace.messages.request import SamplingParams
 from headrace.settings import Settings
+from headrace.tcp_line import TcpConnection, TcpListener
 from headrace.wire import Decoder, Message, encode
 
 SOURCE, TARGET = "source", "target"

@@ -74,16 +74,17 @@ class Lengths:
 
 
 def arrival_times(rate: float, count: int, random: np.random.Generator, burstiness: float = 1.0) -> list[float]:
-    """Seconds, ascending, `rate` a second in the long run.
+    """Seconds, ascending: `count` arrivals in `count / rate` seconds.
 
     Gaps are drawn from a gamma distribution of shape `burstiness`: 1 is a Poisson process, less is burstier (the
-    squared coefficient of variation is 1 / burstiness), infinity is a metronome.
+    squared coefficient of variation is 1 / burstiness), infinity is a metronome. They are scaled so that no run is
+    asked for more or less than its rate (by chance 320 Poisson arrivals would be off by 6 %). A Poisson process whose
+    gaps, the one after the last arrival among them, are scaled so is one of which it is known how many arrive.
     """
     if np.isinf(burstiness):
-        gaps = np.full(count, 1 / rate)
-    else:
-        gaps = random.gamma(burstiness, 1 / (rate * burstiness), count)
-    return [float(at) for at in np.cumsum(gaps)]
+        return [float(at) for at in np.arange(1, count + 1) / rate]
+    times = np.cumsum(random.gamma(burstiness, size=count + 1))
+    return [float(at) for at in times[:-1] * (count / rate / times[-1])]
 
 
 @dataclass(frozen=True)

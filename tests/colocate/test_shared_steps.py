@@ -164,17 +164,34 @@ async def test_a_step_starts_just_before_the_one_ahead_ends(thread: ThreadPoolEx
 
 
 async def test_a_host_that_is_late_starts_steps_earlier(thread: ThreadPoolExecutor) -> None:
-    """Until it is not late any more: here it always is."""
+    """As early as is worth while: here it always is late. Steps without prompts don't count."""
     device = Device(thread)
     device.batch.collected_late = True
     await device.step(ended=False)
+
+    async def starts_at_once() -> bool:
+        waiting = asyncio.create_task(device.steps.before_step(3))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        at_once = waiting.done()
+        await asyncio.wait_for(waiting, 1)
+        return at_once
+
+    device.now = 0.0
     for _ in range(30):
+        await device.step()
+    chunk = device.start(100)
+    await device.step()
+    device.now = 0.0035  # of the 8 ms that the step with the chunk takes
+    assert not await starts_at_once()
+    for _ in range(30):
+        device.now = 0.0
         chunk = device.start(100)
         await device.step()
-    waiting = asyncio.create_task(device.steps.before_step(3))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert waiting.done()
+    device.now = 0.0035
+    assert await starts_at_once()
+    device.now = 0.001
+    assert not await starts_at_once()
     await device.step()
     await chunk
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.data_line import DataLine, Make, TcpConnection, TcpListener
+from headrace.data_line import DataLine, Make
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer import admission as admission_module
@@ -40,6 +40,7 @@ from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Transports, exports_of
 from headrace.messages.request import SamplingParams
+from headrace.tcp_line import TcpConnection, TcpListener
 from headrace.wire import Decoder, Message, encode
 from tests.kvtransfer.far_cache import FarCache
 from tests.kvtransfer.parts import cut

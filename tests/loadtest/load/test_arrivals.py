@@ -35,6 +35,16 @@ def test_a_poisson_process_has_as_many_arrivals_a_second_as_it_should() -> None:
     assert counts.var() == pytest.approx(10, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_has_the_rate_asked_for_and_not_about_that(seed: int) -> None:
+    """Whatever the seed; within the run arrivals are where they would be without scaling."""
+    times = np.array(arrival_times(16.0, 320, np.random.default_rng(seed)))
+    assert 0 < times[0] < times[-1] < 20 < times[-1] + 1
+    fractions = times / 20
+    ranks = np.arange(1, 321) / 320
+    assert np.abs(fractions - ranks).max() < 1.63 / np.sqrt(320)  # Kolmogorov and Smirnov, 1 %
+
+
 def test_infinite_burstiness_is_a_metronome() -> None:
     """As in other tools."""
     assert np.diff(arrival_times(4.0, 9, np.random.default_rng(1), float("inf"))) == pytest.approx(0.25)
