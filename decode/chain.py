@@ -1,16 +1,23 @@
-"""Drafts that a head or a draft model makes, token after token, on the thread that runs the engine."""
+"""Drafts that a head or a draft model makes, token after token, on the thread that runs the engine.
+
+It reads what a step has settled only when it drafts, which is not each time: until then that waits. A request of which
+too much waits is drafted for no more.
+"""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from headrace.decode.drafter import Draft
 from headrace.decode.sequence import Key
-from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.decode_batch import DecodeBatch, Seen
 from headrace.engine.engine import Engine
 from headrace.messages.request import SamplingParams
 
@@ -28,26 +35,133 @@ TIMED_ROWS = (1, 4, 16)
 TIMED_STEPS = 5
 
 
-class ChainDrafter(Protocol):
-    """Drafts on the engine's thread. To be called after each step."""
-
-    name: str
-    """Short and lower-case: part of the names of metrics."""
-    seconds: float
-    """What the last `draft` took."""
-
-    def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
-        """Up to `depth` tokens for requests of the step that has just ended."""
-
-    def time_tokens(self) -> Mapping[int, float]:
-        """Seconds that one more token costs, by the number of requests it is drafted for."""
-
-
 class Guesser(Protocol):
     """What guesses the token after each state."""
 
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest token after each state, int64 [T], and its probability, float32 [T]."""
+
+
+@dataclass
+class Unread:
+    """What was not read of a request."""
+
+    position: int
+    """Of the first."""
+    token_ids: list[int]
+    features: list[torch.Tensor] = field(default_factory=list)
+    """The target's at these positions, [T, F], of a drafter that reads them, in parts."""
+    is_lost: bool = False
+    """There was too much."""
+
+
+class ChainDrafter(ABC):
+    """Drafts on the engine's thread, for a `DecodeBatch`."""
+
+    name: str
+    """Short and lower-case: part of the names of metrics."""
+
+    def __init__(self, engine: Engine, guesser: Guesser) -> None:
+        self._engine = engine
+        self._guesser = guesser
+        self._unread: dict[Key, Unread] = {}
+        self.seconds = 0.0
+        """What the last `draft` took."""
+
+    @abstractmethod
+    def _joined(self, seen: Seen[Key]) -> Unread:
+        """What is to be read of a request before the tokens that its first step has made."""
+
+    @abstractmethod
+    def _features(self, seen: Seen[Key]) -> list[torch.Tensor]:
+        """What to keep of a step's features for this request."""
+
+    @abstractmethod
+    def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The states [T, H] to read tokens with whose features are these."""
+
+    @abstractmethod
+    def _read(
+        self,
+        batch: DecodeBatch[Key],
+        states: torch.Tensor,
+        keys: Sequence[Key],
+        positions: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
+        """Read these tokens of each request from its position on; returns the states [T, H] after them."""
+
+    @torch.inference_mode()
+    def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
+        """Up to `depth` tokens for requests of the step that has just ended. To be called after each step.
+
+        A request that is far behind gets no draft.
+        """
+        started = time.perf_counter()
+        self._follow(batch)
+        drafts: dict[Key, Draft] = {}
+        if depth > 0:
+            states, keys, positions = self._catch_up(batch)
+            if keys:
+                drafts = draft_chains(self._guesser, partial(self._read, batch), batch, states, keys, positions, depth)
+        self.seconds = time.perf_counter() - started
+        return drafts
+
+    def _follow(self, batch: DecodeBatch[Key]) -> None:
+        stays = {seen.key for seen in batch.seen}
+        for key in [key for key in self._unread if key not in stays]:
+            del self._unread[key]
+        for seen in batch.seen:
+            unread = self._unread.get(seen.key)
+            if unread is None:
+                unread = self._unread[seen.key] = self._joined(seen)
+            if unread.is_lost:
+                continue
+            unread.features += self._features(seen)
+            unread.token_ids += seen.token_ids
+            if len(unread.token_ids) > MAX_UNREAD:
+                unread.features, unread.token_ids, unread.is_lost = [], [], True
+
+    def _catch_up(self, batch: DecodeBatch[Key]) -> tuple[torch.Tensor, list[Key], list[int]]:
+        """Read what waits, of all requests or of those least behind; returns their newest states and positions."""
+        counts = {
+            key: len(one.token_ids)
+            for key, one in self._unread.items()
+            if one.position + len(one.token_ids) <= batch.room(key)
+        }
+        keys = to_be_read(counts)
+        if not keys:
+            return torch.empty(0), [], []
+        reads = [self._unread[key] for key in keys]
+        states = self._first_states([part for one in reads for part in one.features])
+        states = self._read(batch, states, keys, [one.position for one in reads], [one.token_ids for one in reads])
+        for one in reads:
+            one.position += len(one.token_ids)
+            one.features, one.token_ids = [], []
+        ends = torch.tensor([counts[key] for key in keys]).cumsum(0) - 1
+        return states[ends.to(states.device)], keys, [one.position - 1 for one in reads]
+
+    @torch.inference_mode()
+    def time_tokens(self) -> Mapping[int, float]:
+        """Seconds that one more token costs, by the number of requests it is drafted for: the fastest of several."""
+        engine = self._engine
+        batch, fastest = DecodeBatch[Key](engine), dict[int, float]()
+        pages, keys = engine.pool.allocate(1), list[Key]()
+        for rows in TIMED_ROWS:
+            if rows > engine.config.max_num_seqs:
+                break
+            while len(keys) < rows:
+                keys.append(("timed", len(keys)))
+                batch.join(keys[-1], [0, 0], 1, pages, SamplingParams(max_tokens=2))
+            states = torch.zeros(rows, engine.model_config.hidden_size, dtype=engine.model.features.dtype)
+            for _ in range(TIMED_STEPS):
+                started = time.perf_counter()
+                read = self._read(batch, states, keys, [1] * rows, [[0]] * rows)
+                self._guesser.draft(read)[0].tolist()  # waits for it
+                seconds = time.perf_counter() - started
+                fastest[rows] = min(fastest.get(rows, seconds), seconds)
+        engine.pool.release(pages)
+        return fastest
 
 
 def to_be_read(unread: Mapping[Key, int]) -> list[Key]:
@@ -103,25 +217,3 @@ def draft_chains(
 def confidence_depth(step: int, probability: float) -> int:
     """A drafted token's depth: how far into the draft it is, and how sure its drafter is of it."""
     return min(step, STEPS_APART - 1) * CONFIDENCES + min(int(probability * CONFIDENCES), CONFIDENCES - 1)
-
-
-@torch.inference_mode()
-def time_tokens(engine: Engine, one_more: Callable[[DecodeBatch[int], int], torch.Tensor]) -> Mapping[int, float]:
-    """See `ChainDrafter.time_tokens`: the fastest of several.
-
-    `one_more(batch, rows)` has a token of each of the batch's requests read and returns what is guessed after it.
-    """
-    batch, fastest = DecodeBatch[int](engine), dict[int, float]()
-    pages = engine.pool.allocate(1)
-    for rows in TIMED_ROWS:
-        if rows > engine.config.max_num_seqs:
-            break
-        while len(batch) < rows:
-            batch.join(len(batch), [0, 0], 1, pages, SamplingParams(max_tokens=2))
-        for _ in range(TIMED_STEPS):
-            started = time.perf_counter()
-            one_more(batch, rows).tolist()  # waits for it
-            seconds = time.perf_counter() - started
-            fastest[rows] = min(fastest.get(rows, seconds), seconds)
-    engine.pool.release(pages)
-    return fastest

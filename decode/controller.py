@@ -41,11 +41,6 @@ class RequestAcceptance:
         self.stood = [0.0] * DEPTHS
         self.seen = [0.0] * DEPTHS
 
-    def fade(self) -> None:
-        """Forget as much as an observation would."""
-        self.stood = [stood * REQUEST_MEMORY for stood in self.stood]
-        self.seen = [seen * REQUEST_MEMORY for seen in self.seen]
-
 
 class Acceptance:
     """The same for all requests of one drafter together, on which each request's estimates lean."""
@@ -71,27 +66,17 @@ class Acceptance:
         self._seen[depth] = self._seen[depth] * MEMORY + 1.0
         self._rates[depth] = self._stood[depth] / self._seen[depth]
 
-    def fade(self) -> None:
-        """Believe a little less of what was observed: without drafts there is no telling what has become of it."""
-        for depth in range(DEPTHS):
-            self._stood[depth] += (1.0 - MEMORY) * (PRIOR * PRIOR_WEIGHT - self._stood[depth])
-            self._seen[depth] += (1.0 - MEMORY) * (PRIOR_WEIGHT - self._seen[depth])
-            self._rates[depth] = self._stood[depth] / self._seen[depth]
-
     def chances(self, request: RequestAcceptance, draft: Draft) -> list[float]:
         """For each token of a draft: how likely it stands with all before it. Ends where that is hardly ever."""
         found, chance = [], 1.0
-        for depth in draft.depths:
-            chance *= self.rate(request, depth if depth < DEPTHS else DEPTHS - 1)
+        rates, stood, seen = self._rates, request.stood, request.seen
+        for depth in draft.depths:  # spelled out: this runs for each drafted token before each step
+            at = depth if depth < DEPTHS else DEPTHS - 1
+            chance *= (OTHERS_WEIGHT * rates[at] + stood[at]) / (OTHERS_WEIGHT + seen[at])
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
         return found
-
-    def rate(self, request: RequestAcceptance, depth: int) -> float:
-        """How likely a token of this depth is right where all before it are."""
-        others = OTHERS_WEIGHT * self._rates[depth]
-        return (others + request.stood[depth]) / (OTHERS_WEIGHT + request.seen[depth])
 
 
 def choose_lengths(

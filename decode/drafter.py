@@ -36,12 +36,5 @@ class Drafter(Protocol):
     def leave(self, key: Key) -> None:
         """Forget a request."""
 
-    def costs(self, num_requests: int) -> Sequence[float] | None:
-        """Seconds that drafts of 0, 1, 2, ... tokens for so many requests take, up to the longest that it makes.
-
-        None where guesses cost next to nothing: they are made before it is known whether they pay, and each step
-        shows how good they are. Others start anew each step, at depth 0.
-        """
-
     def draft(self, limits: Mapping[Key, int]) -> dict[Key, Draft]:
         """Drafts for those of these requests that there is a guess for, no longer than their limits."""

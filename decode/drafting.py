@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace.decode.chain import ChainDrafter
+from headrace.decode.chain_choice import DeviceHead, ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.head import HeadDrafter
 from headrace.decode.model import ModelDrafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
-from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.decode.step_cost import StepCost
 from headrace.engine.engine import Engine
 from headrace.engine.step_timing import StepSeconds
 
@@ -29,6 +30,10 @@ def new_speculator(engine: Engine, seconds: StepSeconds, of_token: Mapping[int, 
     token after token, on the engine's thread or on the device; empty where nothing does.
     """
     cost = StepCost(seconds.plain, engine.config.max_num_seqs, seconds.drafted, seconds.ahead)
-    most = MAX_ROWS if engine.graph_head is None else engine.graph_head.max_requests
-    chain_cost = HeadCost(of_token, most) if of_token else None
-    return Speculator(NgramDrafter(), cost, engine.max_model_len, chain_drafter(engine), chain_cost)
+    drafter = chain_drafter(engine)
+    chain: DeviceHead | ThreadChain | None = None
+    if engine.graph_head is not None and of_token:
+        chain = DeviceHead(HeadCost(of_token, engine.graph_head.max_requests))
+    elif drafter is not None and of_token:
+        chain = ThreadChain(drafter, HeadCost(of_token))
+    return Speculator(NgramDrafter(), cost, engine.max_model_len, chain)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 from headrace.engine.prompt_cost import PromptCost
-from headrace.kvtransfer.receiver import OwnPrompt
+from headrace.kvtransfer.incoming import OwnPrompt
 
 log = logging.getLogger(__name__)
 

@@ -34,9 +34,10 @@ from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer.base import PageStore
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment, State
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed, State
 from headrace.kvtransfer.messages import Layout, Offer, WireDtype
 from headrace.kvtransfer.placement import Placement
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Exports
 from headrace.tasks import end_task

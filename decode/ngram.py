@@ -107,9 +107,6 @@ class NgramDrafter:
         """See `Drafter`."""
         del self._indices[key]
 
-    def costs(self, num_requests: int) -> None:
-        """See `Drafter`."""
-
     def draft(self, limits: Mapping[Key, int]) -> dict[Key, Draft]:
         """See `Drafter`."""
         drafts = {}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,28 +13,29 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.in_place import InPlacePrompts
 from headrace.decode.mover import Mover
+from headrace.decode.output import Output
 from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key, Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
 from headrace.decode.step import Alongside, plan_step, run_step
-from headrace.decode.watch import ended
+from headrace.decode.step_gauge import StepGauge
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine
 from headrace.engine.sampler import SampledToken
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
+from headrace.kvtransfer.incoming import OwnPrompt, ReceivedRequest
 from headrace.kvtransfer.messages import Abort, Commit, Layout, Offer, Renew, ToReceiver, ToSender, WireDtype
 from headrace.kvtransfer.nixl import NixlEndpoint
 from headrace.kvtransfer.placement import Placement
-from headrace.kvtransfer.receiver import OwnPrompt, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Beside, Transports, Wanted, exports_of
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel, Flushed, Repeat
-from headrace.messages.stream import FailureCode, FinishReason, Moved, RequestFailed, TokenBatch, TokenEvent
+from headrace.messages.stream import Moved, RequestFailed, TokenBatch
 from headrace.node import Node
 from headrace.registry import Member
-from headrace.scaling.gauges import StepGauge
 from headrace.tasks import end_task
 from headrace.telemetry.events import StepRan
 from headrace.wire import Decoder, Message
@@ -79,6 +78,7 @@ class DecodeWorker:
         """Made and used on the device thread alone, see `_run_step`."""
         self._max_num_seqs = max_num_seqs
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
+        self._output = Output(self._scheduler, engine.max_model_len, self._post, node.telemetry)
         self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
         self._receiver = Receiver(
@@ -120,7 +120,6 @@ class DecodeWorker:
         self._farewell = Farewell(node)
         self._moved_here = 0
         engine.pool.on_freed.append(self._pages_came_free)
-        self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         self._stats_at = 0.0
         self._gauge = StepGauge()
         self._work = asyncio.Event()
@@ -155,8 +154,7 @@ class DecodeWorker:
             await end_task(stepping)
             self._receiver.give_up()  # or it would hand over what nobody runs
             for sequence in self._scheduler.sequences():
-                self._fail(sequence, "worker_stopping", "the decode worker was stopped")
-                self._scheduler.remove(sequence.key)
+                self._output.fail(sequence, "worker_stopping", "the decode worker was stopped")
             self._scheduler.abandon_steps()
             await self._farewell.say()
             await asyncio.gather(*[end_task(task) for task in loops])
@@ -190,7 +188,8 @@ class DecodeWorker:
             self._give_up_running()
         else:
             self._gauge.ended(loop.time(), self._scheduler.num_running)
-            self._apply(tokens)
+            if tokens is not None:
+                self._output.take_step(tokens)
             if tokens:
                 self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
             if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
@@ -201,13 +200,12 @@ class DecodeWorker:
         plan = plan_step(self._scheduler, self._speculator)
         if plan is not None:
             for sequence in plan.preempted:
-                self._fail(sequence, "preempted", "the KV cache was full; the request is computed again")
+                self._output.fail(sequence, "preempted", "the KV cache was full; the request is computed again")
         return plan
 
     def _give_up_running(self) -> None:
         for sequence in self._scheduler.sequences():
-            self._fail(sequence, "worker_error", "a decode step failed")
-            self._scheduler.remove(sequence.key)
+            self._output.fail(sequence, "worker_error", "a decode step failed")
         self._scheduler.abandon_steps()
         self._scheduler.schedule()
         self._batch = None
@@ -227,89 +225,14 @@ class DecodeWorker:
             self._speculator.look(self._batch)
         return tokens
 
-    def _apply(self, tokens: list[tuple[Key, SampledToken]] | None) -> None:
-        if tokens is None:
-            return
-        if self._scheduler.collected():
-            self._apply_drafted(tokens)
-            return
-        outbox, longest, running = self._outbox, self._engine.max_model_len, self._scheduler.running
-        for key, token in tokens:  # spelled out: a call for each token would take as long as its event
-            sequence = running(key)
-            if sequence is None:
-                continue
-            sequence.in_flight -= 1
-            token_id, logprobs, reason = token.token_id, token.logprobs, None
-            token_ids = sequence.token_ids
-            token_ids.append(token_id)
-            generated = sequence.generated = sequence.generated + 1
-            if logprobs is not None:
-                sequence.newest_logprobs = logprobs
-            if token_id in sequence.stop_token_ids or generated >= sequence.max_tokens or len(token_ids) >= longest:
-                reason = sequence.finish_reason(longest)
-                if reason is not None and self._failed_its_grammar(sequence):
-                    continue
-            scores = None if logprobs is None else [logprobs]
-            outbox[sequence.gateway].append(TokenEvent(key[0], key[1], generated - 1, [token_id], scores, reason))
-            if reason is not None:
-                self._finish(sequence, reason)
-
-    def _apply_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
-        """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
-        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
-            sequence = self._scheduler.running(key)
-            if sequence is None:
-                continue
-            sequence.in_flight -= 1
-            made = [token for _, token in of_request]
-            sequence.newest_logprobs = made[-1].logprobs
-            position = sequence.generated
-            reason = sequence.take([token.token_id for token in made], self._engine.max_model_len)
-            if reason is not None and self._failed_its_grammar(sequence):
-                continue
-            self._queue(sequence, made[: sequence.generated - position], reason)
-            if reason is None:
-                self._scheduler.roll_back(sequence)
-
-    def _queue(self, sequence: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> None:
-        """Queue a request's newest tokens for its gateway and let go of the request where they end it."""
-        request_id, attempt = sequence.key
-        event = TokenEvent(
-            request_id,
-            attempt,
-            sequence.generated - len(tokens),
-            [token.token_id for token in tokens],
-            [token.logprobs for token in tokens if token.logprobs is not None] or None,
-            reason,
-        )
-        self._outbox[sequence.gateway].append(event)
-        if reason is not None:
-            self._finish(sequence, reason)
-
-    def _failed_its_grammar(self, sequence: Sequence) -> bool:
-        """Whether it ended since its grammar could not be followed; its client is told."""
-        if sequence.matcher is None or sequence.matcher.error is None:
-            return False
-        self._fail(sequence, "invalid_request", f"the grammar failed: {sequence.matcher.error}", retryable=False)
-        self._scheduler.remove(sequence.key)
-        return True
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._scheduler.remove(sequence.key)
-        ended(self._node.telemetry, sequence, "finished", reason)
-
     def _start_decoding(self, received: ReceivedRequest) -> None:
-        """The receiver's hand-over: the first token, where it is drawn, goes to the client before any step runs."""
+        """The receiver's hand-over: the first token goes to the client before any step runs."""
         offer = received.offer
         matcher = self._engine.grammars.matcher(offer.sampling)
         sequence = Sequence(offer, received.token_ids, received.pages, received.generated, matcher)
         self._moved_here += offer.coming > 0
         self._scheduler.add(sequence)
-        commit = received.commit
-        if commit.token_id is not None:
-            sequence.newest_logprobs = commit.logprobs
-            reason = sequence.take([commit.token_id], self._engine.max_model_len)
-            self._queue(sequence, [SampledToken(commit.token_id, commit.logprobs)], reason)
+        self._output.take_first(sequence, received.commit)
         self._wake()
         self._publish()
 
@@ -331,10 +254,8 @@ class DecodeWorker:
         self._post(sequence.gateway, Moved(request_id=request_id, attempt=attempt, decode_worker=receiver))
 
     def _publish(self) -> None:
-        """Send what the outbox holds, free pages for those who wait, and rest if nothing is left to do."""
-        for gateway, events in self._outbox.items():
-            self._post(gateway, TokenBatch(events=events))
-        self._outbox.clear()
+        """Send the tokens that there are, free pages for those who wait, and rest if nothing is left to do."""
+        self._output.publish()
         self._grant()
         if not self._scheduler.has_work and not self._prompts:
             self._work.clear()
@@ -350,9 +271,9 @@ class DecodeWorker:
 
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
-        self._receiver.reserve_pages = self._scheduler.num_running
-        self._receiver.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
-        self._receiver.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.room.reserve_pages = self._scheduler.num_running
+        self._receiver.room.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self._receiver.room.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
         self._receiver.grant_waiting()
         self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
 
@@ -366,17 +287,10 @@ class DecodeWorker:
         except PeerGone as error:
             log.debug("not sent: %s", error)  # the registry will say so too, and what it held is freed then
 
-    def _fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
-        request_id, attempt = sequence.key
-        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
-        self._post(sequence.offer.gateway, failed)
-        ended(self._node.telemetry, sequence, "failed", code)
-
     def _cancel(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             self._mover.cancel(sequence.key)
-            self._scheduler.remove(sequence.key)
-            ended(self._node.telemetry, sequence, "cancelled", "cancelled")
+            self._output.cancel(sequence)
         self._work.set()
 
     async def _mailbox_loop(self) -> None:
@@ -449,11 +363,11 @@ class DecodeWorker:
     def _expire(self) -> None:
         """Let go of what nobody waits for any more, also where its gateway can't say so."""
         now = time.time()
-        expired = [sequence for sequence in self._scheduler.sequences() if sequence.offer.deadline < now]
-        for sequence in expired:
-            self._fail(sequence, "deadline", "the request's deadline passed before its last token", retryable=False)
-        if expired:
-            self._cancel(expired)
+        for sequence in [sequence for sequence in self._scheduler.sequences() if sequence.offer.deadline < now]:
+            self._mover.cancel(sequence.key)
+            message = "the request's deadline passed before its last token"
+            self._output.fail(sequence, "deadline", message, retryable=False)
+            self._work.set()
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "gateway":

@@ -47,6 +47,9 @@ class DraftHead(Protocol):
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """The next states. `batch` has the token after each position; writes the head's K and V to the cache."""
 
+    def write(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> None:
+        """Write the head's K and V as `forward` does, and compute nothing else."""
+
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest token of each state, [T] int64 of the target's vocabulary, and its probability, float32 [T]."""
 
@@ -154,6 +157,18 @@ class TorchHead:
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See `DraftHead`."""
         config, weights, eps = self._config, self.weights, self._config.norm_eps
+        queries, pages = self._write(states, batch, cache), cache.layer(config.num_layers)
+        states = states + F.linear(batch.attend(queries, pages, config.head_dim**-0.5), weights.output)
+        inner = gated_activation(F.linear(rms_norm(states, weights.mlp_norm, eps), weights.gate_up), config.activation)
+        return states + F.linear(inner, weights.down)
+
+    def write(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> None:
+        """See `DraftHead`."""
+        self._write(states, batch, cache)
+
+    def _write(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """The same; returns the queries."""
+        config, weights, eps = self._config, self.weights, self._config.norm_eps
         heads, kv_heads = config.num_heads, config.num_kv_heads
         pages = cache.layer(config.num_layers)
         embedded = F.embedding(batch.token_ids, self._embedding)
@@ -166,10 +181,7 @@ class TorchHead:
         queries_keys = apply_rope(by_head[:, : heads + kv_heads], cos, sin)
         keys, values = queries_keys[:, heads:], by_head[:, heads + kv_heads :]
         write_cache(keys, values, pages, batch.slot_pages, batch.slot_offsets)
-        queries = queries_keys[:, :heads].contiguous()
-        states = states + F.linear(batch.attend(queries, pages, config.head_dim**-0.5), weights.output)
-        inner = gated_activation(F.linear(rms_norm(states, weights.mlp_norm, eps), weights.gate_up), config.activation)
-        return states + F.linear(inner, weights.down)
+        return queries_keys[:, :heads].contiguous()
 
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""

@@ -323,7 +323,7 @@ class Engine:
         if sampled is not None:
             token_ids[last_rows] = sampled
         states = head.fuse(self.model.features)
-        head.forward(states, replace(batch, token_ids=token_ids), self.cache)
+        head.write(states, replace(batch, token_ids=token_ids), self.cache)
 
     def hidden_states(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
         """The final, normalised hidden states [T, H] of all chunks' tokens, of which the model's `features` are, too.

@@ -312,10 +312,12 @@ class GraphBatch(Generic[K]):
             self._mask(logits, layout.firsts, own)
         sampled = sampler.sample(logits, decoder.rows.generated[:rows])
         logprobs = sampler.logprobs(sampled, logits)
-        accept_rows(sampled, decoder.rows, decoder.state)
+        # written by the kernel itself: a copy would keep the head behind it waiting for 20 microseconds
+        report = torch.empty(rows, 2, dtype=torch.int64, pin_memory=sampled.is_cuda)
+        accept_rows(sampled, decoder.rows, decoder.state, report)
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
-        arriving = ArrivingTokens(decoder.rows.report[:rows], logprobs)
+        arriving = ArrivingTokens(report, logprobs, is_copied=True)
         self._running.append(_Running(list(self._keys), arriving, layout, penalized if layout.is_known else ()))
         if depth and head is not None:
             head.read(rows)

@@ -19,10 +19,12 @@ log = logging.getLogger(__name__)
 
 MADV_POPULATE_WRITE = 23
 """Linux 5.14; madvise(2): fault pages in as if written to, without changing what they hold."""
-STRIDE_BYTES = 2**20
+STRIDE_BYTES = 2**18
+"""Faulted in at a time. Meanwhile nothing else of the process can map memory or give it back."""
+PAUSE_SECONDS = 0.005
+"""Between two strides: so it takes a tenth of a core at most, a few seconds for each gigabyte where it is quick."""
 DELAY_SECONDS = 4.0
 """Leaves the rush of a mesh's start, when every process wants the cores, alone."""
-LOWEST_PRIORITY = 19
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**30
 LARGEST_KEPT_BLOCK = 32 * 2**20
@@ -40,7 +42,11 @@ def keep_freed_memory() -> None:
 
 
 class Populating:
-    """Faults a tensor's memory in, after `delay` seconds, on a thread of the lowest priority, until done or stopped."""
+    """Faults a tensor's memory in, after `delay` seconds, bit by bit on a thread of its own, until done or stopped.
+
+    That thread has no low priority: on a busy machine it would get no core for seconds while it holds the lock on the
+    process's memory map, and all others would wait for it.
+    """
 
     def __init__(self, tensor: torch.Tensor, delay: float = DELAY_SECONDS) -> None:
         self._tensor = tensor
@@ -59,7 +65,6 @@ class Populating:
     def _run(self) -> None:
         if self._stopped.wait(self._delay):
             return
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         page = os.sysconf("SC_PAGE_SIZE")
@@ -67,7 +72,7 @@ class Populating:
         end = (self._tensor.data_ptr() + self._tensor.nbytes) // page * page
         started = time.monotonic()
         for address in range(first, end, STRIDE_BYTES):
-            if self._stopped.is_set():
+            if self._stopped.wait(PAUSE_SECONDS):
                 return
             if libc.madvise(address, min(STRIDE_BYTES, end - address), MADV_POPULATE_WRITE) != 0:
                 log.debug("memory is not populated: %s", os.strerror(ctypes.get_errno()))

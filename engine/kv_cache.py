@@ -151,7 +151,10 @@ class KVCache:
         self._write_pinned(self._bytes[layer], rows, pinned)
 
     def write_blocks(self, layers: range, page_ids: Sequence[int], source: np.ndarray, blocks: np.ndarray) -> None:
-        """On a GPU: overwrite these pages of these layers by rows `blocks` of source, uint8 [rows, page_bytes]."""
+        """Overwrite these pages of these layers by rows `blocks` of source, uint8 [rows, page_bytes]."""
+        if self._array is not None:
+            _copy_blocks(self._array, layers, np.asarray(page_ids), source, blocks.reshape(len(layers), -1))
+            return
         pinned = torch.empty(len(blocks), self.page_bytes, dtype=torch.uint8, pin_memory=True)
         np.take(source, blocks, axis=0, out=pinned.numpy(), mode="clip")
         self._write_pinned(self._bytes, _places(layers, self.num_pages, page_ids), pinned)
@@ -257,6 +260,29 @@ def _places(layers: range, num_pages: int, page_ids: Sequence[int]) -> np.ndarra
     """Of these pages of these layers among the `num_pages` of each layer, layer by layer."""
     places: np.ndarray = (np.array(layers)[:, None] * num_pages + np.array(page_ids)).reshape(-1)
     return places
+
+
+def _copy_blocks(
+    pages: np.ndarray, layers: range, page_ids: np.ndarray, source: np.ndarray, blocks: np.ndarray
+) -> None:
+    """Rows `blocks`, [layers, page ids], of source to these pages of `pages`, [all layers, all pages, page_bytes].
+
+    All layers of a run in one call where they lie evenly there, as in a cache. After each call a thread waits for the
+    interpreter's lock, for longer than it takes to copy a page.
+    """
+    steps = np.diff(blocks, axis=0)
+    if (steps != steps[:1, :1]).any():
+        for layer, of_layer in zip(layers, blocks, strict=True):
+            _copy_blocks(pages, range(layer, layer + 1), page_ids, source, of_layer[None])
+        return
+    row_bytes, row_step = source.shape[1], source.strides[0]
+    layer_step = row_step * int(steps[0, 0]) if len(layers) > 1 else 0
+    cuts = np.flatnonzero((np.diff(blocks[0]) != 1) | (np.diff(page_ids) != 1)) + 1
+    for start, end in zip([0, *cuts], [*cuts, len(page_ids)], strict=True):
+        shape = len(layers), end - start, row_bytes
+        run = np.lib.stride_tricks.as_strided(source[blocks[0, start] :], shape, (layer_step, row_step, 1))
+        first_page = page_ids[start]
+        np.copyto(pages[layers.start : layers.stop, first_page : first_page + end - start], run)
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

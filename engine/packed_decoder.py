@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,6 @@ class PackedDecoder:
         self.features = torch.empty(0, 0)
         self._frequencies = config.rope.inverse_frequencies().numpy()
         self._cache: PagedLayers | None = None
-        self._rows = 0
         self._threads = 1
         self._team: Team | None = None
 
@@ -218,14 +217,16 @@ class PackedDecoder:
         return team.logits[:rows]
 
     def _team_for(self, rows: int, cache: PagedLayers) -> Team:
-        if self._team is None or rows > self._rows or cache is not self._cache:
-            self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
-            self._cache = cache
-            layers = [cache.layer(index) for index in range(self._config.num_layers)]
-            weights = kernel_weights(self._weights.records, self._weights.norms, self._frequencies, layers)
-            shape = self._shape(cache)
-            self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
+        if cache is not self._cache:
+            self._cache, self._team = cache, None
+        self._team = grown(self._team, rows, self._kernel_arguments)
         return self._team
+
+    def _kernel_arguments(self) -> tuple[Weights, Shape]:
+        assert self._cache is not None
+        layers = [self._cache.layer(index) for index in range(self._config.num_layers)]
+        weights = kernel_weights(self._weights.records, self._weights.norms, self._frequencies, layers)
+        return weights, self._shape(self._cache)
 
     def _shape(self, cache: PagedLayers) -> Shape:
         config = self._config
@@ -252,6 +253,7 @@ class Team:
     """Buffers for up to `rows` rows, and threads that sleep until there is work. They end with this object."""
 
     def __init__(self, weights: Weights, shape: Shape, rows: int, threads: int) -> None:
+        self.rows = rows
         self.control = np.zeros(kernels.CONTROL_SIZE, np.int64)
         self.control[kernels.TICKET] = kernels.NO_PHASE << 16
         self.inputs = Inputs(
@@ -285,6 +287,13 @@ class Team:
         helpers = min(threads - 1, len(self._threads))
         kernels.open_phases(self.control, first_phase, end_phase)
         kernels.take_part(0, helpers, *self._arguments)
+
+
+def grown(team: Team | None, rows: int, arguments: Callable[[], tuple[Weights, Shape]]) -> Team:
+    """The team, or where it has too few rows, or there is none, a new one."""
+    if team is not None and rows <= team.rows:
+        return team
+    return Team(*arguments(), max(FIRST_ROWS, 1 << (rows - 1).bit_length()), len(os.sched_getaffinity(0)))
 
 
 def _stop(control: np.ndarray, semaphore: np.ndarray, threads: list[threading.Thread]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 
@@ -12,10 +10,10 @@ from headrace.engine.draft_head import HeadWeights, likeliest
 from headrace.engine.errors import EngineError
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
-from headrace.engine.packed_decoder import FIRST_ROWS, Team, in_turn, kernel_shape, kernel_weights
+from headrace.engine.packed_decoder import Team, grown, in_turn, kernel_shape, kernel_weights
 from headrace.kernels import packed_decoder as kernels
 from headrace.kernels.packed_linear import aligned, pack
-from headrace.kernels.packed_state import Shape
+from headrace.kernels.packed_state import Shape, Weights
 from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.round_weights import round_to_4_bits
 
@@ -51,7 +49,6 @@ class PackedHead:
         }
         self._frequencies = config.rope.inverse_frequencies().numpy()
         self._cache: KVCache | None = None
-        self._rows = 0
         self._threads = 1
         self._team: Team | None = None
 
@@ -73,6 +70,14 @@ class PackedHead:
 
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See `DraftHead`."""
+        return self._run(states, batch, cache, LAST_NORM).residual[: len(states)]
+
+    def write(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> None:
+        """See `DraftHead`."""
+        self._run(states, batch, cache, kernels.ROPE + 1)
+
+    def _run(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache, end: int) -> Team:
+        """Run the layer's phases up to `end`."""
         plan, rows = batch.plan, len(batch.token_ids)
         assert isinstance(plan, PagedPlan)
         assert cache is self._cache, "it is attached to another cache"
@@ -83,8 +88,8 @@ class PackedHead:
         team.inputs.request[:rows] = plan.request
         team.tables[:requests, :width] = plan.block_table.numpy()
         team.control[kernels.ROWS] = rows
-        team.run(0, LAST_NORM, self._threads)
-        return team.residual[:rows]
+        team.run(0, end, self._threads)
+        return team
 
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""
@@ -101,14 +106,13 @@ class PackedHead:
         return team
 
     def _team_for(self, rows: int) -> Team:
-        assert self._cache is not None, "attach comes first"
-        if self._team is None or rows > self._rows:
-            self._rows = max(FIRST_ROWS, 1 << (rows - 1).bit_length(), self._rows)
-            layers = [self._cache.layer(self._config.num_layers)]
-            weights = kernel_weights(self._records, self._norms, self._frequencies, layers)
-            shape = self._shape(self._cache)
-            self._team = Team(weights, shape, self._rows, len(os.sched_getaffinity(0)))
+        self._team = grown(self._team, rows, self._kernel_arguments)
         return self._team
+
+    def _kernel_arguments(self) -> tuple[Weights, Shape]:
+        assert self._cache is not None, "attach comes first"
+        layers = [self._cache.layer(self._config.num_layers)]
+        return kernel_weights(self._records, self._norms, self._frequencies, layers), self._shape(self._cache)
 
     def _shape(self, cache: KVCache) -> Shape:
         config = self._config

@@ -89,6 +89,7 @@ def _load(settings: Settings, folder: ModelFolder, draft_folder: ModelFolder | N
             raise EngineError("--load-format synthetic sleeps for what steps cost: name a file with --step-costs")
         return SyntheticEngine(config, StepCosts.read(settings.step_costs))
     engine = Engine.load(config, _LoggedProgress())
+    engine.grammars.load_soon()
     log.info("warming up")
     engine.warm_up()
     if decodes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from headrace.gateway.choice import Choice
 from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.errors import DeadlineExceeded, WorkerFailed
 from headrace.gateway.job import Job
+from headrace.gateway.news import News
 from headrace.gateway.terms import Terms
 from headrace.gateway.text import AnswerText
 from headrace.gateway.vocabulary import Vocabulary
@@ -35,7 +35,7 @@ class Answer:
         """`ok` or an error's code once the answer has ended; as it stands, its client has gone."""
         self.created = int(time.time())
         self.deadline = time.time() + terms.timeout
-        self.news = asyncio.Event()
+        self.news = News()
         """Set whenever a choice has something to tell."""
         self.choices = [
             Choice(
@@ -66,14 +66,10 @@ class Answer:
         Raises the first failed choice's error, and `DeadlineExceeded`.
         """
         left = max(self.deadline - time.time(), 0)
-        try:
-            async with asyncio.timeout(min(seconds, left)):
-                await self.news.wait()
-        except TimeoutError:
+        if not await self.news.wait(min(seconds, left)):
             if left <= seconds:
-                raise DeadlineExceeded("The answer was not complete in time.") from None
+                raise DeadlineExceeded("The answer was not complete in time.")
             return False
-        self.news.clear()
         self.check()
         return True
 
@@ -83,14 +79,12 @@ class Answer:
         Raises `WorkerFailed` where log probabilities of the prompt never came.
         """
         needed = self.job.sampling.prompt_logprobs is not None
-        try:
-            async with asyncio.timeout(LOGPROBS_GRACE_SECONDS if needed else REPORT_GRACE_SECONDS):
-                while any(choice.needs_worker and choice.report is None for choice in self.choices):
-                    await self.news.wait()
-                    self.news.clear()
-        except TimeoutError:
-            if needed:
-                raise WorkerFailed("The log probabilities of the prompt were lost.") from None
+        ends = time.monotonic() + (LOGPROBS_GRACE_SECONDS if needed else REPORT_GRACE_SECONDS)
+        while any(choice.needs_worker and choice.report is None for choice in self.choices):
+            if not await self.news.wait(ends - time.monotonic()):
+                if needed:
+                    raise WorkerFailed("The log probabilities of the prompt were lost.")
+                return
 
     async def complete(self) -> None:
         """Wait for all tokens of all choices, and the reports."""
@@ -130,5 +124,6 @@ async def running(answer: Answer, dispatcher: Dispatcher) -> AsyncIterator[None]
         await dispatcher.submit(choices, answer.terms.caller, answer.terms.priority)
         yield
     finally:
+        answer.news.close()
         for choice in answer.choices:
             dispatcher.release(choice)

@@ -2,8 +2,9 @@
 
 Everything else recovers by itself: tokens that overtake lost ones are a gap, and a worker that leaves loses its
 requests. What is left is silence, where the last message of an answer was lost, or its entry, which Redis forgot. An
-answer that is silent for `FIRST_LOOK_SECONDS` is looked at, and again after twice that, and so on. Its decode worker is
-asked to repeat what the gateway lacks; where none is known, its queue entry is looked for.
+answer that is silent for `FIRST_LOOK_SECONDS` is looked at. Its decode worker is asked to repeat what the gateway
+lacks, as often as that takes: a network that loses tokens loses questions, too. Where none is known, its queue entry is
+looked for, again after twice that time, and so on.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Audit:
             if watch is None or watch.progress != progress:
                 self._watches[name] = _Watch(progress, now + FIRST_LOOK_SECONDS)
             elif now >= watch.look_at and not choice.ended:
-                watch.patience = min(2 * watch.patience, LONGEST_SECONDS)
+                if choice.decode_worker is None:
+                    watch.patience = min(2 * watch.patience, LONGEST_SECONDS)
                 watch.look_at = now + watch.patience
                 due.append(choice)
         return due

@@ -163,6 +163,7 @@ def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
         stop=request.stop_strings,
         stream=bool(request.stream),
         include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
         show_logprobs=bool(request.logprobs),
         user=request.user,
         service_tier="default" if request.service_tier else None,

@@ -12,7 +12,6 @@ which the choice is queued anew with all tokens so far.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -20,6 +19,7 @@ import msgspec
 
 from headrace.gateway.errors import ApiError, WorkerFailed, worker_error
 from headrace.gateway.job import Prompt
+from headrace.gateway.news import News
 from headrace.gateway.text import AnswerText, Delta
 from headrace.gateway.timeline import Timeline
 from headrace.messages.request import QueueEntry, SamplingParams
@@ -59,7 +59,7 @@ class Choice:
         sampling: SamplingParams,
         text: AnswerText,
         deadline: float,
-        news: asyncio.Event,
+        news: News,
     ) -> None:
         self.request_id = request_id
         """Id in the mesh; the HTTP request's id and the choice's index."""

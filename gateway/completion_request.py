@@ -81,6 +81,7 @@ def read_completion(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
         stop=request.stop_strings,
         stream=bool(request.stream),
         include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
         echo=bool(request.echo),
         show_logprobs=request.logprobs is not None,
         user=request.user,

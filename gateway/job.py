@@ -35,6 +35,7 @@ class Job:
     stop: tuple[str, ...]
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     echo: bool = False
     show_logprobs: bool = False
     user: str | None = None

@@ -21,6 +21,10 @@ from headrace.telemetry.otlp_metrics import pushing_metrics
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 4096
+"""Connections that wait until they are accepted: what comes meanwhile is dropped by the kernel, or even reset. It may
+have a lower limit of its own.
+"""
 SHUTDOWN_SECONDS = 5.0
 """How long connections may take to end once their answers have."""
 
@@ -29,6 +33,7 @@ async def run(settings: Settings) -> None:
     """Serve until told to stop. Workers may come and go at any time, before and after."""
     folder = await asyncio.to_thread(locate_model, settings.model)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder.path)
+    tokenizer.grammars.load_soon()
     try:
         identity = ModelIdentity(folder.name, folder.fingerprint, tokenizer.context_length)
         name = settings.served_model_name or folder.name
@@ -77,7 +82,8 @@ async def serving(settings: Settings, model: str, tokenizer: Tokenizer, node: No
 async def _listen(runner: web.AppRunner, settings: Settings) -> str:
     """Open the HTTP port; the URL, with the real port where any was asked for."""
     try:
-        await web.TCPSite(runner, settings.host, settings.port, reuse_port=settings.reuse_port or None).start()
+        reuse_port = settings.reuse_port or None
+        await web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG, reuse_port=reuse_port).start()
     except OSError as error:
         raise SettingsError(f"can't listen on --host {settings.host} --port {settings.port}: {error}") from error
     host, port = runner.addresses[0][:2]

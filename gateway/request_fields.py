@@ -34,12 +34,16 @@ class StreamOptions(Strict):
     """How the stream of an answer is written."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: token counts so far come with each chunk, as vLLM has it."""
     include_obfuscation: bool | None = None
 
     def check(self) -> None:
         """Raise `BadRequest` for what can't be honoured."""
         if self.include_obfuscation:
             raise BadRequest("Obfuscation of streams is not supported.", param="stream_options.include_obfuscation")
+        if self.continuous_usage_stats and not self.include_usage:
+            raise BadRequest("It needs 'include_usage'.", param="stream_options.continuous_usage_stats")
 
 
 class RequestFields(Strict):
@@ -111,6 +115,11 @@ class RequestFields(Strict):
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of the stream has the token counts so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def sampling(
         self, tokenizer: Tokenizer, logprobs: int | None, prompt_logprobs: int | None = None

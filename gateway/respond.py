@@ -68,6 +68,8 @@ async def respond_streaming(request: web.Request, answer: Answer, shape: Shape) 
 def _events(answer: Answer, shape: Shape, told: list[bool]) -> bytes:
     """Everything that choices have to tell; `told` marks those whose last chunk is among it."""
     events = []
+    job = answer.job
+    usage = {"usage": answer.usage() if job.continuous_usage else None} if job.include_usage else {}
     for index, choice in enumerate(answer.choices):
         if told[index]:
             continue
@@ -76,8 +78,7 @@ def _events(answer: Answer, shape: Shape, told: list[bool]) -> bytes:
         told[index] = done
         chunk = shape.chunk(index, delta, choice.finish_reason if done else None)
         if chunk is not None:
-            body = shape.envelope([chunk], streamed=True)
-            events.append(_event(body | {"usage": None} if answer.job.include_usage else body))
+            events.append(_event(shape.envelope([chunk], streamed=True) | usage))
     return b"".join(events)
 
 
@@ -96,6 +97,10 @@ class EventStream:
     async def write(self, data: bytes) -> None:
         """Raises `ConnectionResetError` where the client has gone or reads nothing for a minute."""
         if not data:
+            return
+        transport = self._request.transport
+        if self.begun and transport is not None and not transport.get_write_buffer_size():
+            await self.response.write(data)  # the client has read all else: it waits for nothing
             return
         try:
             async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):

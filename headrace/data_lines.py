@@ -13,20 +13,12 @@ from typing import Any
 import zmq
 
 from headrace.curve_line import CurveConnection, CurveListener
-from headrace.data_line import (
-    STRIPES,
-    TIMEOUT_SECONDS,
-    Connection,
-    DataLine,
-    Listener,
-    Make,
-    TcpConnection,
-    TcpListener,
-)
+from headrace.data_line import STRIPES, TIMEOUT_SECONDS, Connection, DataLine, Listener, Make
 from headrace.keys import MeshKey, is_loopback
 from headrace.mesh import Mesh
 from headrace.registry import Member, Registry
 from headrace.settings import SettingsError
+from headrace.tcp_line import TcpConnection, TcpListener
 
 
 class DataLines:

@@ -38,6 +38,10 @@ STRANGER_SECONDS = 1.0
 LOOK_UP_SECONDS = 0.5
 """How long that may keep the mailbox waiting."""
 MAX_STRANGERS = 1024
+BURST_SECONDS = 0.1
+"""For so long, messages that are here are taken before other tasks have their turn. A process that falls behind thus
+takes several for the same stream, of which it makes one event and not one each.
+"""
 OTHERS = "others"
 """Under which those are counted that there is no room to name."""
 GREETING = b""
@@ -73,6 +77,8 @@ class Mesh:
         self._registry: Registry | None = None
         self._refused: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._burst_ends = 0.0
+        """Monotonic seconds."""
         self._looking_up = asyncio.Lock()
         self._strangers: OrderedDict[bytes, float] = OrderedDict()
         """Routing ids that were looked up in vain within the last `STRANGER_SECONDS`, the oldest first, and when."""
@@ -112,7 +118,7 @@ class Mesh:
             line.curve_secretkey = self._key.secret
         line.connect(member.address)
         self._lines[member.id] = line
-        _send_now(line, [GREETING])
+        _send_now(line, GREETING)
 
     def _close_line(self, member: Member) -> None:
         line = self._lines.pop(member.id, None)
@@ -127,9 +133,12 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
+        sent = asyncio.ensure_future(line.send(encode(message)))
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                await line.send(encode(message))
+            if not sent.done():
+                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                    await sent
+            sent.result()
         except (TimeoutError, zmq.ZMQError) as error:
             raise PeerGone(f"{peer_id} takes no messages: {error or 'timed out'}") from error
 
@@ -141,7 +150,7 @@ class Mesh:
         line = self._lines.get(peer_id)
         if line is None:
             raise PeerGone(f"{peer_id} is not in the mesh")
-        if error := _send_now(line, [encode(message)]):
+        if error := _send_now(line, encode(message)):
             raise PeerGone(f"{peer_id} takes no messages: {error}") from error
 
     async def receive_as(self, decode: Decoder[T]) -> tuple[Inbound, T]:
@@ -156,14 +165,26 @@ class Mesh:
     async def receive(self) -> Inbound:
         """The next message from a registered peer."""
         while True:
-            await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
-            frames: list[Any] = await self._mailbox.recv_multipart(copy=False)
+            frames = await self._next_frames()
             if len(frames) != 2:
-                self._refuse(f"{len(frames) - 1} frames are no message", bytes(frames[0].buffer))
+                self._refuse(f"{len(frames) - 1} frames are no message", frames[0])
                 continue
-            sender = await self.identify(bytes(frames[0].buffer))
-            if sender is not None and len(frames[1].buffer) > len(GREETING):
-                return Inbound(sender, frames[1].buffer)
+            sender = await self.identify(frames[0])
+            if sender is not None and len(frames[1]) > len(GREETING):
+                return Inbound(sender, memoryview(frames[1]))
+
+    async def _next_frames(self) -> list[bytes]:
+        frames: list[Any]
+        if time.monotonic() < self._burst_ends:
+            try:
+                frames = await self._mailbox.recv_multipart(zmq.NOBLOCK)
+                return frames
+            except zmq.Again:
+                pass
+        await asyncio.sleep(0)  # a full mailbox never suspends the next line: let other tasks run
+        frames = await self._mailbox.recv_multipart()
+        self._burst_ends = time.monotonic() + BURST_SECONDS
+        return frames
 
     async def identify(self, routing_id: bytes) -> Member | None:
         """The member behind an `id@epoch`; None for a stranger, who is counted."""
@@ -243,9 +264,9 @@ def _notice_broken_lines(socket: zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.HANDSHAKE_IVL, SILENCE_MS)
 
 
-def _send_now(line: zmq.asyncio.Socket, frames: list[bytes]) -> BaseException | None:
+def _send_now(line: zmq.asyncio.Socket, frame: bytes) -> BaseException | None:
     """Send without waiting; the error where that is known to have failed."""
-    sent = asyncio.ensure_future(line.send_multipart(frames, flags=zmq.NOBLOCK))
+    sent = asyncio.ensure_future(line.send(frame, zmq.NOBLOCK))
     if sent.done():
         return sent.exception()
     sent.add_done_callback(lambda future: future.cancelled() or future.exception())

@@ -9,7 +9,7 @@ buried process, should it have only slept, finds the mark, lets go of everything
     a member:  absent ── heard ──▶ present ── says so, buried, or a newer epoch heard ──▶ absent
 
 Redis that is away, stopped or emptied proves nothing about anybody: the last known membership stays in force, and when
-it is back every process gets one lease of grace to register again.
+it is back every process gets three quarters of a lease to register again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from headrace.wire import Count, Decoder, Epoch, MeshId, Message, WireError, enc
 log = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 4
+GRACE = 0.75
+"""Part of a lease that all have to register again when Redis is back."""
 LATE_SECONDS = 0.005
 """How much later than a lease's end it is looked for: Redis expires by the millisecond."""
 MAX_BURIED = 4096
@@ -98,6 +100,8 @@ class Registry:
         """The newest epoch by id that is known to be over."""
         self._zombies: set[tuple[str, int]] = set()
         """Buried epochs that were heard again."""
+        self._tiers: dict[Tier, list[Member]] = {}
+        """What `tier` found since the last change."""
         self._has_joined = False
         self._reachable = True
         self._grace_ends = 0.0
@@ -115,9 +119,9 @@ class Registry:
         await run_beside(self._renew_loop(), [self._listen_loop()])
 
     def update_stats(self, stats: dict[str, float]) -> None:
-        """Publish new figures soon (within an eighth of a lease)."""
-        if stats != self.me.stats:
-            self.me = msgspec.structs.replace(self.me, stats=stats)
+        """Publish new figures soon (within an eighth of a lease), beside those of other names."""
+        if not stats.items() <= self.me.stats.items():
+            self.me = msgspec.structs.replace(self.me, stats=self.me.stats | stats)
             self._touched.set()
 
     def drain(self) -> None:
@@ -135,8 +139,11 @@ class Registry:
             self._hear(value, member_id)
 
     def tier(self, tier: Tier) -> list[Member]:
-        """The live members of one tier, in order of id."""
-        return sorted((m for m in self.members.values() if m.tier == tier), key=lambda member: member.id)
+        """The live members of one tier, in order of id. The list stays as it is: a change makes another."""
+        if tier not in self._tiers:
+            found = (member for member in self.members.values() if member.tier == tier)
+            self._tiers[tier] = sorted(found, key=lambda member: member.id)
+        return self._tiers[tier]
 
     async def _renew_loop(self) -> None:
         interval = self._lease_seconds / RENEWALS_PER_LEASE
@@ -172,12 +179,12 @@ class Registry:
         for member, lease in zip(silent, renewal.leases, strict=True):
             if lease is not None:
                 self._hear(lease.value, member.id, lease.seconds)
-            elif self._is_silent(member) and time.monotonic() >= self._grace_ends:
-                if member.id in self._absent:
-                    await self._bury(member)
-                else:
+            elif self._is_silent(member):
+                if member.id not in self._absent:
                     # Where Redis itself was stopped, the renewals of others come in just behind this one.
                     self._absent.add(member.id)
+                elif time.monotonic() >= self._grace_ends:
+                    await self._bury(member)
         for member_id, epoch in list(self._zombies):
             await self._store.bury(member_id, epoch, encode(Left(id=member_id, epoch=epoch)), only_if_silent=False)
             self._zombies.discard((member_id, epoch))
@@ -187,11 +194,11 @@ class Registry:
         return current is not None and current.epoch == member.epoch and self._leases[member.id] <= time.monotonic()
 
     def _outage_ended(self) -> None:
-        """Redis was away or lost its memory: for one lease, nobody who is missing there counts as gone."""
+        """Redis was away or lost its memory: for three renewals, nobody who is missing there counts as gone."""
         if not self._reachable:
             log.info("Redis is back")
         self._reachable = True
-        self._grace_ends = time.monotonic() + self._lease_seconds
+        self._grace_ends = time.monotonic() + GRACE * self._lease_seconds
         for callback in self.on_outage:
             callback()
 
@@ -251,6 +258,7 @@ class Registry:
             self._drop(known)
             known = None
         self.members[member.id] = member
+        self._tiers.clear()
         self._leases[member.id] = time.monotonic() + lease_seconds
         self._absent.discard(member.id)
         if known is None:
@@ -273,6 +281,7 @@ class Registry:
 
     def _drop(self, member: Member) -> None:
         del self.members[member.id]
+        self._tiers.clear()
         del self._leases[member.id]
         self._absent.discard(member.id)
         log.info("%s left", member.id)

@@ -33,6 +33,9 @@ MERGED_AT_ONCE = 8
 LINE_BYTES = 128
 TILE_ROWS = 16
 """That tensor cores take at least."""
+EARLY_ROWS, EARLY_DIM = 16, 64
+"""With so few rows most programs have one unit, and time is what counts: its cached K and V are in registers before the
+wait for the projections, where heads are no larger."""
 MAX_STEP_ROWS = 16
 """Rows of one request in a step: its newest token's and its draft's."""
 
@@ -127,8 +130,9 @@ def fused_decode_attention(
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
         PAGE=layer_pages.shape[3], GROUP_PADDED=group, QUERIES=workspace.queries, TILE=max(TILE_ROWS, group),
         DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_rows, BLOCK=workspace.block,
-        STEP_ROWS=MAX_STEP_ROWS, STAGES=STAGES, MERGED=max(MERGED_AT_ONCE // workspace.queries, 1),
-        LINE=line, LINES=power_of_two(max(shape.head_dim // line, 1)), num_warps=WARPS, **dependent_launch(),
+        STEP_ROWS=MAX_STEP_ROWS, EARLY=batch <= EARLY_ROWS and shape.head_dim <= EARLY_DIM, STAGES=STAGES,
+        MERGED=max(MERGED_AT_ONCE // workspace.queries, 1), LINE=line,
+        LINES=power_of_two(max(shape.head_dim // line, 1)), num_warps=WARPS, **dependent_launch(),
     )  # fmt: skip
 
 
@@ -251,8 +255,8 @@ def _attention_kernel(
     q_norm_ptr, k_norm_ptr, out_ptr, partial_ptr, arrivals_ptr, batch, table_stride, scale, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
     GROUP_PADDED: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, DIM_PADDED: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, STEP_ROWS: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr,
-    LINE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, STEP_ROWS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
+    MERGED: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row_stride: tl.constexpr = (GROUP + 2) * KV_HEADS * DIM
     page_stride: tl.constexpr = 2 * KV_HEADS * PAGE * DIM
@@ -268,20 +272,7 @@ def _attention_kernel(
     g = tl.arange(0, TILE)
     d = tl.arange(0, DIM_PADDED)[None, :]
     token = tl.arange(0, BLOCK)
-    if PDL:
-        if unit < end:
-            # cached tokens don't depend on the projections: the first ones come into the L2 cache before the wait
-            row, _, _, head, block = _place(unit, first_units, first_units_ptr, KV_HEADS)
-            at = block * BLOCK + token
-            if owners_ptr is not None:
-                row = tl.load(owners_ptr + row)
-            page = tl.load(table_ptr + row * table_stride + at // PAGE).to(tl.int64)
-            lines = (tl.arange(0, LINES) * LINE)[None, :]
-            cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + lines
-            _prefetch(cached)
-            _prefetch(cached + values_at)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    start = unit
     while unit < end:
         row, row_units, blocks, head, first = _place(unit, first_units, first_units_ptr, KV_HEADS)
         last = tl.minimum(blocks, first + end - unit)
@@ -294,6 +285,10 @@ def _attention_kernel(
             angles = _angles(cos_ptr, sin_ptr, position, d, ROTARY)
             q_at = qkv_ptr + row.to(tl.int64) * row_stride + (head * GROUP + g[:, None]) * DIM
             out = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM) + g[:, None] * DIM
+            # all rows of the tile hold the same new key and value
+            key_row = row + g * 0
+            is_cell = (g >= 0)[:, None] & (d < DIM)
+            key_angles = angles
         else:
             table = table_ptr + tl.load(owners_ptr + row) * table_stride
             first_row = tl.load(firsts_ptr + row)
@@ -306,13 +301,50 @@ def _attention_kernel(
             own_head = (head * GROUP + g % GROUP_PADDED)[:, None] * DIM
             q_at = qkv_ptr + own_row[:, None].to(tl.int64) * row_stride + own_head
             out = out_ptr + own_row[:, None].to(tl.int64) * (KV_HEADS * GROUP * DIM) + own_head
+            # keys of this step, see below
+            offset = tl.arange(0, STEP_ROWS)
+            key_row = first_row + offset
+            is_key = (offset < row - first_row + QUERIES) & (key_row < batch)
+            is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
+            key_at = num_cached + tl.where(is_key, offset, 0)
+            key_position = tl.load(positions_ptr + key_row, mask=is_key, other=0)
+            key_angles = _angles(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
+            key_page = tl.load(table + key_at // PAGE).to(tl.int64)
+            is_cell = is_key[:, None] & (d < DIM)
+        # what was loaded so far does not depend on the projections, nor do cached tokens
+        first_at = first * BLOCK + token
+        if EARLY:
+            early_page = tl.load(table + first_at // PAGE).to(tl.int64)
+            early = pages_ptr + (early_page * page_stride + head * (PAGE * DIM) + first_at % PAGE * DIM)[:, None] + d
+            early_k = tl.load(early, mask=d < DIM, other=0.0)
+            early_v = tl.load(early + values_at, mask=d < DIM, other=0.0)
+        elif PDL:
+            if unit == start + last - first:  # the first ones come into the L2 cache before the wait
+                page = tl.load(table + first_at // PAGE).to(tl.int64)
+                lines = (tl.arange(0, LINES) * LINE)[None, :]
+                cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + first_at % PAGE * DIM)[:, None] + lines
+                _prefetch(cached)
+                _prefetch(cached + values_at)
+        if PDL:  # further units pass at once
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         is_query = in_tile[:, None] & (d < DIM)
         q = _rotated(q_at, d, angles, q_norm_ptr, eps, is_query, DIM, ROTARY)
         q = (q * (scale * 1.4426950408889634)).to(qkv_ptr.dtype.element_ty)  # log2(e): exp2 is the faster one
         highest = tl.full((TILE,), -1e30, tl.float32)
         weight = tl.zeros((TILE,), tl.float32)
         acc = tl.zeros((TILE, DIM_PADDED), tl.float32)
-        for block in tl.range(first, last, num_stages=STAGES):
+        k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + (GROUP * KV_HEADS + head) * DIM
+        if EARLY:
+            is_new = is_cell & (d < tl.where(last == blocks, DIM, 0))
+            new_k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_new, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
+            new_v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_new, other=0.0).to(pages_ptr.dtype.element_ty)
+            seen = (first_at < num_cached)[None, :]
+            highest, weight, acc = _attend(q, early_k.to(q.dtype), early_v.to(q.dtype), seen, highest, weight, acc)
+            first_left = first + 1
+        else:
+            first_left = first
+        for block in tl.range(first_left, last, num_stages=STAGES):
             at = block * BLOCK + token
             page = tl.load(table + at // PAGE).to(tl.int64)
             cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
@@ -320,13 +352,13 @@ def _attention_kernel(
             v = tl.load(cached + values_at, mask=d < DIM, other=0.0).to(q.dtype)
             highest, weight, acc = _attend(q, k, v, (at < num_cached)[None, :], highest, weight, acc)
         if last == blocks:
-            k_head = (GROUP * KV_HEADS + head) * DIM
+            if EARLY:
+                k = new_k
+                v = new_v
+            else:
+                k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
+                v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_cell, other=0.0).to(pages_ptr.dtype.element_ty)
             if firsts_ptr is None:
-                # all rows of the tile hold the same key and value
-                k_at = qkv_ptr + row.to(tl.int64) * row_stride + k_head + g[:, None] * 0
-                k = _rotated(k_at, d, angles, k_norm_ptr, eps, d < DIM, DIM, ROTARY)
-                k = k.to(pages_ptr.dtype.element_ty)
-                v = tl.load(k_at + KV_HEADS * DIM + d, mask=d < DIM, other=0.0).to(pages_ptr.dtype.element_ty)
                 page = tl.load(table + position // PAGE).to(tl.int64)
                 cached = pages_ptr + page * page_stride + head * (PAGE * DIM) + position % PAGE * DIM + d
                 cached += g[:, None] * 0
@@ -341,25 +373,13 @@ def _attention_kernel(
                 highest = higher
             else:
                 # keys of this step: those of the tile's own rows go to the cache
-                offset = tl.arange(0, STEP_ROWS)
-                key_row = first_row + offset
-                is_key = (offset < row - first_row + QUERIES) & (key_row < batch)
-                is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
-                at = num_cached + tl.where(is_key, offset, 0)
-                key_position = tl.load(positions_ptr + key_row, mask=is_key, other=0)
-                key_angles = _angles(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
-                is_cell = is_key[:, None] & (d < DIM)
-                k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + k_head
-                k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY)
-                k = k.to(pages_ptr.dtype.element_ty)
-                v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_cell, other=0.0).to(pages_ptr.dtype.element_ty)
-                page = tl.load(table + at // PAGE).to(tl.int64)
-                cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
+                own_slots = key_page * page_stride + head * (PAGE * DIM) + key_at % PAGE * DIM
+                cached = pages_ptr + own_slots[:, None] + d
                 is_own = is_cell & (key_row >= row)[:, None]
                 tl.store(cached, k, mask=is_own)
                 tl.store(cached + values_at, v, mask=is_own)
                 until = tl.where(in_tile, own_position, 2**30)[:, None]  # other rows see something, too
-                before = (key_position == at)[None, :] & (key_position[None, :] < until)
+                before = (key_position == key_at)[None, :] & (key_position[None, :] < until)
                 visible = is_key[None, :] & (before | (key_row[None, :] == own_row[:, None]))
                 highest, weight, acc = _attend(q, k.to(q.dtype), v.to(q.dtype), visible, highest, weight, acc)
         if last - first == blocks:
@@ -411,3 +431,6 @@ def _attention_kernel(
                     merged_at += (head * GROUP + gs % GROUP_PADDED)[:, None] * DIM
                 is_stored_cell = is_stored[:, None] & (d < DIM)
                 tl.store(merged_at + d, merged.to(out_ptr.dtype.element_ty), mask=is_stored_cell)
+    if PDL:  # a program without units: what is older than the kernel ahead must be complete when this one is
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

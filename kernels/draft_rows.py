@@ -69,8 +69,6 @@ class StepRows:
         self.generated = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.followers = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """What was drawn after each row."""
-        self.report = torch.zeros(max_rows, 2, dtype=torch.int64, device=device)
-        """The same, beside `tokens`, for the host."""
         self.last = torch.zeros(max_rows, dtype=torch.int32, device=device)
         """By request: its last row that stands."""
 
@@ -96,22 +94,23 @@ def expand_rows_reference(state: RequestState, rows: StepRows) -> None:
     rows.generated.copy_((state.generated[owners] + depths).where(owners >= 0, 0))
 
 
-def accept_rows(sampled: torch.Tensor, rows: StepRows, state: RequestState) -> None:
+def accept_rows(sampled: torch.Tensor, rows: StepRows, state: RequestState, report: torch.Tensor) -> None:
     """Bring the requests up to date with what was drawn after each of the first R rows; `sampled` [R] int64.
 
-    Fills `rows.followers`, `rows.report` and `rows.last`, too.
+    Fills `rows.followers`, `rows.last`, and `report` [R, 2] int64 with `sampled` and what each row had drafted; it may
+    be pinned memory of the host.
     """
     sizes = (len(sampled), rows.layout.shape[1])
-    tensors = (sampled, rows.layout, rows.tokens, *state.columns, rows.followers, rows.report, rows.last)
+    tensors = (sampled, rows.layout, rows.tokens, *state.columns, rows.followers, report, rows.last)
     _launch_accept((sizes[0], 1, 1), (*tensors, *sizes), (MAX_STEP_ROWS,), num_warps=1)
 
 
-def accept_rows_reference(sampled: torch.Tensor, rows: StepRows, state: RequestState) -> None:
+def accept_rows_reference(sampled: torch.Tensor, rows: StepRows, state: RequestState, report: torch.Tensor) -> None:
     """The same in plain torch, request by request."""
     owners, firsts, _, depths = rows.layout[:, : len(sampled)].tolist()
     drafts, drawn = rows.tokens.tolist(), sampled.tolist()
     rows.followers[: len(sampled)] = sampled
-    rows.report[: len(sampled)] = torch.stack((sampled, rows.tokens[: len(sampled)]), 1)
+    report.copy_(torch.stack((sampled, rows.tokens[: len(sampled)]), 1))
     for owner, first in {(o, f) for o, f in zip(owners, firsts, strict=True) if o >= 0}:
         last = standing_row(first, firsts.count(first), drafts, depths, drawn)
         state.tokens[owner] = drawn[last]

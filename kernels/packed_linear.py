@@ -41,6 +41,7 @@ from headrace.kernels.simd import (
     load_floats,
     multiply,
     pointer,
+    prefetch,
     rounded,
     splat,
     store,
@@ -57,6 +58,9 @@ STEPS = 4
 """32 bytes of codes of each vector at a time."""
 INPUT = 10
 """float32 that a block of a row's inputs takes: 32 int8, their scale, and their sum."""
+AHEAD = 4 * RECORD
+"""Bytes from the record in use to the one that is asked for: the processor by itself looks less far ahead than memory
+is away."""
 MAX_TILE = 4
 CACHED_BYTES = 12288
 """Records that stay in the first cache while they meet many rows."""
@@ -286,6 +290,7 @@ def _tile(rows):
             outputs = no_totals()
             for block in range(blocks):
                 at, offset = base + (group * blocks + block) * RECORD, 4 * INPUT * block
+                prefetch(records, at + AHEAD, RECORD)
                 products = no_sums()
                 for step in range(steps):
                     codes = at + 4 * GROUP + 4 * GROUP * step

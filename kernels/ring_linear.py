@@ -28,6 +28,8 @@ from headrace.kernels.launch import num_processors, power_of_two
 
 ROWS = 64
 """Of the weights, in a tile: as many as one instruction of the tensor cores takes."""
+EARLY_ROWS = 16
+"""Of the input, padded: with so few, what the epilogue reads is in registers before the products are made."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def ring_linear(
         out, epilogue.weight_scale, epilogue.x_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
         workspace.partial, workspace.counters, x.shape[0], n, tiles, steps, 1 / k, epilogue.eps,
         ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE, STAGES=ring.stages,
-        SPLIT=split, ROWS=ROWS, MAX_SHARED_TILES=MAX_SHARED_TILES, num_warps=4, launch_pdl=True,
+        SPLIT=split, ROWS=ROWS, EARLY_ROWS=EARLY_ROWS, MAX_SHARED_TILES=MAX_SHARED_TILES, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -113,11 +115,19 @@ def _advance(tile, step, first, last, programs):
 
 
 @gluon.jit
+def _norm(squares_ptr, m, M, inverse_k, eps, SCALE: gl.constexpr):
+    squares = gl.load(squares_ptr + m, mask=m < M, other=0).to(gl.float32) / SCALE
+    return gl.rsqrt(squares * inverse_k + eps)
+
+
+@gluon.jit
 def _finish(
-    sums, row0, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, M, N, inverse_k, eps,
-    ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr,
+    sums, row0, before, norm, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
+    M, N, inverse_k, eps, ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of [rows of the weights from row0 on, rows of x]."""
+    """The epilogue of [rows of the weights from row0 on, rows of x]; `before`: of the residual sum, and `norm`: of x,
+    where they have been loaded.
+    """
     ROWS: gl.constexpr = sums.shape[0]
     BLOCK_M: gl.constexpr = sums.shape[1]
     if ACTIVATION is not None:
@@ -141,19 +151,22 @@ def _finish(
         value *= x_scale
         if ACTIVATION is not None:
             up *= x_scale
-    if squares_ptr is not None:
-        squares = gl.load(squares_ptr + m, mask=m < M, other=0).to(gl.float32) / SCALE
-        norm = gl.rsqrt(squares * inverse_k + eps)[None, :]
-        value *= norm
+    if norm is not None:
+        value *= norm[None, :]
+    elif squares_ptr is not None:
+        norm = _norm(squares_ptr, m, M, inverse_k, eps, SCALE)
+        value *= norm[None, :]
         if ACTIVATION is not None:
-            up *= norm
+            up *= norm[None, :]
     if bias_ptr is not None:
         value += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
     if ACTIVATION is not None:
         value = activated(value, up, ACTIVATION == "silu")
     at = out_ptr + m[None, :].to(gl.int64) * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
-    if RESIDUAL:
+    if before is not None:
+        value += before.to(gl.float32)
+    elif RESIDUAL:
         value += gl.load(at, mask=inside, other=0.0).to(gl.float32)
     stored = value.to(out_ptr.dtype.element_ty)
     gl.store(at, stored, mask=inside)
@@ -180,7 +193,7 @@ def _ring_kernel(
     x, weight, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
     partial_ptr, counters_ptr, M, N, tiles, steps, inverse_k, eps,
     ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    ROWS: gl.constexpr, MAX_SHARED_TILES: gl.constexpr, num_warps: gl.constexpr,
+    ROWS: gl.constexpr, EARLY_ROWS: gl.constexpr, MAX_SHARED_TILES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x.block_type.shape[0]
     BLOCK_K: gl.constexpr = x.block_type.shape[1]
@@ -218,6 +231,17 @@ def _ring_kernel(
     parity = 0
     while tile < tiles:
         sums = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
+        # few rows: what the epilogue needs is on its way while products are made
+        before = None
+        norm = None
+        if BLOCK_M == EARLY_ROWS and SPLIT == 1 and ACTIVATION is None:
+            n = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+            m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+            if RESIDUAL:
+                at = out_ptr + m[None, :].to(gl.int64) * N + n[:, None]
+                before = gl.load(at, mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
+            if squares_ptr is not None:
+                norm = _norm(squares_ptr, m, M, inverse_k, eps, SCALE)
         for _ in range(first, last):
             mbarrier.wait(bars.index(slot), parity)
             sums = warpgroup_mma(weights.index(slot), inputs.index(slot).permute((1, 0)), sums, is_async=True)
@@ -251,7 +275,7 @@ def _ring_kernel(
             total = sums
             row0 = tile * ROWS
         _finish(
-            total, row0, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
+            total, row0, before, norm, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
             M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
         )  # fmt: skip
         tile += programs

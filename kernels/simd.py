@@ -15,6 +15,8 @@ from numba.np import arrayobj
 
 LANES = 8
 """float32 in a vector."""
+LINE = 64
+"""Bytes of the cache that come together."""
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(*of) for of in ((I8, 32), (I16, 16), (I32, 8), (F32, 8)))
 
@@ -264,6 +266,24 @@ def bits_of_half(typing, value):
 
 
 @intrinsic
+def prefetch(typing, array, index, count):
+    """Ask for the lines of the cache with `count` bytes of an array, a literal; they may lie behind its end."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    places = range(0, count.literal_value, LINE)
+
+    def generate(context, builder, signature, given):
+        first = pointer(context, builder, signature.args[0], given[0], given[1], I8)
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        for place in places:
+            builder.call(fetch, [builder.gep(first, [I64(place)]), I32(0), I32(3), I32(1)])  # to read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, count), generate
+
+
+@intrinsic
 def load_acquire(typing, array, index):
     """An int64 that another thread stored with all that it wrote before."""
 
@@ -312,10 +332,14 @@ def compare_and_swap(typing, array, index, old, new):
 
 @intrinsic
 def keep_apart(typing):
-    """Never copy the function that calls this into others: its registers are its own, its speed the same everywhere."""
+    """Never copy the function that calls this into others: its registers are its own, its speed the same everywhere.
+
+    Its stack is aligned, so that no vector that it keeps there lies across two lines of the cache.
+    """
 
     def generate(context, builder, signature, given):
         builder.function.attributes.add("noinline")
+        builder.function.attributes.alignstack = LINE
         return context.get_dummy_value()
 
     return types.void(), generate

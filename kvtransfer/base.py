@@ -32,9 +32,7 @@ class PageStore(Protocol):
         """Overwrite these pages. `data` holds `len(page_ids) * page_bytes` bytes."""
 
     def write_blocks(self, layers: range, page_ids: Sequence[PageId], source: np.ndarray, blocks: np.ndarray) -> None:
-        """Where `host_views` has none: overwrite these pages of these layers by rows `blocks` of source, uint8 [rows,
-        page_bytes], layer by layer.
-        """
+        """Overwrite these pages of these layers by rows of source, uint8 [rows, page_bytes], layer by layer."""
 
     def stage(self, layers: range, page_ids: Sequence[PageId], blocks: Sequence[int]) -> None:
         """Where `host_views` has none: copy these pages of these layers to blocks of the staging memory (`staging.py`),

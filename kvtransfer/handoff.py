@@ -31,15 +31,12 @@ stay untouched until `receiver_is_done`; who gives a handoff up tells the receiv
 from __future__ import annotations
 
 import asyncio
-import itertools
-import operator
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 
-from headrace.kvtransfer.base import PageId, PageStore, Ready
+from headrace.kvtransfer.base import PageId, PageStore
 from headrace.kvtransfer.messages import (
     MAX_PAGES_PER_MESSAGE,
     Abort,
@@ -48,7 +45,6 @@ from headrace.kvtransfer.messages import (
     Credit,
     Grant,
     Offer,
-    Part,
     Refuse,
     RefuseCause,
     Released,
@@ -58,18 +54,19 @@ from headrace.kvtransfer.messages import (
     WireDtype,
 )
 from headrace.kvtransfer.on_the_way import Flight, OnTheWay, Outgoing
-from headrace.kvtransfer.reshard import heads_a_rank
+from headrace.kvtransfer.segments import Batch, Segment, Segments
 from headrace.kvtransfer.staging import Staged, Staging
 from headrace.messages.stream import TokenLogprobs
 
 MESSAGE_BYTES: dict[TransportName, int] = {
-    "tcp": 2**20,
+    "tcp": 2**22,
     "shm": 8 * 2**20,
     "nixl": 8 * 2**20,
     "cuda_ipc": 2**26,
     "local": 2**26,
 }
-"""Page bytes of one message. Over TCP, what is small enough to stay in a processor's cache from checksum to socket."""
+"""Page bytes of one message. Over TCP, smaller ones stay in a processor's cache from checksum to socket, but wake up
+threads more often, which costs more."""
 
 
 class HandoffFailed(RuntimeError):
@@ -85,20 +82,6 @@ class State(Enum):
     COMMITTED = auto()
     DONE = auto()
     FAILED = auto()
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive pages of one layer whose KV is complete, as soon as `ready` (None: now)."""
-
-    layer: int
-    first_page: int
-    num_pages: int
-    ready: Ready | None = None
-    rank: int = 0
-    """The tensor-parallel rank whose cache they are in; each rank announces its own."""
-    part: int = 0
-    """Which of the Grant's this is to leave as, once there is one."""
 
 
 @dataclass
@@ -135,17 +118,8 @@ class Handoff:
         """Why it failed, in a word."""
         self.timings = Timings()
         self.pages = pages
-        self._whole_page_bytes = store.page_bytes
-        self._parts: list[Part] = []
-        """Of each page; empty where pages travel whole."""
-        self._page_bytes = [store.page_bytes]
-        """By part."""
-        self._segments: deque[Segment] = deque()
-        """Computed, in order, and not sent."""
+        self._segments = Segments(store.page_bytes)
         self._sequence = 0
-        self._most_pages = [1]
-        """Of one message, by part."""
-        self._largest_message = store.page_bytes
         self._on_the_way = OnTheWay(clock)
         self._clock = clock
         self._staging: Staging | None = None
@@ -187,13 +161,8 @@ class Handoff:
 
     def layer_ready(self, segment: Segment) -> None:
         """These pages of this layer are in the cache."""
-        self._segments.extend(self._by_part(segment))
+        self._segments.add(segment)
         self._changed.set()
-
-    def _by_part(self, segment: Segment) -> list[Segment]:
-        if not self._parts:
-            return [segment]
-        return [replace(segment, part=part) for part, of in enumerate(self._parts) if of.rank == segment.rank]
 
     def finish(self, token_id: int, logprobs: TokenLogprobs | None, came: Sequence[int] = ()) -> None:
         """All is computed (all layers have been announced) and this is the next token, after those that were coming."""
@@ -239,9 +208,10 @@ class Handoff:
             case Credit() if self.state in (State.GRANTED, State.COMMITTED):
                 self._free_staged(self._on_the_way.credited(message.sequence))
             case Ack() if self.state is State.COMMITTED or (self.offer.in_place and self.state is State.GRANTED):
+                if self.state is State.COMMITTED:  # or nothing was on the way that could tell how long it takes
+                    self._on_the_way.acknowledged()
                 self.state = State.DONE
                 self.timings.acknowledged = self._clock()
-                self._on_the_way.acknowledged()
                 self._let_go()
             case Abort(cause="unknown") if self.state is State.OFFERED:  # the offer or its refusal was lost
                 self.receiver = None
@@ -265,23 +235,13 @@ class Handoff:
         if grant.transport != "shm":
             self._staging = None
         if grant.parts:
-            self._cut(grant.parts)
-        size = min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport])
-        most = self._staging.num_blocks if self._staging is not None else MAX_PAGES_PER_MESSAGE
-        self._most_pages = [min(max(size // page_bytes, 1), most) for page_bytes in self._page_bytes]
-        self._largest_message = max(map(operator.mul, self._most_pages, self._page_bytes))
-
-    def _cut(self, parts: list[Part]) -> None:
-        """From now on pages leave in these parts, what is computed already among them."""
-        layout = self.offer.layout
-        heads = heads_a_rank(layout)
-        for part in parts:
-            if part.rank >= layout.tensor_parallel_size or part.first_head + part.num_heads > heads:
-                self.fail(f"{self.receiver} wants {part}, where {layout.tensor_parallel_size} ranks hold {heads} heads")
+            try:
+                self._segments.cut(grant.parts, self.offer.layout)
+            except ValueError as error:
+                self.fail(f"{self.receiver} {error}")
                 return
-        self._parts = parts
-        self._page_bytes = [self._whole_page_bytes // heads * part.num_heads for part in parts]
-        self._segments = deque(cut for segment in self._segments for cut in self._by_part(segment))
+        most = self._staging.num_blocks if self._staging is not None else MAX_PAGES_PER_MESSAGE
+        self._segments.bound(min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport]), most)
 
     def _free_staged(self, landed: list[Outgoing]) -> None:
         for outgoing in landed:
@@ -345,79 +305,44 @@ class Handoff:
             return self._on_the_way.lost.popleft()
         if self.state is not State.GRANTED:
             return None
-        while self._segments:
-            segment = self._segments.popleft()
-            first, end = max(segment.first_page, self.held_pages), segment.first_page + segment.num_pages
-            if first >= end:
-                continue
-            stop = min(end, first + self._most_pages[segment.part])
-            num_layers = self._num_layers_with(segment, stop - first) if stop == end else 1
-            num_pages = (stop - first) * num_layers
-            size = num_pages * self._page_bytes[segment.part]
-            has_room = self._on_the_way.has_room(size)
-            if has_room and self._staging is not None:
-                has_room = self._stage(num_pages)
-            if not has_room:
-                self._segments.appendleft(segment)
-                return None
-            if stop < end:
-                rest = Segment(segment.layer, stop, end - stop, segment.ready, segment.rank, segment.part)
-                self._segments.appendleft(rest)
-            joined = [segment, *(self._segments.popleft() for _ in range(num_layers - 1))]
-            return self._outgoing(joined, first, stop, size)
+        if (batch := self._segments.next_batch(self.held_pages)) is not None:
+            return self._outgoing(batch) if self._take_room(batch) else None
         if self._next_token is None:
             return None
         return self._committed(*self._next_token)
 
-    def _num_layers_with(self, segment: Segment, num_pages: int) -> int:
-        """How many layers leave in one message: this one and those after it that wait with the same pages.
-
-        What is still being computed keeps back no layer that is there.
-        """
-        count = 1
-        for other in itertools.islice(self._segments, max(self._most_pages[segment.part] // num_pages - 1, 0)):
-            has_same_pages = (other.first_page, other.num_pages) == (segment.first_page, segment.num_pages)
-            if not has_same_pages or (other.layer, other.part) != (segment.layer + count, segment.part):
-                break
-            if other.rank != segment.rank or (other.ready is not None and not other.ready.query()):
-                break
-            count += 1
-        return count
-
-    def _stage(self, num_pages: int) -> bool:
-        """Whether there was room for the next message."""
-        assert self._staging is not None
-        staged = self._staging.take(num_pages)
-        if staged is not None:
+    def _take_room(self, batch: Batch) -> bool:
+        """Whether there was room for the next message, on the way and where `shm` reads it."""
+        if not self._on_the_way.has_room(batch.size):
+            return False
+        if self._staging is not None:
+            staged = self._staging.take(batch.num_pages)
+            if staged is None:
+                return False
             self._staged[self._sequence] = staged
-        return staged is not None
+        return True
 
-    def _outgoing(self, joined: list[Segment], first: int, stop: int, size: int) -> Outgoing:
-        segment = joined[0]
-        credit_wanted = self._on_the_way.take_room(size, self._largest_message)
-        self._sequence += 1
-        self.sent_bytes += size
-        self.sent_pages += (stop - first) * len(joined)
+    def _outgoing(self, batch: Batch) -> Outgoing:
+        self._segments.take(batch)
+        credit_wanted = self._on_the_way.take_room(batch.size, self._segments.largest_message)
+        segment = batch.segments[0]
         outgoing = Outgoing(
-            sequence=self._sequence - 1,
-            layers=range(segment.layer, segment.layer + len(joined)),
-            first_page=first,
-            page_ids=self.pages[first:stop],
+            sequence=self._sequence,
+            layers=range(segment.layer, segment.layer + len(batch.segments)),
+            first_page=batch.first,
+            page_ids=self.pages[batch.first : batch.stop],
             credit_wanted=credit_wanted or self._staging is not None,  # others may wait for that memory
-            ready=[each.ready for each in joined if each.ready is not None],
+            ready=[each.ready for each in batch.segments if each.ready is not None],
             rank=segment.rank,
             part=segment.part,
-            heads=self._heads_of(segment.part),
-            staged=self._staged.get(self._sequence - 1),
+            heads=batch.heads,
+            staged=self._staged.get(self._sequence),
         )
-        self._on_the_way.add(outgoing, size)
+        self._sequence += 1
+        self.sent_bytes += batch.size
+        self.sent_pages += batch.num_pages
+        self._on_the_way.add(outgoing, batch.size)
         return outgoing
-
-    def _heads_of(self, part: int) -> range | None:
-        if self._page_bytes[part] == self._whole_page_bytes:
-            return None
-        first_head = self._parts[part].first_head
-        return range(first_head, first_head + self._parts[part].num_heads)
 
     async def changed(self) -> None:
         """Wait until something happened. Raises `HandoffFailed` once the attempt is over."""

@@ -47,7 +47,6 @@ from typing import Any, Literal, Protocol
 from headrace.keys import is_loopback
 from headrace.kvtransfer.base import Done, PageId
 from headrace.kvtransfer.messages import NixlMemory
-from headrace.kvtransfer.shm import joint_runs
 from headrace.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -223,7 +222,7 @@ class NixlEndpoint:
         """Descriptors of this worker's pages and of the sender's, in pairs; neighbours on both sides are one."""
         size, memory = self._cache.page_bytes, read.source.memory
         here = [layer * self._cache.num_pages + page for layer in read.layers for page in read.page_ids]
-        runs = [(here[first], read.blocks[first], (end - first) * size) for first, end in joint_runs(here, read.blocks)]
+        runs = [(here[first], read.blocks[first], (end - first) * size) for first, end in _runs(here, read.blocks)]
         mine = [(self._address + place * size, length, self._gpu) for place, _, length in runs]
         theirs = [(memory.address + block * size, length, memory.gpu) for _, block, length in runs]
         return self._agent.get_xfer_descs(mine, self._kind), self._agent.get_xfer_descs(theirs, memory.kind)
@@ -298,3 +297,13 @@ def _agent(wanted: str, bind: str) -> Agent | None:
 
 def _has_rdma() -> bool:
     return RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
+
+
+def _runs(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+    """Index ranges [start, end) in which both sequences count up by one."""
+    cuts = [
+        index
+        for index in range(1, len(first))
+        if first[index] != first[index - 1] + 1 or second[index] != second[index - 1] + 1
+    ]
+    return list(zip([0, *cuts], [*cuts, len(first)], strict=True))

@@ -33,13 +33,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
-from headrace.kvtransfer.arrivals import Arrivals, Arriving
-from headrace.kvtransfer.base import PageAllocator, PageId, PageStore, Source
+from headrace.kvtransfer.admission import Admission, grant_of
+from headrace.kvtransfer.arrivals import Arrivals
+from headrace.kvtransfer.base import PageAllocator, PageStore, Source
+from headrace.kvtransfer.draining import Draining
+from headrace.kvtransfer.incoming import Incoming, Key, OwnPrompt, ReceivedRequest
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import (
     Abort,
@@ -57,116 +58,14 @@ from headrace.kvtransfer.messages import (
     ToReceiver,
     TransportName,
 )
-from headrace.kvtransfer.reshard import can_recut, plan_landings
-from headrace.messages.stream import TokenLogprobs
+from headrace.kvtransfer.transports import Choice, TcpOnly
 from headrace.wire import Message
 
 LEASE_SECONDS = 10.0
-WINDOW_BYTES = 64 * 2**20
-WINDOWS_IN_PLACE = 4
-"""As much of what is not sent but read in place, and so takes up no buffer here."""
-MAX_WAITING = 4096
-MAX_REMEMBERED = 16384
-"""Requests whose newest attempt is remembered, so that a stale one is told from a new one."""
-
-Key = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The newest attempt of a request, and the worker that it was taken from, if it was."""
-
-    attempt: int
-    taken_from: str | None = None
-
-
-@dataclass(frozen=True)
-class ReceivedRequest:
-    """A request whose KV is complete in this worker's cache. Whoever takes it owns `pages`."""
-
-    offer: Offer
-    pages: list[PageId]
-    commit: Commit
-    token_ids: list[int]
-    """Those whose KV it is: the offered ones and those that came since."""
-    generated: int
-    """How many of these are output."""
-
-
-@dataclass(eq=False)
-class OwnPrompt:
-    """A prompt that this worker is to compute itself: the last `missing` tokens, for the others' KV is in its pages."""
-
-    offer: Offer
-    pages: list[PageId]
-    missing: int
-    _landing: Landing
-    _ended: Callable[[Commit | None], None]
-
-    def begin(self) -> bool:
-        """Its pages are about to be written to, until `end`; False where nobody wants it any more."""
-        return self._landing.begin()
-
-    def end(self, token_id: int | None, logprobs: TokenLogprobs | None = None) -> None:
-        """It is computed, and this is the token that follows; None where that failed."""
-        request_id, attempt = self.offer.request_id, self.offer.attempt
-        self._landing.end()
-        if token_id is None:
-            self._ended(None)
-        else:
-            commit = Commit(request_id=request_id, attempt=attempt, sequence=0, token_id=token_id, logprobs=logprobs)
-            self._ended(commit)
-
-
-class Choice(Protocol):
-    """How pages can come from a sender."""
-
-    def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
-        """The prompt's pages where the sender shares this worker's page pool: they need not come at all."""
-
-    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
-        """The best transport that both ends can use, and the sender's memory where it is read in place."""
-
-    def forget(self, sender: str) -> None:
-        """The sender is gone: let go of its memory."""
-
-
-class TcpOnly:
-    """Without shared memory."""
-
-    def pages_here(self, sender: str, offer: Offer) -> None:
-        """See `Choice`."""
-
-    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
-        """See `Choice`."""
-        return "tcp", None
-
-    def forget(self, sender: str) -> None:
-        """See `Choice`."""
 
 
 def _at_once(callback: Callable[[], None]) -> None:
     callback()
-
-
-@dataclass(eq=False)
-class _Incoming:
-    """One handoff between Offer and Commit. `pages` is empty and `landing` None while it waits for room."""
-
-    sender: str
-    offer: Offer
-    lease_ends: float
-    hashes: list[bytes]
-    """Of the prompt's full pages."""
-    grant: Grant | None = None
-    pages: list[PageId] = field(default_factory=list)
-    landing: Landing | None = None
-    commit: Commit | None = None
-
-    @property
-    def key(self) -> Key:
-        """(request id, attempt)."""
-        return self.offer.request_id, self.offer.attempt
 
 
 class Receiver:
@@ -194,13 +93,6 @@ class Receiver:
         counts what no honest worker sends, and is called on any thread. `on_prompt` is told of prompts to be computed
         here, of which at most `most_prompt_tokens` tokens are not here.
         """
-        self.stopping = False
-        self.reserve_pages = 0
-        """Free pages that grants leave alone, for running requests to grow into."""
-        self.seats = 2**31
-        """Requests that would run at once if they came now. More are taken, unless they may not wait."""
-        self.places: int | None = None
-        """Handoffs that may be granted and not committed: more could not be run soon. None sets no bound."""
         self.aborts: Counter[str] = Counter()
         self.refusals: Counter[RefuseCause] = Counter()
         """Offers not taken."""
@@ -212,7 +104,6 @@ class Receiver:
         self._layout = layout
         self._stores = stores
         self._pool = pool
-        self._total_pages = total_pages
         self._send = send
         self._on_received = on_received
         self._clock = clock
@@ -220,17 +111,16 @@ class Receiver:
         self._call_soon = call_soon
         self._refuse = refuse
         self._on_prompt = on_prompt
-        self._most_prompt_tokens = most_prompt_tokens
-        self._incoming: dict[Key, _Incoming] = {}
-        self._waiting: OrderedDict[Key, _Incoming] = OrderedDict()
-        self._draining: dict[_Incoming, bool] = {}
-        """Handoffs that are over but for threads that may write to their pages; whether to say Released at the end."""
-        self._newest: OrderedDict[str, _Seen] = OrderedDict()
+        self._incoming: dict[Key, Incoming] = {}
+        self._draining = Draining(pool, self._drained)
+        self._admission = Admission(layout, pool, total_pages, most_prompt_tokens)
+        self.room = self._admission.room
+        self._newest = self._admission.newest
 
     @property
     def num_waiting(self) -> int:
         """Offers that wait for free pages."""
-        return len(self._waiting)
+        return len(self._admission.waiting)
 
     @property
     def num_open(self) -> int:
@@ -240,7 +130,7 @@ class Receiver:
     @property
     def pages_wanted(self) -> int:
         """At most so many the next of those will take."""
-        return next((self._pages_needed(incoming.offer) for incoming in self._waiting.values()), 0)
+        return next((self._admission.pages_needed(incoming.offer) for incoming in self._admission.waiting.values()), 0)
 
     def handle(self, sender: str, message: ToReceiver) -> None:
         """Apply one message."""
@@ -260,7 +150,7 @@ class Receiver:
             if known.grant is not None:
                 self._send(sender, known.grant)
             return
-        refusal = self._reason_to_refuse(offer)
+        refusal = self._admission.reason_to_refuse(offer, known is not None, self.num_open)
         if refusal is not None:
             cause, message = refusal
             self.refusals[cause] += 1
@@ -271,78 +161,22 @@ class Receiver:
         older = [key for key in self._incoming if key[0] == offer.request_id]
         for key in older:
             self._abort(self._incoming[key], "cancelled", "a newer attempt began")
-        self._remember(offer.request_id, _Seen(offer.attempt))
-        incoming = _Incoming(sender, offer, self._clock() + LEASE_SECONDS, self._pool.hashes(offer.token_ids))
+        self._newest.remember(offer.request_id, offer.attempt)
+        incoming = Incoming(sender, offer, self._clock() + LEASE_SECONDS, self._pool.hashes(offer.token_ids))
         self._incoming[incoming.key] = incoming
         pages = self._choice.pages_here(sender, offer)
         if pages is None:
-            self._waiting[incoming.key] = incoming
+            self._admission.waiting[incoming.key] = incoming
             self.grant_waiting()
         else:  # nobody need wait for what takes no page, and whose waiting would keep pages from those who do
             self._pool.share(pages)
             incoming.pages = pages
             self._grant(incoming, len(pages), "local", None)
 
-    def _reason_to_refuse(self, offer: Offer) -> tuple[RefuseCause, str] | None:
-        if not can_recut(offer.layout, self._layout):
-            return "layout", f"offered {offer.layout}, this worker holds {self._layout}"
-        if self._pages_needed(offer) > self._total_pages:
-            return "too_long", f"{len(offer.token_ids)} tokens don't fit into {self._total_pages} pages"
-        if max(offer.token_ids) >= self._layout.vocab_size:
-            return "invalid", f"token ids must be below {self._layout.vocab_size}"
-        if offer.generated > len(offer.token_ids):
-            return "invalid", f"{offer.generated} of {len(offer.token_ids)} tokens can't be generated ones"
-        if (offer.request_id, offer.attempt) in self._incoming:
-            return "duplicate", "this attempt is already being received"
-        newest = self._newest.get(offer.request_id, _Seen(-1)).attempt
-        if offer.attempt <= newest:
-            return "stale", f"attempt {newest} has been seen"
-        if self.stopping:
-            return "stopping", "this worker is about to stop"
-        if len(self._waiting) >= MAX_WAITING:
-            return "full", f"{MAX_WAITING} handoffs wait for pages"
-        if not offer.may_wait and not self._has_room(offer):
-            return "full", "it would wait here"
-        if offer.in_place:
-            return self._reason_not_to_compute(offer)
-        return None
-
-    def _reason_not_to_compute(self, offer: Offer) -> tuple[RefuseCause, str] | None:
-        if (
-            offer.coming
-            or offer.may_wait
-            or not offer.sampling.max_tokens
-            or offer.sampling.prompt_logprobs is not None
-        ):
-            return "invalid", "such a request is not computed in place"
-        held = self._pool.match_prefix(self._reusable(offer, self._pool.hashes(offer.token_ids)))
-        self._pool.put_back(held)
-        missing = len(offer.token_ids) - len(held) * self._layout.page_size
-        if missing > self._most_prompt_tokens:
-            return "full", f"{missing} tokens of it are not here"
-        return None
-
-    def _reusable(self, offer: Offer, hashes: list[bytes]) -> list[bytes]:
-        """Of the pages that may be found here. The last token is computed in any case where the prompt is."""
-        return hashes[: (len(offer.token_ids) - 1) // self._layout.page_size] if offer.in_place else hashes
-
-    def _has_room(self, offer: Offer) -> bool:
-        pages_fit = self._pages_needed(offer) + self.reserve_pages <= self._pool.num_free
-        return pages_fit and not self._waiting and len(self._incoming) < self.seats
-
-    def _remember(self, request_id: str, seen: _Seen) -> None:
-        self._newest[request_id] = seen
-        self._newest.move_to_end(request_id)
-        if len(self._newest) > MAX_REMEMBERED:
-            self._newest.popitem(last=False)
-
-    def _pages_needed(self, offer: Offer) -> int:
-        return -(-(len(offer.token_ids) + offer.coming) // self._layout.page_size)
-
     def stop(self) -> None:
         """Take nothing new, and send away those who wait. What was granted may still end."""
-        self.stopping = True
-        for incoming in list(self._waiting.values()):
+        self.room.stopping = True
+        for incoming in list(self._admission.waiting.values()):
             self._take_out(incoming)
             request_id, attempt = incoming.key
             refuse = Refuse(request_id=request_id, attempt=attempt, cause="stopping", message="this worker stops")
@@ -355,48 +189,24 @@ class Receiver:
 
     def grant_waiting(self) -> None:
         """Grant waiting offers in order while there is room. To be called whenever pages came free."""
-        while self._waiting and (self.places is None or self.num_open - self.num_waiting < self.places):
-            key, incoming = next(iter(self._waiting.items()))
-            held = self._pool.match_prefix(self._reusable(incoming.offer, incoming.hashes))
-            missing = self._pages_needed(incoming.offer) - len(held)
-            if missing + self.reserve_pages > self._pool.num_free:
-                self._pool.put_back(held)
-                return
-            del self._waiting[key]
-            incoming.pages = held + self._pool.allocate(missing)
+        while (next_up := self._admission.next_to_grant(self.num_open - self.num_waiting)) is not None:
+            incoming, held = next_up
             if incoming.offer.in_place:
-                self._compute(incoming, len(held))
-                continue
-            self._grant(incoming, len(held), *self._choice.choose(incoming.sender, incoming.offer))
+                self._compute(incoming, held)
+            else:
+                self._grant(incoming, held, *self._choice.choose(incoming.sender, incoming.offer))
 
-    def _grant(self, incoming: _Incoming, held: int, transport: TransportName, source: Source | None) -> None:
-        request_id, attempt = incoming.key
-
+    def _grant(self, incoming: Incoming, held: int, transport: TransportName, source: Source | None) -> None:
         def notify() -> None:  # on a line's thread
             self._call_soon(lambda: self._landed(incoming, landing))
 
-        offer = incoming.offer
-        num_tokens = len(offer.token_ids) + offer.coming
-        plan = plan_landings(offer.layout, self._layout, self._stores, num_tokens, incoming.pages, held)
-        num_parts = len(plan.destinations)
-        landing = Landing(plan.num_pages, plan.held_pages, self._layout.num_layers, notify, num_parts)
-        incoming.landing = landing
-        wire_dtype = offer.wire_dtype if transport == "tcp" else "auto"
-        arriving = Arriving(landing, plan.destinations, transport, source, wire_dtype)
+        incoming.grant, arriving = grant_of(incoming, self._layout, self._stores, held, transport, source, notify)
+        incoming.landing = landing = arriving.landing
         self.arrivals.expect((incoming.sender, *incoming.key), arriving)
         self.transports[transport] += 1
-        incoming.grant = Grant(
-            request_id=request_id,
-            attempt=attempt,
-            held_pages=plan.held_pages,
-            window_bytes=WINDOW_BYTES if transport == "tcp" else WINDOWS_IN_PLACE * WINDOW_BYTES,
-            transport=transport,
-            wire_dtype=wire_dtype,
-            parts=plan.parts,
-        )
         self._send(incoming.sender, incoming.grant)
 
-    def _compute(self, incoming: _Incoming, num_held: int) -> None:
+    def _compute(self, incoming: Incoming, num_held: int) -> None:
         """Grant, and have the prompt computed here."""
         offer, page_size = incoming.offer, self._layout.page_size
 
@@ -414,7 +224,7 @@ class Receiver:
         missing = len(offer.token_ids) - num_held * page_size
         self._on_prompt(OwnPrompt(offer, incoming.pages, missing, landing, functools.partial(self._computed, incoming)))
 
-    def _computed(self, incoming: _Incoming, commit: Commit | None) -> None:
+    def _computed(self, incoming: Incoming, commit: Commit | None) -> None:
         if self._incoming.get(incoming.key) is not incoming:
             return
         if commit is None:
@@ -423,11 +233,10 @@ class Receiver:
             incoming.commit = commit
             self._complete(incoming)
 
-    def _landed(self, incoming: _Incoming, landing: Landing) -> None:
+    def _landed(self, incoming: Incoming, landing: Landing) -> None:
         """Pages of one handoff were written, or could not be."""
         credit = landing.take_credit()
-        if incoming in self._draining:
-            self._end_draining(incoming)
+        self._draining.look_at(incoming)
         if self._incoming.get(incoming.key) is not incoming:
             return
         if landing.problem is not None:
@@ -444,7 +253,7 @@ class Receiver:
             self._answer_over(sender, commit.request_id, commit.attempt)
         elif incoming.sender != sender or incoming.landing is None or incoming.offer.in_place:
             self._refuse(sender, "it commits what was not granted to it")
-        elif (problem := self._problem_with_tokens(incoming.offer, commit)) is not None:
+        elif (problem := self._admission.problem_with_tokens(incoming.offer, commit)) is not None:
             self._refuse(sender, problem)
             self._abort(incoming, "sequence", problem)
         elif incoming.commit == commit:
@@ -453,23 +262,15 @@ class Receiver:
             incoming.commit = commit
             self._complete(incoming)
 
-    def _problem_with_tokens(self, offer: Offer, commit: Commit) -> str | None:
-        if len(commit.came) != offer.coming:
-            return f"committed {len(commit.came)} tokens where {offer.coming} were coming"
-        newest = max([commit.token_id or 0, *commit.came])
-        if newest >= self._layout.vocab_size:
-            return f"committed token {newest}, which must be below {self._layout.vocab_size}"
-        return None
-
     def _answer_over(self, sender: str, request_id: str, attempt: int) -> None:
         """Say once more how a handoff ended that `sender` believes to be open."""
         self.late += 1
-        if self._newest.get(request_id) == _Seen(attempt, sender):
+        if self._newest.was_taken(request_id, attempt, sender):
             self._send(sender, Ack(request_id=request_id, attempt=attempt))
         else:
             self._send(sender, Abort(request_id=request_id, attempt=attempt, cause="unknown"))
 
-    def _complete(self, incoming: _Incoming) -> None:
+    def _complete(self, incoming: Incoming) -> None:
         """Hand a committed request over to the decoder once all its pages are here."""
         commit, landing = incoming.commit, incoming.landing
         if commit is None or landing is None:
@@ -482,7 +283,7 @@ class Receiver:
         elif landing.is_complete(commit.sequence):
             landing.close()
             self._take_out(incoming)
-            self._remember(commit.request_id, _Seen(commit.attempt, incoming.sender))
+            self._newest.remember(commit.request_id, commit.attempt, taken_from=incoming.sender)
             offer = incoming.offer
             token_ids = [*offer.token_ids, *commit.came]
             hashes = self._pool.hashes(token_ids) if commit.came else incoming.hashes
@@ -493,8 +294,8 @@ class Receiver:
             generated = offer.generated + offer.coming
             self._on_received(ReceivedRequest(offer, incoming.pages, commit, token_ids, generated))
 
-    def _take_out(self, incoming: _Incoming) -> None:
-        self._waiting.pop(incoming.key, None)
+    def _take_out(self, incoming: Incoming) -> None:
+        self._admission.waiting.pop(incoming.key, None)
         del self._incoming[incoming.key]
         if incoming.landing is not None and not incoming.offer.in_place:
             self.arrivals.forget((incoming.sender, *incoming.key))
@@ -509,7 +310,7 @@ class Receiver:
             else:
                 self._renew_one(incoming, num_sent)
 
-    def _renew_one(self, incoming: _Incoming, num_sent: int) -> None:
+    def _renew_one(self, incoming: Incoming, num_sent: int) -> None:
         """Repeat what the sender may have missed, and start the lease again where nothing is on the way here.
 
         Pages that are on the way have one lease to come: they may be lost.
@@ -528,25 +329,22 @@ class Receiver:
         incoming = self._incoming.get(key)
         if incoming is not None and incoming.sender == sender:
             self.aborts[abort.cause] += 1
-            self._remember(abort.request_id, _Seen(abort.attempt - 1))  # it may be offered again, by another
+            self._newest.remember(abort.request_id, abort.attempt - 1)  # it may be offered again, by another
             self._free(incoming, tell_released=True)
             return
         if incoming is not None:
             self._refuse(sender, "it aborts another worker's handoff")
         else:
             self.late += 1
-        draining = [i for i in self._draining if i.sender == sender and i.key == key]
-        for incoming in draining:
-            self._draining[incoming] = True
-        if not draining:
+        if not self._draining.tell_at_the_end(sender, key):
             self._send(sender, Released(request_id=abort.request_id, attempt=abort.attempt))
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Nobody waits for this request any more, in any attempt up to `attempt`."""
         for key in [key for key in self._incoming if key[0] == request_id and key[1] <= attempt]:
             self._abort(self._incoming[key], "cancelled", "")
-        if attempt > self._newest.get(request_id, _Seen(-1)).attempt:
-            self._remember(request_id, _Seen(attempt))
+        if attempt > self._newest.of(request_id):
+            self._newest.remember(request_id, attempt)
 
     def cancel_gateway(self, gateway: str) -> None:
         """A gateway is gone, and with it all who waited for its requests."""
@@ -569,7 +367,7 @@ class Receiver:
         for incoming in [i for i in self._incoming.values() if i.lease_ends < now]:
             self._abort(incoming, "lease", f"no progress for {LEASE_SECONDS} s")
 
-    def _abort(self, incoming: _Incoming, cause: AbortCause, message: str) -> None:
+    def _abort(self, incoming: Incoming, cause: AbortCause, message: str) -> None:
         self.aborts[cause] += 1
         offer = incoming.offer
         self._send(
@@ -577,18 +375,12 @@ class Receiver:
         )
         self._free(incoming, tell_released=False)
 
-    def _free(self, incoming: _Incoming, tell_released: bool) -> None:
+    def _free(self, incoming: Incoming, tell_released: bool) -> None:
         self._take_out(incoming)
-        if incoming.landing is not None:
-            incoming.landing.close()
-        self._draining[incoming] = tell_released
-        self._end_draining(incoming)
+        self._draining.begin(incoming, tell_released)
 
-    def _end_draining(self, incoming: _Incoming) -> None:
-        if incoming.landing is not None and not incoming.landing.idle:
-            return
-        self._pool.release(incoming.pages)
-        if self._draining.pop(incoming):
+    def _drained(self, incoming: Incoming, tell_released: bool) -> None:
+        if tell_released:
             request_id, attempt = incoming.key
             self._send(incoming.sender, Released(request_id=request_id, attempt=attempt))
         self.grant_waiting()
@@ -596,10 +388,10 @@ class Receiver:
     def check_integrity(self) -> None:
         """Assert that what waits holds nothing and that what was granted holds its pages."""
         for key, incoming in self._incoming.items():
-            if key in self._waiting:
+            if key in self._admission.waiting:
                 assert not incoming.pages, f"{key} waits and holds pages"
                 assert incoming.landing is None, f"{key} waits and may be written to"
             else:
-                assert len(incoming.pages) == self._pages_needed(incoming.offer), f"{key} holds the wrong pages"
-        for incoming in self._draining:
-            assert incoming.landing is not None, f"{incoming.key} drains and was never granted"
+                needed = self._admission.pages_needed(incoming.offer)
+                assert len(incoming.pages) == needed, f"{key} holds the wrong pages"
+        self._draining.check_integrity()

@@ -49,20 +49,8 @@ class SharedSource:
         """See `Source`; on the caller's thread."""
         if max(blocks) >= self._num_blocks:
             raise ValueError(f"page {max(blocks)} of {self._num_blocks} is not in the sender's memory")
-        if self._store.host_views(layers[0], page_ids) is None:  # on a GPU, all of a message's pages in one go
-            self._store.write_blocks(layers, page_ids, self._pages, np.asarray(blocks))
-        else:
-            count = len(page_ids)
-            for index, layer in enumerate(layers):
-                self._copy_layer(blocks[index * count : (index + 1) * count], layer, page_ids)
+        self._store.write_blocks(layers, page_ids, self._pages, np.asarray(blocks))
         done(None)
-
-    def _copy_layer(self, blocks: Sequence[int], layer: int, page_ids: Sequence[PageId]) -> None:
-        for first, end in joint_runs(blocks, page_ids):
-            views = self._store.host_views(layer, page_ids[first:end])
-            assert views is not None
-            source = self._pages[blocks[first] : blocks[first] + end - first].reshape(-1)
-            np.copyto(np.frombuffer(views[0], dtype=np.uint8), source)
 
     def gather(self, row_bytes: int, rows: np.ndarray[Any, Any]) -> memoryview:
         """See `RowSource`."""
@@ -90,13 +78,3 @@ def _open(path: str, size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def joint_runs(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
-    """Index ranges [start, end) in which both sequences count up by one."""
-    cuts = [
-        index
-        for index in range(1, len(first))
-        if first[index] != first[index - 1] + 1 or second[index] != second[index - 1] + 1
-    ]
-    return list(zip([0, *cuts], [*cuts, len(first)], strict=True))

@@ -79,6 +79,33 @@ def exports_of(cache: Exporting, nixl: NixlEndpoint | None = None) -> Exports:
     return Exports(this_host(), cuda_ipc, shm, nixl.exports if nixl is not None else None)
 
 
+class Choice(Protocol):
+    """How pages can come from a sender."""
+
+    def pages_here(self, sender: str, offer: Offer) -> list[PageId] | None:
+        """The prompt's pages where the sender shares this worker's page pool: they need not come at all."""
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """The best transport that both ends can use, and the sender's memory where it is read in place."""
+
+    def forget(self, sender: str) -> None:
+        """The sender is gone: let go of its memory."""
+
+
+class TcpOnly:
+    """Without shared memory."""
+
+    def pages_here(self, sender: str, offer: Offer) -> None:
+        """See `Choice`."""
+
+    def choose(self, sender: str, offer: Offer) -> tuple[TransportName, Source | None]:
+        """See `Choice`."""
+        return "tcp", None
+
+    def forget(self, sender: str) -> None:
+        """See `Choice`."""
+
+
 @dataclass(frozen=True)
 class Beside:
     """The prefill worker of the same process, whose pages are of the same pool."""

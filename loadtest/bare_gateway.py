@@ -50,7 +50,8 @@ class BareGateway:
     def __post_init__(self) -> None:
         self._open: dict[str, _Question] = {}
         self._prompts: dict[str, list[int]] = {}
-        self._again: asyncio.Queue[_Question] = asyncio.Queue()
+        self._again: asyncio.Queue[tuple[_Question, int]] = asyncio.Queue()
+        """Questions to be asked once more, as this attempt."""
         self._decode: Decoder[ToGateway] = Decoder(ToGateway)
         self.node.registry.on_leave.append(self._member_left)
 
@@ -135,12 +136,12 @@ class BareGateway:
         question.asked_at = time.monotonic()
         question.decode_worker = None
         question.attempt += DELIVERIES_PER_ATTEMPT
-        self._again.put_nowait(question)
+        self._again.put_nowait((question, question.attempt))
 
     async def _ask_again_loop(self) -> None:
         while True:
-            question = await self._again.get()
-            if not question.answer.done():
+            question, attempt = await self._again.get()
+            if attempt == question.attempt and not question.answer.done():
                 await self.node.queue.remove(question.entry_id)
                 await self._put(question)
 

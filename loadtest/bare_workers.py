@@ -11,10 +11,12 @@ from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer.departures import LineDepartures, Lines
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed
+from headrace.kvtransfer.incoming import ReceivedRequest
 from headrace.kvtransfer.messages import Offer, ToReceiver, ToSender
 from headrace.kvtransfer.placement import Placement
-from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Send, Sender
 from headrace.kvtransfer.transports import Transports, exports_of
 from headrace.loadtest.keyed_kv import (

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-from headrace.loadtest.client import Answer, StreamClient
+from headrace.loadtest.client import StreamClient
 from headrace.loadtest.local_mesh import LocalMesh, local_mesh
 from headrace.loadtest.prompts import sample_prompts, unique_tokens
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.report import Figure, conclude
+from headrace.loadtest.timed_stream import TimedStream
 
 MODEL = "smollm2"
 FLAGS = ("--dtype", "float32", "--max-num-seqs", "64")
@@ -103,15 +104,15 @@ async def same_tokens(bare: Yardstick, client: StreamClient, count: int, tokens:
         expected = await bare("generate", text=prompt.text, is_chat=prompt.is_chat, tokens=tokens)
         answer = await client.ask(prompt, tokens)
         texts: list[str] = expected["texts"]
-        if answer.text == texts[-1]:
+        if answer == texts[-1]:
             identical += 1
             continue
         # a text that ends inside a character is no prefix of anything yet
-        agreed = max(end for end, text in enumerate(texts) if answer.text.startswith(text.rstrip("\ufffd")))
+        agreed = max(end for end, text in enumerate(texts) if answer.startswith(text.rstrip("\ufffd")))
         near = agreed < len(expected["margins"]) and expected["margins"][agreed] <= NEAR_TIE
         near_ties += near
         if not near:
-            print(f"{prompt.name}: {answer.text!r} is not {texts[-1]!r}", file=sys.stderr)
+            print(f"{prompt.name}: {answer!r} is not {texts[-1]!r}", file=sys.stderr)
     return [
         Figure("1 greedy answers right", identical + near_ties, f"of {count}", f"= {count}"),
         Figure("1 of them at a near tie", near_ties, "answers"),
@@ -150,8 +151,8 @@ async def latency(bare: Yardstick, client: StreamClient, numbers: Numbers, round
         before = await _bare_times(bare, numbers, tokens)
         answer = await client.complete(numbers.prompt(512), tokens)
         after = await _bare_times(bare, numbers, tokens)
-        first.append((answer.time_to_first_token, (before[0] + after[0]) / 2))
-        step.append((answer.inter_token_time, (before[1] + after[1]) / 2))
+        first.append((answer.ttft, (before[0] + after[0]) / 2))
+        step.append((answer.itl, (before[1] + after[1]) / 2))
     medians = [statistics.median(column) for column in (*zip(*first, strict=True), *zip(*step, strict=True))]
     return [
         Figure("3 time to first token, mesh", medians[0] * 1000, "ms"),
@@ -212,8 +213,8 @@ async def kill_a_prefill_worker(mesh: LocalMesh, client: StreamClient, numbers: 
     mesh.kill("prefill-0")
     answers = await asyncio.gather(*load, return_exceptions=True)
     undisturbed = [(await client.complete(prompt, 16)).text for prompt in prompts[: max(count // 4, 2)]]
-    lost = sum(not isinstance(answer, Answer) or len(answer.token_times) != 16 for answer in answers)
-    wrong = sum(isinstance(a, Answer) and a.text != text for a, text in zip(answers, undisturbed, strict=False))
+    lost = sum(not isinstance(answer, TimedStream) or len(answer.token_times) != 16 for answer in answers)
+    wrong = sum(isinstance(a, TimedStream) and a.text != text for a, text in zip(answers, undisturbed, strict=False))
     await mesh.until_no_page_is_used(30)
     return [
         Figure("6 requests lost with a killed prefill worker", lost, f"of {count}", "= 0"),
@@ -226,8 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer prompts and rounds: under a minute")
     figures = asyncio.run(bench(parser.parse_args().quick))
-    print(f"written to {publish('main', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("main", figures)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +24,8 @@ from typing import Any
 import aiohttp
 
 from headrace.loadtest.chaos_mesh import VOCABULARY, ChaosMesh, chaos_mesh
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.report import Figure, conclude
+from headrace.loadtest.timed_stream import StreamFailed, TimedStream, timed_stream
 from headrace.tasks import end_task
 
 PROMPT_TOKENS = 40
@@ -62,26 +61,6 @@ QUICK = Extent(requests=40, seconds=6.5, kinds=9, output_tokens=64, at_once=10, 
 
 
 @dataclass
-class Outcome:
-    """What one stream gave."""
-
-    text: str = ""
-    finish_reason: str = ""
-    tokens: int = 0
-    """As `usage` says."""
-    wait: float = 0.0
-    """Seconds until the first piece."""
-    worst_pause: float = 0.0
-    """Seconds between two pieces of it."""
-    error: str = ""
-
-    @property
-    def says(self) -> tuple[str, str, int]:
-        """What must be as without faults."""
-        return self.text, self.finish_reason, self.tokens
-
-
-@dataclass
 class Findings:
     """What a series did and found."""
 
@@ -98,18 +77,23 @@ class Findings:
     leaked: float = 0.0
     seconds: float = 0.0
 
-    def add(self, outcome: Outcome, undisturbed: Outcome) -> None:
-        """Compare an answer with the one that it should be."""
+    def add(self, stream: TimedStream | None, undisturbed: TimedStream) -> None:
+        """Compare an answer, None where there is none, with the one that it should be."""
         self.outcomes += 1
-        self.worst_wait = max(self.worst_wait, outcome.wait)
-        self.worst_pause = max(self.worst_pause, outcome.worst_pause)
-        if outcome.error:
-            self.errors.append(outcome.error)
-        elif outcome.says != undisturbed.says:
-            longer = len(outcome.text) - len(undisturbed.text)
+        if stream is None:
+            return
+        self.worst_wait = max(self.worst_wait, stream.ttft)
+        self.worst_pause = max(self.worst_pause, stream.worst_pause)
+        if _says(stream) != _says(undisturbed):
+            longer = len(stream.text) - len(undisturbed.text)
             self.duplicates += longer > 0
             self.gaps += longer < 0
             self.different += longer == 0
+
+
+def _says(stream: TimedStream) -> tuple[str, str, int]:
+    """What must be as without faults."""
+    return stream.text, stream.finish_reason, stream.output_tokens
 
 
 class Streams:
@@ -118,64 +102,36 @@ class Streams:
     def __init__(self, model: str, session: aiohttp.ClientSession, extent: Extent) -> None:
         self._session = session
         self._bodies = [_body(model, number, extent.output_tokens) for number in range(extent.kinds)]
-        self.undisturbed: list[Outcome] = []
+        self.undisturbed: list[TimedStream] = []
+        self.errors: list[str] = []
         self.refused = 0
 
     async def run_undisturbed(self) -> None:
         """Fill `undisturbed`; a third of the kinds get a stop string that their text turned out to have."""
-        outcomes = await asyncio.gather(*[self._ask(body) for body in self._bodies])
-        for body, outcome in zip(self._bodies[2::3], outcomes[2::3], strict=True):
-            body["stop"] = [_late(outcome.text)]
+        streams = await asyncio.gather(*[self._ask(body) for body in self._bodies])
+        for body, stream in zip(self._bodies[2::3], streams[2::3], strict=True):
+            body["stop"] = [_late(stream.text)]
         self.undisturbed = list(await asyncio.gather(*[self._ask(body) for body in self._bodies]))
-        if failed := [outcome.error for outcome in self.undisturbed if outcome.error]:
-            raise RuntimeError(f"without any fault: {failed[0]}")
 
-    async def ask(self, number: int) -> tuple[Outcome, Outcome]:
-        """One stream, and what it should be."""
-        return await self._ask(self._bodies[number % len(self._bodies)]), self.undisturbed[number % len(self._bodies)]
-
-    async def _ask(self, body: dict[str, Any]) -> Outcome:
-        outcome = Outcome()
+    async def ask(self, number: int) -> tuple[TimedStream | None, TimedStream]:
+        """One stream, None where it failed, and what it should be."""
+        kind = number % len(self._bodies)
         try:
-            for _ in range(MAX_REFUSALS):
-                started = time.monotonic()
-                async with self._session.post("/v1/completions", json=body) as response:
-                    if response.status == 503:
-                        self.refused += 1
-                        await asyncio.sleep(float(response.headers["Retry-After"]))
-                        continue
-                    if response.status != 200:
-                        outcome.error = f"{response.status}: {await response.text()}"
-                    else:
-                        await _read(response, outcome, started)
-                    return outcome
-            outcome.error = "refused for ever"
-        except (aiohttp.ClientError, TimeoutError) as error:
-            outcome.error = repr(error)
-        return outcome
+            return await self._ask(self._bodies[kind]), self.undisturbed[kind]
+        except (StreamFailed, aiohttp.ClientError, TimeoutError) as error:
+            self.errors.append(repr(error))
+            return None, self.undisturbed[kind]
 
-
-async def _read(response: aiohttp.ClientResponse, outcome: Outcome, started: float) -> None:
-    last = 0.0
-    async for line in response.content:
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line.removeprefix(b"data: "))
-        if "error" in event:
-            outcome.error = str(event["error"])
-        for choice in event.get("choices", []):
-            now = time.monotonic()
-            if last:
-                outcome.worst_pause = max(outcome.worst_pause, now - last)
-            else:
-                outcome.wait = now - started
-            last = now
-            outcome.text += choice["text"]
-            outcome.finish_reason = choice["finish_reason"] or outcome.finish_reason
-        if event.get("usage"):
-            outcome.tokens = event["usage"]["completion_tokens"]
-    if not outcome.error and not outcome.finish_reason:
-        outcome.error = "the stream ended without an end"
+    async def _ask(self, body: dict[str, Any]) -> TimedStream:
+        for _ in range(MAX_REFUSALS):
+            try:
+                return await timed_stream(self._session, body)
+            except StreamFailed as failed:
+                if failed.status != 503:
+                    raise
+                self.refused += 1
+                await asyncio.sleep(failed.retry_after)
+        raise StreamFailed("refused for ever")
 
 
 def _late(text: str) -> str:
@@ -196,7 +152,6 @@ def _body(model: str, number: int, tokens: int) -> dict[str, Any]:
         "temperature": 0.8 if number % 3 else 0,
         "seed": number,
         "ignore_eos": True,
-        "stream": True,
         "stream_options": {"include_usage": True},
     }
 
@@ -332,7 +287,7 @@ async def chaos(series: str, extent: Extent, seed: int, folder: Path) -> Finding
             await end_task(failing)
             await faults.end()
         findings.seconds = time.monotonic() - started
-        findings.faults, findings.refused = faults.counts, streams.refused
+        findings.faults, findings.refused, findings.errors = faults.counts, streams.refused, streams.errors
         findings.leaked = await _leaked(mesh)
     return findings
 
@@ -386,8 +341,7 @@ def main() -> None:
                     shutil.copytree(folder, arguments.keep_logs / series, dirs_exist_ok=True)
         print(f"{series}: {findings.outcomes} requests in {findings.seconds:.0f} s", flush=True)
         table += figures(series, findings, extent.requests)
-    publish("chaos", table)
-    sys.exit(any(figure.met is False for figure in table))
+    conclude("chaos", table)
 
 
 if __name__ == "__main__":

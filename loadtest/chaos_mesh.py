@@ -29,7 +29,8 @@ from headrace.kvtransfer import transports
 from headrace.kvtransfer.messages import Host
 from headrace.loadtest.fault_proxy import FaultProxy
 from headrace.loadtest.local_mesh import LocalMesh
-from headrace.loadtest.redis_servers import RedisServer, free_port, redis_server
+from headrace.loadtest.loopback import free_port
+from headrace.loadtest.redis_servers import RedisServer, redis_server
 from headrace.loadtest.shapes import TINY, servable_folder
 from headrace.processes import end_process
 from headrace.redis_client import Keys, connect

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import signal
-import socket
 import statistics
 import tempfile
 import time
@@ -24,8 +23,10 @@ import aiohttp
 
 from headrace.engine.device import choose_device, choose_dtype
 from headrace.loadtest.local_mesh import local_mesh
+from headrace.loadtest.loopback import free_port
 from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.timed_stream import EACH_TOKEN, TimedStream, completion, timed_stream
 from headrace.models.locate import BUILT_IN, built_in_file, locate_model
 from headrace.processes import end_process
 
@@ -45,34 +46,10 @@ class System:
     pause: Callable[[bool], None] = lambda paused: None
 
 
-@dataclass
-class Timing:
-    """Seconds since the request: of the first event with a token, and of the last."""
-
-    first: float
-    last: float
-
-
-async def ask(session: aiohttp.ClientSession, system: System, number: int) -> Timing:
-    """One streamed completion. Raises `RuntimeError` where there is none."""
-    body = {
-        "model": system.model,
-        "prompt": unique_tokens(TOKENS_IN, number),
-        "max_tokens": TOKENS_OUT,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-        "logprobs": 0,  # makes each token an event, also where its text waits for the next one
-    }
-    started = time.perf_counter()
-    async with session.post(f"{system.url}/v1/completions", json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(f"{system.name}: {await response.text()}")
-        events = (line async for line in response.content if line.startswith(b"data: {"))
-        times = [time.perf_counter() - started async for _ in events]
-    if not times:
-        raise RuntimeError(f"{system.name} said nothing")
-    return Timing(times[0], times[-1])
+async def ask(session: aiohttp.ClientSession, system: System, number: int) -> TimedStream:
+    """One streamed completion."""
+    body = completion(system.model, unique_tokens(TOKENS_IN, number), TOKENS_OUT)
+    return await timed_stream(session, body | EACH_TOKEN, url=system.url)
 
 
 async def measure(systems: list[System], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -98,10 +75,11 @@ async def measure(systems: list[System], rounds: int) -> dict[str, dict[str, lis
                 if turn == 0:
                     continue  # the first round warms up
                 figures = found[system.name]
-                figures["one"].append(statistics.median((TOKENS_OUT - 1) / (t.last - t.first) for t in alone))
-                figures["first"].append(1000 * statistics.median(t.first for t in alone))
+                pure = [stream.event_times[-1] - stream.event_times[0] for stream in alone]
+                figures["one"].append(statistics.median((TOKENS_OUT - 1) / seconds for seconds in pure))
+                figures["first"].append(1000 * statistics.median(t.ttft for t in alone))
                 figures["many"].append(STREAMS * TOKENS_OUT / seconds)
-                figures["first of many"].append(1000 * statistics.median(t.first for t in many))
+                figures["first of many"].append(1000 * statistics.median(t.ttft for t in many))
     return found
 
 
@@ -143,12 +121,6 @@ async def _until_it_answers(url: str, process: asyncio.subprocess.Process, name:
     raise RuntimeError(f"{name} did not start:\n{words[-2000:]}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 async def run(peers: str | None, rounds: int) -> list[Figure]:
     """Start all systems, measure them in turns."""
     why = dict.fromkeys((LLAMA, VLLM), "no --peers")
@@ -156,7 +128,7 @@ async def run(peers: str | None, rounds: int) -> list[Figure]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-bench-")))
         systems = []
         for name in (LLAMA, VLLM) if peers else ():
-            port = _free_port()
+            port = free_port()
             script = str(Path(__file__).with_name("cpu_peers.py"))
             model = str(locate_model(BUILT_IN).path)
             vllm = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", BUILT_IN]

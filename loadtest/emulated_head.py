@@ -71,13 +71,16 @@ class EmulatedHead:
         while len(comes) < MAX_HEAD_DEPTH:
             comes.append(following[comes[-1]])
         self._comes = torch.stack(comes, 1)
-        self._rates = torch.zeros(MAX_HEAD_DEPTH, device=following.device)
+        self._low = self._high = torch.zeros(MAX_HEAD_DEPTH, CHOICES, device=following.device)
+        """Between which a number drawn for a place lies where a choice is right."""
 
     @torch.inference_mode()
     def be_right(self, rates: Sequence[float]) -> None:
         """With these probabilities from now on, the last one at all further places, too."""
-        every = [rates[min(place, len(rates) - 1)] for place in range(MAX_HEAD_DEPTH)]
-        self._rates.copy_(torch.tensor(every))
+        every = torch.tensor([rates[min(place, len(rates) - 1)] for place in range(MAX_HEAD_DEPTH)])
+        shares = torch.stack((every, *((1 - every) * share for share in OF_MISSES)), 1).to(self._low.device)
+        self._high = shares.cumsum(1)
+        self._low = self._high - shares
 
     def read(self, rows: int) -> None:
         """See `GraphHead`."""
@@ -86,10 +89,7 @@ class EmulatedHead:
     def guess(self, requests: int, depth: int) -> None:
         """See `GraphHead`."""
         self._head.guess(requests, depth)
-        comes = self._comes[self._state.tokens[:requests]]
-        chance, low = torch.rand(comes.shape, device=comes.device), torch.zeros_like(self._rates)
-        for choice in range(CHOICES):
-            high = self._rates if choice == 0 else low + (1 - self._rates) * OF_MISSES[choice - 1]
-            wrong = (chance < low) | (chance >= high)
-            self._state.guesses[:requests, choice::CHOICES] = comes ^ wrong
-            low = high
+        comes = self._comes[self._state.tokens[:requests]].unsqueeze(2)
+        chance = torch.rand(comes.shape, device=comes.device)
+        wrong = (chance < self._low) | (chance >= self._high)
+        self._state.guesses[:requests] = (comes ^ wrong).flatten(1)

@@ -66,8 +66,10 @@ class FaultProxy:
             there_reader, there_writer = await asyncio.open_connection(*self._target)
             connection.writers.append(there_writer)
             pipes = [self._pipe(connection, reader, there_writer), self._pipe(connection, there_reader, writer)]
-            await asyncio.gather(*pipes)
-        except (OSError, asyncio.CancelledError):  # asyncio.Server would report a task that was cancelled
+            async with asyncio.TaskGroup() as group:  # whichever ends takes the other with it
+                for pipe in pipes:
+                    group.create_task(pipe)
+        except* (OSError, asyncio.CancelledError):  # asyncio.Server would report a task that was cancelled
             pass
         finally:
             connection.abort()

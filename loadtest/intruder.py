@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 import zmq
 
 from headrace import __version__
-from headrace.data_line import MAGIC, PREAMBLE, Hello
 from headrace.kvtransfer.messages import Grant, ToSender
 from headrace.node import ModelIdentity
 from headrace.redis_client import Keys, connect
 from headrace.registry import Member, Registry, Tier
 from headrace.tasks import end_task
+from headrace.tcp_line import MAGIC, PREAMBLE, Hello
 from headrace.wire import Decoder, WireError, encode
 
 Socket = zmq.Socket[bytes]

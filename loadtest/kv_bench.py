@@ -34,7 +34,7 @@ from headrace.loadtest.kv_pair import Pair, PairConfig, pair, touched_cache
 from headrace.loadtest.local_mesh import local_mesh
 from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.raw_zmq import RawZmq, touched
-from headrace.loadtest.report import RESULTS, Figure, publish
+from headrace.loadtest.report import RESULTS, Figure, conclude
 
 LAYOUT = CacheLayout(dtype="bfloat16", num_layers=32, num_kv_heads=8, head_dim=128, page_size=16)
 """Of a model of 8 billion parameters."""
@@ -274,8 +274,7 @@ def main() -> None:
         from headrace.loadtest.kv_plots import plot_rates  # a quick run needs no matplotlib
 
         plot_rates(rates, RESULTS / "kv_rates.png")
-    print(f"written to {publish('kv', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("kv", figures)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.kv_cache import CacheLayout, KVCache, OpenedCache
 from headrace.engine.page_copier import PageCopier
 from headrace.kernels.copy_pages import copy_blocks
-from headrace.kvtransfer.handoff import Segment
 from headrace.kvtransfer.messages import TransportName
+from headrace.kvtransfer.segments import Segment
 from headrace.loadtest.kv_pair import Pair, PairConfig, pair
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import LLAMA_8B, TINY, model_folder

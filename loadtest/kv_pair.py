@@ -20,21 +20,24 @@ import torch
 import xxhash
 
 from headrace.curve_line import CurveConnection, CurveListener
-from headrace.data_line import DataLine, TcpConnection, TcpListener
+from headrace.data_line import DataLine
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.page_pool import PagePool
 from headrace.keys import MeshKey
 from headrace.kvtransfer.base import Source
 from headrace.kvtransfer.departures import LineDepartures
-from headrace.kvtransfer.handoff import Handoff, Segment
+from headrace.kvtransfer.handoff import Handoff
+from headrace.kvtransfer.incoming import ReceivedRequest
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import Offer, ToReceiver, ToSender, TransportName, WireDtype
 from headrace.kvtransfer.nixl import NixlEndpoint, nixl_endpoint
-from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Transports, Wanted, exports_of
 from headrace.messages.request import SamplingParams
 from headrace.settings import Settings
+from headrace.tcp_line import TcpConnection, TcpListener
 from headrace.wire import Decoder, Message, encode
 
 SOURCE, TARGET = "source", "target"

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from headrace.loadtest.loopback import free_port
 from headrace.processes import end_process
 
 START_TIMEOUT_SECONDS = 120.0
@@ -48,9 +48,9 @@ class LocalMesh:
             if used and not any(used.values()):
                 return
 
-    async def until_pages_are_used(self, worker: str, seconds: float = 30.0) -> None:
+    async def until_pages_are_used(self, worker: str) -> None:
         """Wait until a worker holds pages. Raises `TimeoutError`."""
-        async for used in self._pages_in_use(seconds):
+        async for used in self._pages_in_use(30.0):
             if used.get(worker):
                 return
 
@@ -71,7 +71,7 @@ class LocalMesh:
 @asynccontextmanager
 async def local_mesh(*flags: str, api_key: str | None = None) -> AsyncIterator[LocalMesh]:
     """Run `headrace up FLAGS` inside the block; yields once it says that it is ready."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "headrace", "up", "--port", str(port), *flags]
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -103,9 +103,3 @@ async def _read_log(process: asyncio.subprocess.Process, mesh: LocalMesh, ready:
             mesh.pids[match[1]] = int(match[2])
         if text.startswith("ready in "):
             ready.set()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import sys
 import tempfile
@@ -20,23 +19,26 @@ from pathlib import Path
 import aiohttp
 
 from headrace.loadtest.local_mesh import LocalMesh, local_mesh
+from headrace.loadtest.proc import processor_seconds
 from headrace.loadtest.prompts import unique_tokens
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.report import Figure, conclude
 from headrace.loadtest.timed_stream import StreamFailed, completion, timed_stream
 from headrace.settings import Settings
 
 MODEL = "smollm2"
 COSTS = Path(__file__).resolve().parent / "step_costs" / "smollm2_cpu.json"
 PROMPT_TOKENS = 16
-OPENED_PER_SECOND = 200
-"""Streams: all are open before the first ends, and the gateway, which reads 1,024 requests at once, keeps up."""
-FAIR_STREAMS = 400
-"""Of each key: the mesh must have a backlog of both."""
+OPENED_PER_SECOND = 300
+"""Streams: the gateway, which reads 1,024 requests at once, keeps up."""
+FAIR_PROMPT_TOKENS = 128
+"""So long that the mesh has a backlog of both keys, whom the gateway reads faster."""
+FAIR_PART = 8
+"""One in so many of the streams that are run at once, for each key."""
 KEYS = ("key-of-a", "key-of-b")
 KNOWS_KEYS = "api_keys_file" in Settings.model_fields
 """Whether this gateway tells callers apart."""
 FAIR_TOKENS = 4
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+TIERS = ("gateway", "prefill", "decode")
 
 
 @dataclass
@@ -47,9 +49,10 @@ class Extent:
     decode: int
     streams: int
     tokens: int
+    """Of each: even one that runs alone at first has not ended when the last is opened."""
 
 
-FULL, QUICK = Extent(8, 16, 2000, 64), Extent(2, 3, 300, 64)
+FULL, QUICK = Extent(8, 16, 2000, 256), Extent(2, 3, 300, 64)
 
 
 @dataclass
@@ -66,10 +69,13 @@ class Crowd:
     """Some stream has its first token."""
     open: int = 0
     most_open: int = 0
+    decoding: int = 0
+    """Streams that have some of their tokens."""
+    most_decoding: int = 0
 
-    async def stream(self, number: int, tokens: int, key: str = KEYS[0]) -> None:
+    async def stream(self, number: int, tokens: int, key: str = KEYS[0], prompt_tokens: int = PROMPT_TOKENS) -> None:
         """Ask for `tokens` tokens and keep what came."""
-        body = completion(MODEL, unique_tokens(PROMPT_TOKENS, number), tokens)
+        body = completion(MODEL, unique_tokens(prompt_tokens, number), tokens)
         started = time.perf_counter()
 
         def first() -> None:
@@ -77,12 +83,15 @@ class Crowd:
             self.begun.set()
             self.first_tokens.append((now, key))
             self.waits.append(now - started)
+            self.decoding += 1
+            self.most_decoding = max(self.most_decoding, self.decoding)
 
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
             stream = await timed_stream(self.session, body, {"Authorization": f"Bearer {key}"}, first)
             self.texts.append(stream.text)
+            self.decoding -= 1
         except (aiohttp.ClientError, StreamFailed, TimeoutError) as error:
             self.failures.append(str(error)[:200])
         finally:
@@ -125,13 +134,13 @@ async def many_streams(mesh: LocalMesh, session: aiohttp.ClientSession, extent: 
     alone = Crowd(session)
     await alone.stream(0, extent.tokens)
     crowd = Crowd(session)
-    before, started = _cpu_seconds(mesh.pids["gateway"]), time.perf_counter()
+    before, started = _cpu_by_tier(mesh), time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for number in range(1, extent.streams + 1):
             group.create_task(crowd.stream(number, extent.tokens))
             await asyncio.sleep(1 / OPENED_PER_SECOND)
     seconds = time.perf_counter() - started
-    cpu = _cpu_seconds(mesh.pids["gateway"]) - before
+    cpu = {tier: after - before[tier] for tier, after in _cpu_by_tier(mesh).items()}
     tokens = extent.streams * extent.tokens
     for failure in crowd.failures[:3]:
         print(f"failed: {failure}", file=sys.stderr)
@@ -139,42 +148,43 @@ async def many_streams(mesh: LocalMesh, session: aiohttp.ClientSession, extent: 
         Figure("worker processes", extent.prefill + extent.decode, "processes"),
         Figure("streams", extent.streams, "streams"),
         Figure("most streams open at once", crowd.most_open, "streams", f">= {extent.streams * 0.95:.0f}"),
+        Figure("most streams with a part of their tokens at once", crowd.most_decoding, "streams"),
         Figure("failed streams", len(crowd.failures), "streams", "= 0"),
         Figure("wrong texts", sum(text != alone.texts[0] for text in crowd.texts), "streams", "= 0"),
         Figure("tokens a second, all streams", tokens / seconds, "tokens/s"),
         Figure("time to first token, median", statistics.median(crowd.waits), "s"),
-        Figure("gateway CPU per 1,000 tokens", cpu / tokens * 1e6, "ms"),
-        Figure("gateway CPU per stream, tokens and all", cpu / extent.streams * 1e3, "ms"),
+        *(Figure(f"{tier} CPU per 1,000 tokens", cpu[tier] / tokens * 1e6, "ms") for tier in TIERS),
+        Figure("gateway CPU per stream, tokens and all", cpu["gateway"] / extent.streams * 1e3, "ms"),
         Figure("gateway's largest resident memory", _peak_memory(mesh.pids["gateway"]) / 2**20, "MiB"),
         Figure("all processes' memory now", sum(map(_private_memory, mesh.pids.values())) / 2**20, "MiB"),
     ]
 
 
 async def fair_sharing(session: aiohttp.ClientSession, extent: Extent) -> Figure:
-    """One key queues all its requests, then another as many: from then on, and while both wait, each has its turn.
+    """One key queues all its requests, then another as many: while both wait, each has its turn.
 
-    How much fewer prompts of the one began than of the other, in percent.
+    How much fewer prompts of the one began than of the other, in percent, from the second key's first token on.
     """
     name, target = "fair sharing between two keys: difference", "<= 10"
     if not KNOWS_KEYS:
         return Figure(name, None, "%", target, why="this gateway has one key for all")
-    crowd, each = Crowd(session), min(extent.streams // 2, FAIR_STREAMS)
+    crowd, each = Crowd(session), extent.streams // FAIR_PART
     async with asyncio.TaskGroup() as group:
         for number in range(each):
-            group.create_task(crowd.stream(10**6 + number, FAIR_TOKENS, KEYS[0]))
+            group.create_task(crowd.stream(10**6 + number, FAIR_TOKENS, KEYS[0], FAIR_PROMPT_TOKENS))
         await crowd.begun.wait()
-        second_came = time.perf_counter()
         for number in range(each):
-            group.create_task(crowd.stream(2 * 10**6 + number, FAIR_TOKENS, KEYS[1]))
-    ends = [max(at for at, key in crowd.first_tokens if key == mine) for mine in KEYS]
-    window = [key for at, key in crowd.first_tokens if second_came <= at <= min(ends)]
-    counts = [window.count(key) for key in KEYS]
+            group.create_task(crowd.stream(2 * 10**6 + number, FAIR_TOKENS, KEYS[1], FAIR_PROMPT_TOKENS))
+    by_key = [[at for at, key in crowd.first_tokens if key == mine] for mine in KEYS]
+    begins, ends = min(by_key[1]), min(map(max, by_key))
+    counts = [sum(begins <= at <= ends for at in times) for times in by_key]
     return Figure(name, (1 - min(counts) / max(counts)) * 100, "%", target)
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+def _cpu_by_tier(mesh: LocalMesh) -> dict[str, float]:
+    """CPU seconds that the processes of each tier have used."""
+    pids = mesh.pids.items()
+    return {tier: sum(processor_seconds(pid) for name, pid in pids if name.startswith(tier)) for tier in TIERS}
 
 
 def _peak_memory(pid: int) -> int:
@@ -199,8 +209,7 @@ def main() -> None:
     extent = QUICK if options.quick else FULL
     extent.streams = options.streams or extent.streams
     figures = asyncio.run(bench(extent))
-    print(f"written to {publish('mesh', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("mesh", figures)
 
 
 if __name__ == "__main__":

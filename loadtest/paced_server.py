@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import uvloop
 from aiohttp import web
 
+from headrace.loadtest.loopback import serving
+
 MODEL = "paced"
 
 
@@ -115,14 +117,8 @@ class PacedServer:
 async def paced_server(pace: Pace) -> AsyncIterator[tuple[str, PacedServer]]:
     """Serve inside the block, on a free port; yields the URL too."""
     server = PacedServer(pace)
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", server
-    finally:
-        await runner.cleanup()
+    async with serving(server.app()) as url:
+        yield url, server
 
 
 async def _serve(pace: Pace) -> None:

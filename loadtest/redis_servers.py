@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.loadtest.loopback import free_port
 from headrace.processes import end_process
 from headrace.redis_client import RedisError, connect
 from headrace.redis_server import find_server
@@ -44,13 +44,6 @@ class RedisServer:
         """SIGKILL, and start on the same port."""
         await self.kill()
         await self.start()
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def _spawn(port: int, folder: Path, options: Sequence[str]) -> asyncio.subprocess.Process:
@@ -95,17 +88,17 @@ async def redis_server(*options: str) -> AsyncIterator[RedisServer]:
 
 
 @asynccontextmanager
-async def watched_by_sentinels(sentinels: int = 3) -> AsyncIterator[tuple[str, list[RedisServer]]]:
-    """A primary, a replica and sentinels: the URL, and the two servers."""
+async def watched_by_sentinels() -> AsyncIterator[tuple[str, list[RedisServer]]]:
+    """A primary, a replica and three sentinels: the URL, and the two servers."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         primary = await stack.enter_async_context(redis_server())
         replica = await stack.enter_async_context(redis_server("--replicaof", f"127.0.0.1 {primary.port}"))
         ports = []
-        for number in range(sentinels):
+        for number in range(3):
             path = folder / f"sentinel-{number}.conf"
             path.write_text(
-                f"sentinel monitor main 127.0.0.1 {primary.port} {sentinels // 2 + 1}\n"
+                f"sentinel monitor main 127.0.0.1 {primary.port} 2\n"
                 "sentinel down-after-milliseconds main 500\n"
                 "sentinel failover-timeout main 3000\n"
             )
@@ -113,18 +106,18 @@ async def watched_by_sentinels(sentinels: int = 3) -> AsyncIterator[tuple[str, l
             ports.append(sentinel.port)
         async with asyncio.timeout(20):
             for port in ports:
-                await _until_sentinel_knows(port, sentinels - 1)
+                await _until_sentinel_knows(port)
         hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
         yield f"redis+sentinel://{hosts}/main", [primary, replica]
 
 
-async def _until_sentinel_knows(port: int, others: int) -> None:
+async def _until_sentinel_knows(port: int) -> None:
     client: Any = connect(f"redis://127.0.0.1:{port}")
     try:
         while True:
             reply = await client.execute_command("SENTINEL", "MASTER", "main")
             state = {_text(name): _text(value) for name, value in dict(reply).items()}
-            if int(state["num-slaves"]) >= 1 and int(state["num-other-sentinels"]) >= others:
+            if int(state["num-slaves"]) >= 1 and int(state["num-other-sentinels"]) >= 2:
                 return
             await asyncio.sleep(0.05)
     finally:

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,7 @@ class Figure:
             self.met = bool(COMPARISONS[sign](self.value, float(limit)))
 
 
-def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
+def publish(name: str, figures: list[Figure], card: str | None = None) -> None:
     """Print the table and write `loadtest/results/NAME.json`; `card` names the GPU that was measured."""
     table = Table(title=name)
     for column in ("figure", "value", "unit", "target", "met"):
@@ -54,7 +54,13 @@ def publish(name: str, figures: list[Figure], card: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", "-m", _main_module(), *sys.argv[1:]])
     path.write_text(json.dumps(as_report(name, figures, card=card, command=command), indent=2) + "\n")
-    return path
+    print(f"written to {path}")
+
+
+def conclude(name: str, figures: list[Figure]) -> NoReturn:
+    """The end of a benchmark: publish, and exit with 1 where a target was missed."""
+    publish(name, figures)
+    sys.exit(any(figure.met is False for figure in figures))
 
 
 def as_report(name: str, figures: list[Figure], *, command: str, card: str | None = None) -> dict[str, Any]:

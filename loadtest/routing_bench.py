@@ -17,7 +17,6 @@ import itertools
 import random
 import signal
 import statistics
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,7 +27,7 @@ from typing import Any
 import aiohttp
 
 from headrace.loadtest.chaos_mesh import VOCABULARY, ChaosMesh, chaos_mesh, serve
-from headrace.loadtest.report import Figure, publish
+from headrace.loadtest.report import Figure, conclude
 from headrace.loadtest.shapes import TINY
 from headrace.loadtest.timed_stream import TimedStream, completion, timed_stream
 from headrace.prefill.in_place import InPlaceChoice
@@ -245,8 +244,7 @@ def main() -> None:
     figures = asyncio.run(measure_steering(options.device, rounds))
     figures += asyncio.run(measure_in_place(options.device, rounds, shorts))
     name = "routing" if options.device == "cpu" else "routing_gpu"
-    print(f"written to {publish(name, figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude(name, figures)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import aiohttp
 
 from headrace.loadtest.local_mesh import LocalMesh, local_mesh
 from headrace.loadtest.prompts import unique_tokens
-from headrace.loadtest.report import Figure, machine, publish
-from headrace.loadtest.timed_stream import TimedStream, completion, timed_stream
+from headrace.loadtest.report import Figure, conclude, machine
+from headrace.loadtest.timed_stream import EACH_TOKEN, TimedStream, completion, timed_stream
 from headrace.scaling.policy import Targets
 from headrace.scaling.simulator import Simulation
 from headrace.scaling.step_costs import Cost, Handoff, Limits, StepCosts
@@ -108,8 +108,7 @@ class Bench:
         return unique_tokens(length, self._number)
 
     async def _ask(self, prompt: Sequence[int], tokens: int) -> TimedStream:
-        body = completion(MODEL, prompt, tokens)
-        return await timed_stream(self._session, body | {"logprobs": 0})  # so each token is an event
+        return await timed_stream(self._session, completion(MODEL, prompt, tokens) | EACH_TOKEN)
 
     async def _new_counts(self) -> dict[str, dict[str, float]]:
         """By how much each worker's counters have grown since the last call, by counter and worker, once they stand
@@ -253,8 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the synthetic engine alone, and short traces")
     figures = asyncio.run(bench(parser.parse_args().quick))
-    print(f"written to {publish('simulate', figures)}")
-    sys.exit(any(figure.met is False for figure in figures))
+    conclude("simulate", figures)
 
 
 if __name__ == "__main__":

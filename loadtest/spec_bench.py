@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from headrace.decode.draft_counters import Counters
 from headrace.decode.drafting import chain_drafter, new_speculator
 from headrace.decode.sequence import Sequence
-from headrace.decode.speculator import Counters, Speculator
+from headrace.decode.speculator import Speculator
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
@@ -32,6 +33,7 @@ from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
 OUTPUT = 128
 STEPS_A_TURN = 6
+"""Of one request; of more, whose steps take longer, fewer, so that both sides see the same machine."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = 16
 """Of each kind; they come round again."""
@@ -112,9 +114,10 @@ def compare_speeds(
     for one in (plain, drafted):  # what is new to the machine is not timed
         one.step()
         one.steps.clear()
+    turn = max(STEPS_A_TURN // batch, 1)
     while min(plain.seconds, drafted.seconds) < seconds and max(plain.seconds, drafted.seconds) < 2 * seconds:
         for one in (plain, drafted):
-            for _ in range(STEPS_A_TURN):
+            for _ in range(turn):
                 one.step()
     plain.close()
     drafted.close()

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from headrace.decode.chain_choice import ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.drafter import Draft
 from headrace.decode.drafting import chain_drafter
@@ -98,7 +99,7 @@ def speculator(engine: Engine, drafter: str, cost: StepCost, head_cost: HeadCost
         return Speculator(NgramDrafter(), cost, longest)
     behind = chain_drafter(engine)
     assert behind is not None, "the engine has neither a head nor a draft model"
-    return Speculator(Silent(), cost, longest, behind, head_cost)
+    return Speculator(Silent(), cost, longest, ThreadChain(behind, head_cost))
 
 
 def finished(engine: Engine, requests: Iterator[Sequence], batch: int, drafts: Speculator | None) -> list[Sequence]:

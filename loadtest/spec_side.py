@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from headrace.decode.draft_counters import Counters
 from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Key, Sequence
-from headrace.decode.speculator import Counters, Speculator
+from headrace.decode.speculator import Speculator
 from headrace.decode.step import plan_step, run_step
 from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine

@@ -12,9 +12,10 @@ import torch
 from headrace.data_lines import DataLines
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.kvtransfer.departures import LineDepartures
-from headrace.kvtransfer.handoff import Handoff, Segment
+from headrace.kvtransfer.handoff import Handoff
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import Offer, ToSender
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import RENEW_SECONDS, Sender
 from headrace.kvtransfer.transports import exports_of
 from headrace.loadtest.engine_bench import INPUT

@@ -30,6 +30,8 @@ from headrace.data_lines import DataLines, data_listener
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.kvtransfer.layout import layout_of
+from headrace.loadtest.loopback import serving
+from headrace.loadtest.proc import processor_seconds
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import TINY, model_folder
 from headrace.models.locate import locate_model
@@ -49,7 +51,6 @@ PROMPT, OUTPUT = 32, 16
 DECISIONS = 10_000
 STOP_SECONDS = 10.0
 READY_SECONDS = 60.0
-TICKS = os.sysconf("SC_CLK_TCK")
 WAYS = {
     "off": {},
     "1 in 100": {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"},
@@ -68,41 +69,19 @@ class Way:
 
     def processor_seconds(self) -> float:
         """Of its processes so far."""
-        return sum(_ticks(pid) for pid in self.pids) / TICKS
+        return sum(processor_seconds(pid) for pid in self.pids)
 
 
 @dataclass
 class Collector:
     """Takes what is exported and looks at none of it."""
 
-    url: str = ""
     bytes: int = 0
 
     async def take(self, request: web.Request) -> web.Response:
         """POST /v1/traces and /v1/metrics."""
         self.bytes += len(await request.read())
         return web.Response(content_type="application/x-protobuf")
-
-
-def _ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
-@asynccontextmanager
-async def collector() -> AsyncIterator[Collector]:
-    """Listen inside the block."""
-    collector = Collector()
-    app = web.Application(client_max_size=2**26)
-    app.add_routes([web.post("/v1/{signal}", collector.take)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    collector.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
-        yield collector
-    finally:
-        await runner.cleanup()
 
 
 @asynccontextmanager
@@ -225,8 +204,10 @@ async def bench(rounds: int, requests: int) -> list[Figure]:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         redis = await stack.enter_async_context(private_redis(folder))
-        sink = await stack.enter_async_context(collector())
-        environments = [v | ({"OTEL_EXPORTER_OTLP_ENDPOINT": sink.url} if v else {}) for v in WAYS.values()]
+        collector, app = Collector(), web.Application(client_max_size=2**26)
+        app.add_routes([web.post("/v1/{signal}", collector.take)])
+        url = await stack.enter_async_context(serving(app))
+        environments = [v | ({"OTEL_EXPORTER_OTLP_ENDPOINT": url} if v else {}) for v in WAYS.values()]
         opened = [stack.enter_async_context(mesh(redis, f"trace-{i}", v)) for i, v in enumerate(environments)]
         ways = dict(zip(WAYS, await asyncio.gather(*opened), strict=True))
         http = await stack.enter_async_context(aiohttp.ClientSession())
@@ -252,7 +233,7 @@ async def bench(rounds: int, requests: int) -> list[Figure]:
     return [
         *figures,
         Figure("rounds", rounds, f"of {requests} requests a way"),
-        Figure("exported", sink.bytes / 1e3, "kB"),
+        Figure("exported", collector.bytes / 1e3, "kB"),
     ]
 
 

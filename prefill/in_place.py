@@ -33,9 +33,9 @@ class Backlog:
 class InPlaceChoice:
     """What one prefill worker knows of its own speed and of the decode workers'."""
 
-    def __init__(self, placement: Placement, sender: Sender, page_size: int) -> None:
-        self.cost = PromptCost()
-        """Of passes here."""
+    def __init__(self, placement: Placement, sender: Sender, page_size: int, cost: PromptCost) -> None:
+        """`cost`: of passes here."""
+        self._cost = cost
         self._placement = placement
         self._sender = sender
         self._page_size = page_size
@@ -49,7 +49,7 @@ class InPlaceChoice:
 
         `page_hashes` are of the pages that may be found in a cache, of which this worker has the first `held`.
         """
-        here, found = self.cost.line(), self._placement.likely(page_hashes)
+        here, found = self._cost.line(), self._placement.likely(page_hashes)
         if here is None or found is None:
             return None
         worker, held_there = found

@@ -90,7 +90,6 @@ class WorkerMetrics:
         histograms.queue_time.labels(*self._labels).observe(max(event.taken_at - event.enqueued_at, 0.0), trace)
         if event.first_token_at is None:
             return
-        self._counts["prompt_tokens_total"] += event.prompt_tokens - event.cached_tokens
         self._counts["prefix_cache_queries_total"] += event.prompt_tokens
         self._counts["prefix_cache_hits_total"] += event.cached_tokens
         histograms.prefill_time.labels(*self._labels).observe(event.first_token_at - event.taken_at, trace)

@@ -12,8 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from headrace.decode.step_gauge import StepGauge
+from headrace.prefill.step_meter import StepMeter
 from headrace.scaling.commands import add_scaling_commands
-from headrace.scaling.gauges import PrefillGauge, StepGauge
 from headrace.settings import NOT_SETTINGS, Settings, env_name
 
 FOLDER = Path(__file__).parents[2] / "compose" / "kubernetes"
@@ -113,7 +114,7 @@ def test_keda_scales_what_there_is_by_metrics_that_there_are() -> None:
         "headrace-prefill",
         "headrace-decode",
     }
-    published = {*PrefillGauge().stats(), *StepGauge().stats(), *PUBLISHED_ELSEWHERE}
+    published = {*StepMeter().figures(), *StepGauge().stats(), *PUBLISHED_ELSEWHERE}
     for manifest in scaled:
         spec = manifest["spec"]
         assert ("Deployment", spec["scaleTargetRef"]["name"]) in NAMES

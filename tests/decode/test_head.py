@@ -104,7 +104,7 @@ def test_no_more_waits_than_may(engine: Engine) -> None:
         batch.start()
         batch.collect()
         assert drafter.draft(batch, 0) == {}
-        assert sum(len(one.token_ids) for one in drafter._waiting.values()) <= MAX_UNREAD
+        assert sum(len(one.token_ids) for one in drafter._unread.values()) <= MAX_UNREAD
     batch.step()
     assert drafter.draft(batch, 3) == {}
     engine.pool.release(pages)

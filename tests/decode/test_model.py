@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from headrace.decode.chain import MAX_UNREAD
+from headrace.decode.chain_choice import ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.model import ModelDrafter
 from headrace.decode.ngram import NgramDrafter
@@ -204,7 +205,9 @@ def test_outputs_are_those_without_drafts(tmp_path: Path, batch: int) -> None:
         return {one.key[0]: one.token_ids for one in side.ended}
 
     cost = StepCost({1: 1.0, 16: 1.01}, 4)
-    speculator = Speculator(NgramDrafter(), cost, engine.max_model_len, ModelDrafter(engine), HeadCost({1: 0.001}))
+    speculator = Speculator(
+        NgramDrafter(), cost, engine.max_model_len, ThreadChain(ModelDrafter(engine), HeadCost({1: 0.001}))
+    )
     plain, drafted = outputs(None), outputs(speculator)
     assert drafted == plain
     speculator.propose([])  # counts what the last step brought

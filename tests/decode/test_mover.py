@@ -18,9 +18,10 @@ from headrace.decode.sequence import Key, Sequence
 from headrace.engine.page_pool import PagePool
 from headrace.kvtransfer.handoff import Handoff
 from headrace.kvtransfer.host import this_host
+from headrace.kvtransfer.incoming import ReceivedRequest
 from headrace.kvtransfer.messages import Abort, Offer
 from headrace.kvtransfer.on_the_way import Outgoing
-from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Exports
 from headrace.mesh import PeerGone

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
+from headrace.decode.chain_choice import DeviceHead, ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.drafter import Draft
 from headrace.decode.ngram import NgramDrafter
@@ -148,7 +148,7 @@ def test_a_head_on_the_device_guesses_as_deep_as_pays() -> None:
     """Nobody has seen its guesses before they are verified; when they fail it rests, and tries again now and then."""
     sequence = request([1, 2, 3], max_tokens=10_000)
     cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 2.0, 9: 2.0}, {2: 1.1, 9: 1.1})
-    speculating = Speculator(NgramDrafter(), cost, 100_000, None, HeadCost({1: 0.02}, 1))
+    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.02}, 1)))
     assert speculating.propose([sequence]) == {}, "nothing was guessed yet"
     assert speculating.depth_on_device > 1
     assert not speculating.waits([sequence])
@@ -167,60 +167,26 @@ def test_a_head_on_the_device_guesses_as_deep_as_pays() -> None:
 def test_a_lookup_beats_the_head_where_it_is_worth_the_wait() -> None:
     """A long repetition is verified at once, while the head would go on guessing."""
     cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 1.3, 16: 1.3}, {2: 1.1, 16: 1.1})
-    speculating = Speculator(NgramDrafter(), cost, 100_000, None, HeadCost({1: 1.0}, 1))
+    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 1.0}, 1)))
     sequence = request(LOOP * 3)
     assert speculating.waits([sequence])
     assert speculating.propose([sequence])["a", 0][:4] == [5, 6, 7, 8]
 
 
-class PricedDrafter(NgramDrafter):
-    """Always says 7, for some seconds a token."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.asked: list[dict[Key, int]] = []
-
-    def costs(self, num_requests: int) -> list[float]:  # type: ignore[override]
-        """Of three tokens at most."""
-        return [self.seconds * tokens for tokens in range(4)]
-
-    def draft(self, limits: Mapping[Key, int]) -> dict[Key, Draft]:
-        """As asked."""
-        self.asked.append(dict(limits))
-        return {key: Draft([7] * limit, range(limit)) for key, limit in limits.items()}
-
-
-def test_a_draft_that_has_its_price_is_made_as_long_as_it_pays() -> None:
-    """Lengths are chosen first, and a drafter that is too dear is not asked."""
-    cheap = PricedDrafter(0.01)
-    speculating = Speculator(cheap, StepCost({1: 1.0, 2: 1.001}, 8), 1000)
-    sequence = request([1, 2, 3])
-    assert speculating.waits([sequence])
-    assert cheap.asked == []
-    drafts = speculating.propose([sequence])
-    assert drafts == {("a", 0): [7] * cheap.asked[0]["a", 0]}
-    dear = PricedDrafter(5.0)
-    assert Speculator(dear, StepCost({1: 1.0, 2: 1.001}, 8), 1000).propose([sequence]) == {}
-    assert dear.asked == []
-
-
-def test_a_drafter_that_was_no_good_is_tried_again() -> None:
-    """What is not observed is forgotten."""
-    drafter = PricedDrafter(0.2)
-    speculating, sequence = (
-        Speculator(drafter, StepCost({1: 1.0, 2: 1.001}, 8), 10**6),
-        request([1, 2, 3], max_tokens=10**6),
-    )
-    pauses, since = 0, 0
-    for step in range(3000):
-        drafts = speculating.propose([sequence])
-        speculating.ran(drafts, 1.2 if drafts else 1.0)
-        sequence.append(step + 8)
-        since = 0 if drafts else since + 1
-        pauses += since == 20
-    assert 2 < pauses < 100
-    assert len(drafter.asked) < 600
+def test_a_lookup_beside_a_head_learns_from_what_came_while_steps_ran_ahead() -> None:
+    """Looks are evidence also where the step that was looked ahead of was started before its tokens came."""
+    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 2.0, 16: 2.0}, {2: 1.1, 16: 1.1})
+    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.02}, 1)))
+    sequence = request([*range(100, 200)] * 3, max_tokens=1000)
+    waited = []
+    for step in range(40):
+        sequence.in_flight = 1
+        waited.append(speculating.waits([sequence]))
+        speculating.propose_ahead([sequence])
+        for token in range(3):
+            sequence.append(100 + (3 * step + token) % 100)
+    assert not waited[0], "nothing is known of lookups yet"
+    assert waited[-1]
 
 
 class UselessHead:
@@ -234,16 +200,12 @@ class UselessHead:
         self.seconds = 0.5 * depth
         return {("a", 0): Draft([7] * depth, range(depth))} if depth else {}
 
-    def time_tokens(self) -> dict[int, float]:
-        """For one request."""
-        return {1: 0.5}
-
 
 def test_a_head_that_is_never_right_is_hardly_ever_tried() -> None:
     """So nobody is slower for it, and it is noticed when it becomes good."""
     head = UselessHead()
     cost = StepCost({1: 1.0, 2: 1.001}, 8)
-    speculating = Speculator(NgramDrafter(), cost, 10**6, head, HeadCost(head.time_tokens()))
+    speculating = Speculator(NgramDrafter(), cost, 10**6, ThreadChain(head, HeadCost({1: 0.5})))
     sequence, batch, spent, tries = request([1, 2, 3], max_tokens=10**6), object.__new__(DecodeBatch), 0.0, 0
     for step in range(3000):
         drafts = speculating.propose([sequence])

@@ -18,7 +18,8 @@ DOCS = ROOT / "docs"
 PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("compose/**/*.md")]
 
 
-def _script(name: str) -> Any:
+def script(name: str) -> Any:
+    """One of those that make `docs/`."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -29,30 +30,45 @@ def _script(name: str) -> Any:
 
 def test_the_reference_is_the_code_s() -> None:
     """Run `make docs` where this fails."""
-    reference = _script("reference")
+    reference = script("reference")
     assert reference.PAGE.read_text() == reference.page()
+
+
+def test_every_file_has_its_line() -> None:
+    """Run `make docs` where this fails."""
+    files = script("files")
+    assert files.PAGE.read_text() == files.page()
+
+
+def test_the_architecture_names_files_that_are_there() -> None:
+    """By their names alone or with some of their folders."""
+    named = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "ARCHITECTURE.md").read_text()))
+    assert len(named) > 50
+    folders = [*script("files").PACKAGES, "tests"]
+    there = [f"/{folder}/{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")]
+    assert [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in there)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_quoted_numbers_are_those_of_the_result_files(page: Path) -> None:
     """Run `make docs` after a measurement."""
-    assert page.read_text() == _script("figures").updated(page.read_text())
+    assert page.read_text() == script("figures").updated(page.read_text())
 
 
 def test_a_quoted_number_that_was_not_measured_is_named() -> None:
     """With file and figure."""
     with pytest.raises(KeyError, match=r"main\.json has no figure 'speed'"):
-        _script("figures").updated("9<!--main: speed-->")
+        script("figures").updated("9<!--main: speed-->")
 
 
 def test_the_tuning_guide_quotes_measurements() -> None:
     """Some in each of its parts, in fact."""
-    assert len(_script("figures").QUOTED.findall((DOCS / "tuning.md").read_text())) > 15
+    assert len(script("figures").QUOTED.findall((DOCS / "tuning.md").read_text())) > 15
 
 
 def test_diagrams_are_drawn_from_their_texts() -> None:
     """Run `make docs` where this fails."""
-    draw = _script("draw")
+    draw = script("draw")
     sources = sorted(draw.FOLDER.glob("*.txt"))
     assert sources
     for source in sources:
@@ -62,7 +78,7 @@ def test_diagrams_are_drawn_from_their_texts() -> None:
 def test_a_line_that_is_no_line_of_a_diagram_is_named() -> None:
     """Such as one about a column that is not there."""
     with pytest.raises(ValueError, match="c -> b: hello"):
-        _script("draw").svg("| a | b |\nc -> b: hello")
+        script("draw").svg("| a | b |\nc -> b: hello")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,18 +12,19 @@ from unittest import mock
 
 import pytest
 
-from headrace.loadtest.client import Answer, StreamClient
+from headrace.loadtest.client import StreamClient
+from headrace.loadtest.timed_stream import TimedStream
 from tests.e2e.tiny_mesh import MODEL, VOCABULARY, TinyMesh, tiny_mesh
 
 REQUESTS = 500
 AT_ONCE = 100
 
 
-async def ask_all(mesh: TinyMesh, asked: Sequence[tuple[list[int], int]]) -> list[Answer]:
+async def ask_all(mesh: TinyMesh, asked: Sequence[tuple[list[int], int]]) -> list[TimedStream]:
     """Prompts and how many tokens each wants, a hundred at a time."""
     room = asyncio.Semaphore(AT_ONCE)
 
-    async def ask(prompt: list[int], tokens: int) -> Answer:
+    async def ask(prompt: list[int], tokens: int) -> TimedStream:
         async with room:
             return await client.complete(prompt, tokens)
 

@@ -6,7 +6,8 @@ import asyncio
 from pathlib import Path
 
 from headrace.loadtest.client import StreamClient
-from headrace.loadtest.local_mesh import LocalMesh, _free_port
+from headrace.loadtest.local_mesh import LocalMesh
+from headrace.loadtest.loopback import free_port
 from headrace.loadtest.prompts import unique_tokens
 from headrace.redis_server import private_redis
 from headrace.settings import Settings
@@ -24,7 +25,7 @@ async def test_tokens_do_not_depend_on_the_page_sizes_of_the_tiers(mesh: LocalMe
     prompts = [*first, *[[*prompt, 17, 18] for prompt in first]]
     async with StreamClient(mesh.url, MODEL) as client:
         expected = [(await client.complete(prompt, 12)).text for prompt in prompts]
-    port = _free_port()
+    port = free_port()
     async with private_redis(tmp_path) as url:
         settings = Settings(
             redis=url, port=port, dtype="float32", max_model_len=512, kv_cache_memory_bytes=2**26, max_num_seqs=16

@@ -10,7 +10,8 @@ from unittest import mock
 
 from headrace.decode.worker import DecodeWorker
 from headrace.kvtransfer.messages import Commit
-from headrace.loadtest.client import Answer, StreamClient
+from headrace.loadtest.client import StreamClient
+from headrace.loadtest.timed_stream import TimedStream
 from tests.e2e.tiny_mesh import MODEL, VOCABULARY, TinyMesh, tiny_mesh
 
 
@@ -26,7 +27,7 @@ def questions() -> list[tuple[list[int], int]]:
 async def ask_all(mesh: TinyMesh) -> list[str]:
     """All at once, twice: the second time with prefixes that are there."""
     async with StreamClient(mesh.url, MODEL) as client:
-        answers: list[Answer] = []
+        answers: list[TimedStream] = []
         for _ in range(2):
             answers += await asyncio.gather(*[client.complete(prompt, tokens) for prompt, tokens in questions()])
     assert [len(answer.token_times) for answer in answers] == [tokens for _, tokens in questions()] * 2

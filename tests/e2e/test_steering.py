@@ -82,7 +82,7 @@ async def test_a_worker_that_never_hears_of_what_it_was_passed_loses_nothing(
         with mock.patch.object(PrefillWorker, "_take_passed") as lost:
             assert await converse(mesh, range(4)) == texts
             assert lost.called
-        assert sum(worker._recomputed for worker in prefills(mesh)) == lost.call_count
+        assert sum(worker._service.recomputed for worker in prefills(mesh)) == lost.call_count
 
 
 async def test_what_there_is_no_room_for_goes_back_to_the_queue(redis_url: str, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ async def test_what_there_is_no_room_for_goes_back_to_the_queue(redis_url: str, 
                 full.enter_context(mock.patch.object(worker._room_for_passed, "locked", return_value=True))
             assert await converse(mesh, range(4)) == texts
         assert sum(worker._steering.steered for worker in prefills(mesh)) > 0
-        assert sum(worker._recomputed for worker in prefills(mesh)) == 0
+        assert sum(worker._service.recomputed for worker in prefills(mesh)) == 0
 
 
 async def test_an_emptied_redis_and_a_worker_that_stops_change_no_text(

@@ -15,6 +15,7 @@ import torch
 
 from headrace.colocate.main import serve
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.chain_choice import ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.drafting import chain_drafter
 from headrace.decode.ngram import NgramDrafter
@@ -89,8 +90,8 @@ class TinyMesh:
     def speculator(self, engine: Engine) -> Speculator:
         """One that takes drafted tokens to cost next to nothing, so that it drafts as often as it can."""
         drafter, cost = chain_drafter(engine), StepCost({1: 1.0, 2: 1.001}, 16)
-        own = (drafter, HeadCost({1: 1e-6})) if drafter is not None else ()
-        self.speculators.append(Speculator(NgramDrafter(), cost, MAX_MODEL_LEN, *own))
+        chain = ThreadChain(drafter, HeadCost({1: 1e-6})) if drafter is not None else None
+        self.speculators.append(Speculator(NgramDrafter(), cost, MAX_MODEL_LEN, chain))
         return self.speculators[-1]
 
 

@@ -263,7 +263,7 @@ def test_guesses_of_the_device_are_verified_before_the_host_has_seen_them(
     batch = make_batch(rng)
     running: dict[int, tuple[list[int], list[int]]] = {}
     got: dict[int, list[int]] = {}
-    steps = tokens_made = drafted = 0
+    steps = drafted = 0
     for key in range(60):
         for k in [k for k, (prompt, _) in running.items() if len(prompt) + len(got[k]) > 14 or rng.random() < 0.1]:
             batch.leave(k)
@@ -284,7 +284,6 @@ def test_guesses_of_the_device_are_verified_before_the_host_has_seen_them(
             steps += 1
             for k, token in batch.collect():
                 got[k].append(token.token_id)
-                tokens_made += 1
             drafted += sum(map(len, batch.verified.values()))
     for k, (prompt, pages) in running.items():
         assert got[k] == true_draft(prompt, pages, len(got[k]))

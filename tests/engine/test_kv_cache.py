@@ -53,3 +53,20 @@ def test_rows_are_parts_of_pages() -> None:
     assert torch.equal(target.pages[1, 1, 1, 2], source.pages[1, 1, 1, 2])
     assert torch.equal(target.pages[1, 1, 0, 0, 2:], source.pages[1, 1, 0, 0, 2:])
     assert int(target.pages.count_nonzero()) == 3 * row_bytes // 4
+
+
+@pytest.mark.parametrize("evenly", [True, False], ids=["as in a cache", "anywhere"])
+@pytest.mark.parametrize("pages", [[4, 5, 6, 1], [2], [8, 3, 4, 5]])
+def test_blocks_of_another_memory_are_copied_layer_by_layer(pages: list[int], evenly: bool) -> None:
+    """Neighbours in both at once, whether or not the layers' blocks lie evenly."""
+    layout = CacheLayout("float32", num_layers=3, num_kv_heads=1, head_dim=4, page_size=2)
+    source = np.random.default_rng(1).integers(0, 255, (3 * 10, layout.page_bytes), np.uint8)
+    places = [layer * 10 + page for layer in range(3) for page in ([0, 1, 2, 7][: len(pages)])]
+    blocks = np.array(places) if evenly else np.random.default_rng(2).permutation(30)[: len(places)]
+    cache = KVCache(layout, 9, torch.device("cpu"))
+    cache.write_blocks(range(3), pages, source, blocks)
+    for layer in range(3):
+        expected = source[blocks.reshape(3, -1)[layer]].tobytes()
+        assert bytes(cache.read_pages(layer, pages)) == expected
+    untouched = [page for page in range(9) if page not in pages]
+    assert not any(bytes(cache.read_pages(layer, untouched)).strip(b"\0") for layer in range(3))

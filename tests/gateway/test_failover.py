@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from headrace.messages.control import Cancel
-from headrace.messages.stream import Flush, Moved, TokenBatch, TokenEvent
+from headrace.messages.stream import Moved, TokenBatch, TokenEvent
 from headrace.queue import DELIVERIES_PER_ATTEMPT, Delivery
 from tests.gateway.conftest import MODEL, Gateway, OpenGateway
 from tests.gateway.workers import TEXT, Workers, answer, keep_silent
@@ -55,6 +55,7 @@ async def test_a_decode_worker_that_leaves_is_a_pause_in_the_stream(open_gateway
         if delivery.entry.attempt == 0:
             await workers.report(delivery, 0)
             await workers.tokens(delivery, 0, ids[:4])
+            await workers.until_taken(delivery)
             await workers.leave("d0")
         else:
             await workers.report(delivery, 1)
@@ -79,8 +80,7 @@ async def test_a_worker_that_leaves_after_its_request_has_moved_is_not_missed(op
         await workers.tokens(delivery, 0, ids[:4])
         moved = Moved(request_id=entry.request_id, attempt=delivery.attempt, decode_worker="d1")
         await leaving.send(entry.gateway, moved)
-        await leaving.send(entry.gateway, Flush())
-        await workers.until(lambda: workers.flushed == ["d0"])
+        await workers.until_taken(delivery)
         await workers.leave("d0")
         await workers.tokens(delivery, 3, ids[3:], "length", decode=1)
 

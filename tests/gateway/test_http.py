@@ -32,6 +32,15 @@ async def _events(response: aiohttp.ClientResponse) -> list[Any]:
     return [json.loads(line.removeprefix(b"data: ")) for line in lines[:-1]]
 
 
+async def _choices(gateway: Gateway, body: dict[str, Any]) -> list[Any]:
+    """The choices of one completion, or those of all its events."""
+    async with gateway.http.post(f"{gateway.url}/v1/completions", json=body) as response:
+        if body["stream"]:
+            return [event["choices"][0] for event in await _events(response)]
+        choices: list[Any] = (await response.json())["choices"]
+        return choices
+
+
 async def test_the_openai_client_gets_a_whole_chat_answer(open_gateway: OpenGateway) -> None:
     """Text, finish reason and usage; the stop token counts and is not shown."""
     async with open_gateway() as gateway, _openai(gateway) as client:
@@ -64,6 +73,23 @@ async def test_the_openai_client_gets_a_chat_stream(open_gateway: OpenGateway) -
     assert last.choices == []
     assert last.usage is not None
     assert last.usage.completion_tokens > 0
+
+
+async def test_a_stream_may_count_its_tokens_all_the_while(open_gateway: OpenGateway) -> None:
+    """As vLLM does, and as guidellm asks every server to."""
+    async with open_gateway() as gateway, _openai(gateway) as client:
+        stream = await client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Hi"}],
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        )
+        usages = [chunk.usage async for chunk in stream]
+    counts = [usage.completion_tokens for usage in usages if usage is not None]
+    assert len(counts) == len(usages)
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] == counts[-2]
+    assert all(usage is not None and usage.prompt_tokens == usages[-1].prompt_tokens for usage in usages)
 
 
 async def test_several_choices_are_one_answer(open_gateway: OpenGateway) -> None:
@@ -112,11 +138,7 @@ async def test_echo_with_logprobs_scores_the_prompt_too(open_gateway: OpenGatewa
     """Offsets count from the prompt's first character; the first token has no score."""
     body = {**COMPLETION, "echo": True, "logprobs": 2, "max_tokens": 3, "stream": stream}
     async with open_gateway() as gateway:
-        async with gateway.http.post(f"{gateway.url}/v1/completions", json=body) as response:
-            if stream:
-                choices = [event["choices"][0] for event in await _events(response)]
-            else:
-                choices = (await response.json())["choices"]
+        choices = await _choices(gateway, body)
         expected = gateway.workers.ids("Hi there") + gateway.workers.ids()[:3]
         vocabulary = gateway.workers.tokenizer.vocabulary
     text = "".join(choice["text"] for choice in choices)
@@ -151,11 +173,7 @@ async def test_a_stop_string_ends_the_text_before_it_and_frees_the_workers(
     """Its start is never shown, and both tiers are told to stop."""
     body = {**COMPLETION, "stop": ["fox jumps", "nothing"], "stream": stream, "logprobs": 0}
     async with open_gateway() as gateway:
-        async with gateway.http.post(f"{gateway.url}/v1/completions", json=body) as response:
-            if stream:
-                choices = [event["choices"][0] for event in await _events(response)]
-            else:
-                choices = (await response.json())["choices"]
+        choices = await _choices(gateway, body)
         await gateway.workers.until(lambda: len(gateway.workers.cancels) >= 2)
     assert "".join(choice["text"] for choice in choices) == "The quick brown "
     assert choices[-1]["finish_reason"] == "stop"

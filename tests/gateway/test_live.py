@@ -90,6 +90,7 @@ async def test_a_request_that_moves_has_a_time_line_of_two_attempts(open_gateway
             await workers.report(delivery, 0, queue_ms=4.0)
             await workers.tokens(delivery, 0, ids[:1])
             await workers.tokens(delivery, 1, ids[1:4])
+            await workers.until_taken(delivery)
             await workers.leave("d0")
         else:
             await workers.report(delivery, 1)

@@ -58,6 +58,7 @@ async def _moving(workers: Workers, delivery: Delivery) -> None:
     if delivery.entry.attempt == 0:
         await workers.report(delivery, 0, queue_ms=1, prefill_ms=9, handoff_ms=3)
         await workers.tokens(delivery, 0, ids[:4])
+        await workers.until_taken(delivery)
         await workers.leave("d0")
     else:
         await workers.report(delivery, 1, queue_ms=0.1, prefill_ms=0.1, handoff_ms=0.1)

@@ -47,7 +47,7 @@ def test_all_sampling_fields_reach_the_workers(tokenizer: Tokenizer) -> None:
         tokenizer, temperature=0.5, top_p=0.9, max_completion_tokens=7, seed=-1, presence_penalty=1,
         frequency_penalty=-1, logit_bias={"5": 2}, top_k=3, min_p=0.1, repetition_penalty=1.2, stop_token_ids=[9],
         min_tokens=2, logprobs=True, top_logprobs=4, n=2, stop=["a", "b", "a"], stream=True,
-        stream_options={"include_usage": True},
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
     )  # fmt: skip
     sampling = job.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 3, 0.1)
@@ -55,7 +55,7 @@ def test_all_sampling_fields_reach_the_workers(tokenizer: Tokenizer) -> None:
     assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs, sampling.seed) == (7, 2, 4, 2**63 - 1)
     assert sampling.logit_bias == {5: 2.0}
     assert sampling.stop_token_ids == (2, 9)
-    assert (job.n, job.stop, job.stream, job.include_usage) == (2, ("a", "b"), True, True)
+    assert (job.n, job.stop, job.stream, job.include_usage, job.continuous_usage) == (2, ("a", "b"), True, True, True)
 
 
 def test_ignore_eos_takes_only_the_model_s_own_end_tokens_away(tokenizer: Tokenizer) -> None:
@@ -164,6 +164,7 @@ def test_fields_that_ask_for_nothing_are_let_through(tokenizer: Tokenizer, field
         ({"stream": 1}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -12,6 +12,7 @@ from headrace.messages.control import Cancel, Flushed, Repeat
 from headrace.messages.stream import (
     FailureCode,
     FinishReason,
+    Flush,
     PrefillReport,
     RequestFailed,
     TokenBatch,
@@ -40,7 +41,7 @@ class Workers:
         self.text = TEXT
         self.deliveries: list[Delivery] = []
         self.cancels: list[Any] = []
-        self.flushed: list[str] = []
+        self._flushed: list[str] = []
         """Workers to whom the gateway has said that it has taken all they sent."""
         self.prefill: Node
         self.decode: list[Node] = []
@@ -80,6 +81,14 @@ class Workers:
     async def leave(self, name: str) -> None:
         """Take one worker out of the mesh."""
         await self._members.pop(name).aclose()
+
+    async def until_taken(self, delivery: Delivery, decode: int = 0) -> None:
+        """Wait until the gateway has all that the prefill worker and a decode worker sent: a leave may overtake it."""
+        nodes = [self.prefill, self.decode[decode]]
+        self._flushed.clear()
+        for node in nodes:
+            await node.mesh.send(delivery.entry.gateway, Flush())
+        await self.until(lambda: {node.id for node in nodes} <= set(self._flushed))
 
     async def report(self, delivery: Delivery, decode: int | None = 0, **fields: object) -> None:
         """Say that the prompt is computed and handed over, and acknowledge the entry."""
@@ -173,7 +182,7 @@ class Workers:
             message = decode(inbound.header)
             async with self._changed:
                 if isinstance(message, Flushed):
-                    self.flushed.append(node.id)
+                    self._flushed.append(node.id)
                 else:
                     self.cancels.append(message)
                 self._changed.notify_all()

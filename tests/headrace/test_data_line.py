@@ -12,20 +12,11 @@ import pytest
 import zmq
 
 from headrace.curve_line import CurveConnection, CurveListener
-from headrace.data_line import (
-    MAGIC,
-    MAX_PARTS,
-    PREAMBLE,
-    DataLine,
-    Hello,
-    Listener,
-    Payload,
-    TcpConnection,
-    TcpListener,
-)
+from headrace.data_line import DataLine, Listener, Payload
 from headrace.data_lines import data_listener
 from headrace.keys import MeshKey
 from headrace.settings import SettingsError
+from headrace.tcp_line import MAGIC, MAX_PARTS, PREAMBLE, Hello, TcpConnection, TcpListener
 from headrace.wire import encode
 
 SECONDS = 20
@@ -276,7 +267,7 @@ def test_a_frame_that_meets_a_broken_connection_takes_a_new_one(ends: Ends, cont
 @pytest.mark.parametrize("ends", ["tcp"], indirect=True)
 def test_a_frame_that_stops_in_its_middle_ends_its_connection(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads it is told; between frames there may be any silence."""
-    monkeypatch.setattr("headrace.data_line.FRAME_SECONDS", 0.05)
+    monkeypatch.setattr("headrace.tcp_line.FRAME_SECONDS", 0.05)
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def on_frame(sender: str, header: memoryview, payload: Payload) -> None:

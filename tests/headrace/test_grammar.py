@@ -306,6 +306,27 @@ def test_a_grammar_is_compiled_once_and_few_are_kept(grammars: Grammars) -> None
             grammars.compile(of_regex("("))
 
 
+def test_a_process_that_starts_reads_the_tokenizer_for_those_to_come(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what it does then. Where that fails, those hear of it who come with a grammar."""
+
+    def loaded(folder: Path) -> Grammars:
+        grammars = Grammars(folder, VOCABULARY)
+        grammars.load_soon()
+        for thread in threading.enumerate():
+            if thread.name == "grammars":
+                thread.join()
+        return grammars
+
+    grammars = loaded(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(grammar, "tokenizers", None)
+        grammars.compile(of_choice(["yes"]))
+    with pytest.raises(Error, match="does not suit structured output"):
+        loaded(tmp_path).compile(of_choice(["yes"]))
+
+
 def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path, folder: Path) -> None:
     """None at all, and one that names no end."""
     with pytest.raises(Error, match="does not suit structured output"):

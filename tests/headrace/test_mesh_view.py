@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from headrace.mesh_view import Moment, view_mesh
 from headrace.messages.finished import FinishedRequest
 from headrace.registry import Member, Tier
+from tests.members import member
 
 
-def _member(id: str, tier: Tier, epoch: int = 5 * 10**9, **stats: float) -> Member:
-    shape: dict[str, Any] = {"version": "1", "model": "tiny", "model_fingerprint": "f", "max_model_len": 9}
-    return Member(id=id, epoch=epoch, tier=tier, address="tcp://127.0.0.1:1", stats=stats, **shape)
+def _member(name: str, tier: Tier, epoch: int = 5 * 10**9, **stats: float) -> Member:
+    return member(name, tier, epoch, version="1", model="tiny", stats=stats)
 
 
 def test_rates_come_from_counters_at_two_moments() -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from headrace.loadtest.redis_servers import RedisServer, redis_server
 from headrace.redis_client import Keys, connect
-from headrace.registry import Member, Registry
+from headrace.registry import Registry
 from headrace.tasks import end_task
+from tests.members import member
 
 LEASE = 0.5
 LONG_LEASE = 60.0
@@ -50,16 +51,7 @@ class Watched:
 async def watched(url: str, space: str, name: str, lease: float = LEASE) -> AsyncIterator[Watched]:
     """One process's registry."""
     client = connect(url, patient=False)
-    me = Member(
-        id=name,
-        epoch=time.time_ns(),
-        tier="decode",
-        address="tcp://127.0.0.1:1",
-        version="1",
-        model="m",
-        model_fingerprint="f",
-        max_model_len=8,
-    )
+    me = member(name, epoch=time.time_ns(), address="tcp://127.0.0.1:1", version="1", model="m", model_fingerprint="f")
     registry = Registry(client, Keys(space), me, lease)
     await registry.join()
     watched = Watched(registry, asyncio.create_task(registry.run()))

@@ -205,10 +205,12 @@ def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int
         rows.layout.copy_(layout)
         expand(state, rows)
         stepped.append([column.tolist() for column in (rows.tokens, rows.positions, rows.generated)])
-        accept(sampled.to(on), rows, state)
+        report = torch.zeros(size, 2, dtype=torch.int64, pin_memory=on == "cuda")
+        accept(sampled.to(on), rows, state, report)
         after_move = pages.clone().to(on)
         move(after_move, table.to(on), rows, state, requests + 2)
-        after = (*state.columns, rows.followers[:size], rows.report, rows.last[: requests + 2], after_move)
+        # the report comes last: it may be the host's memory, and copies of what is before it wait for the device
+        after = (*state.columns, rows.followers[:size], rows.last[: requests + 2], after_move, report)
         states.append([column.tolist() for column in after])
     assert stepped[0] == stepped[1]
     assert states[0] == states[1]

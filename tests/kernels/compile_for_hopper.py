@@ -50,6 +50,7 @@ def compile_ring(rows: int, gated: bool, split: int, dtype: str) -> int:
     types |= {} if dtype == "bf16" else {"weight_scale_ptr": "*fp32", "x_scale_ptr": "*fp32"}
     constants = {"ACTIVATION": "silu" if gated else None, "RESIDUAL": not gated, "SCALE": SQUARES_SCALE, "ROWS": 64}
     constants |= {"STAGES": ring.stages, "SPLIT": split, "MAX_SHARED_TILES": MAX_SHARED_TILES, "num_warps": 4}
+    constants["EARLY_ROWS"] = ring_linear.EARLY_ROWS
     return compile_for_hopper(ring_linear._ring_kernel, types, constants, num_warps=4, launch_pdl=True)
 
 
@@ -71,7 +72,11 @@ def main() -> None:
     """Raises what the compiler says, or `AssertionError` where shared memory does not suffice."""
     cuda = mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_capability=lambda *_: (9, 0))
     with cuda:  # or modules would define no kernels
-        found = [compile_ring(16, True, 1, "bf16"), compile_ring(64, False, 2, "bf16")]
+        found = [
+            compile_ring(16, True, 1, "bf16"),
+            compile_ring(16, False, 1, "bf16"),
+            compile_ring(64, False, 2, "bf16"),
+        ]
         found += [compile_ring(128, True, 1, "fp8e4nv"), compile_attention(128, 4), compile_attention(64, 1)]
     assert max(found) <= SHARED_MEMORY, found
     print(f"{len(found)} kernels compiled")

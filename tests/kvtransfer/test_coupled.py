@@ -22,13 +22,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.engine.page_pool import OutOfPages, PagePool
-from headrace.kvtransfer import receiver as receiver_module
+from headrace.kvtransfer import admission as admission_module
+from headrace.kvtransfer.admission import WINDOWS_IN_PLACE
 from headrace.kvtransfer.base import Destination, Done, Source
-from headrace.kvtransfer.handoff import Handoff, Segment, State
+from headrace.kvtransfer.handoff import Handoff, State
+from headrace.kvtransfer.incoming import ReceivedRequest
 from headrace.kvtransfer.landing import Landing
 from headrace.kvtransfer.messages import Abort, Layout, Offer, OnDataLine, Pages, Renew, ToReceiver, TransportName
 from headrace.kvtransfer.on_the_way import MAX_REPEATS, PATIENCE_SECONDS, Flight, Outgoing
-from headrace.kvtransfer.receiver import LEASE_SECONDS, WINDOWS_IN_PLACE, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import LEASE_SECONDS, Receiver
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message
 from tests.kvtransfer.parts import (
@@ -212,7 +215,7 @@ class Handoffs(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.window = mock.patch.object(receiver_module, "WINDOW_BYTES", WINDOW)
+        self.window = mock.patch.object(admission_module, "WINDOW_BYTES", WINDOW)
         self.window.start()
         self.from_layout, self.layout = self.layouts
         self.num_pages = DECODE_PAGES * PAGE_SIZE // self.layout.page_size

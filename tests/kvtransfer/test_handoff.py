@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import xxhash
 
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment, State
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed, State
 from headrace.kvtransfer.messages import (
     Abort,
     Ack,
@@ -20,6 +21,7 @@ from headrace.kvtransfer.messages import (
     Renew,
 )
 from headrace.kvtransfer.on_the_way import MAX_REPEATS, PATIENCE_SECONDS, Flight, Outgoing
+from headrace.kvtransfer.segments import Segment
 from headrace.wire import Decoder, encode
 from tests.kvtransfer.parts import NUM_LAYERS, PAGE_BYTES, MemoryStore, frame_of, make_offer
 
@@ -440,4 +442,16 @@ def test_a_slow_way_makes_patient() -> None:
     assert other.seconds_until_overdue() == 10
     for _ in range(100):
         flight.note(0.001)
+    assert flight.patience == PATIENCE_SECONDS
+
+
+def test_a_prompt_computed_in_place_says_nothing_of_the_way() -> None:
+    """Nothing travelled: how soon other handoffs' pages are overdue stays as it is."""
+    flight = Flight(BIG)
+    offer = msgspec.structs.replace(make_offer(range(4)), in_place=True, may_wait=False)
+    sender = Handoff(offer, [], filled(1))
+    sender.offer_to("decode-1", flight)
+    sender.handle(Grant(**R, held_pages=0, window_bytes=0))
+    sender.handle(Ack(**R))
+    assert sender.state is State.DONE
     assert flight.patience == PATIENCE_SECONDS

@@ -7,9 +7,10 @@ import functools
 
 import pytest
 
-from headrace.data_line import DataLine, TcpConnection
+from headrace.data_line import DataLine
 from headrace.kvtransfer import on_the_way
 from headrace.loadtest.fault_proxy import FaultProxy
+from headrace.tcp_line import TcpConnection
 from tests.kvtransfer.test_ranks import SOURCE, TARGET, Worker, both
 
 PROXY = "127.0.0.2"
@@ -27,7 +28,7 @@ async def test_a_handoff_outlives_its_connections(
         port = int(workers.address.rpartition(":")[2])
         async with FaultProxy(PROXY, port, "127.0.0.1") as proxy:
             through_proxy = functools.partial(TcpConnection, f"{PROXY}:{port}", f"{SOURCE}@1")
-            unused, workers.line = workers.line, DataLine(through_proxy, TARGET)
+            unused, workers.line = workers.line, DataLine(through_proxy, TARGET, stripes=1)  # all take what breaks
             unused.end()
             for number in range(NUM_PROMPTS):
                 handoff = workers.handoff(str(number), list(range(number, 64 + number)))

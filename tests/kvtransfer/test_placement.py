@@ -15,6 +15,7 @@ from headrace.kvtransfer import prefix_holders
 from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.placement import Placement
 from headrace.registry import Member
+from tests.members import member
 
 PAGE = 16
 
@@ -33,17 +34,7 @@ class _Registry:
 
 def _worker(name: str, **stats: float) -> Member:
     whole = {"kv_pages_total": 1000.0, "kv_page_tokens": float(PAGE), "max_num_seqs": 100.0, **stats}
-    return Member(
-        id=name,
-        epoch=1,
-        tier="decode",
-        address="",
-        version="",
-        model="",
-        model_fingerprint="",
-        max_model_len=4096,
-        stats=whole,
-    )
+    return member(name, stats=whole)
 
 
 def _handoff(tokens: int = PAGE, refused: dict[str, str] | None = None) -> Any:

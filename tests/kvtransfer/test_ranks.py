@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.data_line import DataLine, Make, TcpConnection, TcpListener
+from headrace.data_line import DataLine, Make
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.page_pool import PagePool
-from headrace.kvtransfer import receiver as receiver_module
+from headrace.kvtransfer import admission as admission_module
 from headrace.kvtransfer.departures import LineDepartures
-from headrace.kvtransfer.handoff import Handoff, HandoffFailed, Segment
+from headrace.kvtransfer.handoff import Handoff, HandoffFailed
+from headrace.kvtransfer.incoming import ReceivedRequest
 from headrace.kvtransfer.layout import layout_of
 from headrace.kvtransfer.messages import (
     Abort,
@@ -34,10 +35,12 @@ from headrace.kvtransfer.messages import (
     TransportName,
     WireDtype,
 )
-from headrace.kvtransfer.receiver import ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import Receiver
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.transports import Transports, exports_of
 from headrace.messages.request import SamplingParams
+from headrace.tcp_line import TcpConnection, TcpListener
 from headrace.wire import Decoder, Message, encode
 from tests.kvtransfer.far_cache import FarCache
 from tests.kvtransfer.parts import cut
@@ -239,7 +242,7 @@ async def both(source: Worker, target: Worker, in_place: bool = False) -> AsyncI
 @pytest.fixture(autouse=True)
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a prompt takes many messages and needs credit."""
-    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", WINDOW_BYTES)
+    monkeypatch.setattr(admission_module, "WINDOW_BYTES", WINDOW_BYTES)
 
 
 CUTS = [

@@ -7,9 +7,10 @@ import pytest
 import xxhash
 
 from headrace.engine.page_pool import PagePool
-from headrace.kvtransfer import receiver as receiver_module
+from headrace.kvtransfer import admission as admission_module
+from headrace.kvtransfer.incoming import OwnPrompt, ReceivedRequest
 from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, Offer, Pages, Refuse, Released, Renew
-from headrace.kvtransfer.receiver import LEASE_SECONDS, OwnPrompt, ReceivedRequest, Receiver
+from headrace.kvtransfer.receiver import LEASE_SECONDS, Receiver
 from headrace.kvtransfer.transports import Beside, Transports
 from headrace.wire import Message, encode
 from tests.kvtransfer.parts import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, BytesPayload, MemoryStore, make_offer
@@ -151,23 +152,23 @@ def test_waiting_offers_are_granted_in_order(bench: Bench) -> None:
 
 def test_reserved_pages_are_left_alone(bench: Bench) -> None:
     """Grants leave room for running requests to grow."""
-    bench.receiver.reserve_pages = 7
+    bench.receiver.room.reserve_pages = 7
     bench.offer(8)
     assert bench.receiver.num_waiting == 1
-    bench.receiver.reserve_pages = 6
+    bench.receiver.room.reserve_pages = 6
     bench.receiver.grant_waiting()
     assert bench.receiver.num_waiting == 0
 
 
 def test_no_more_is_granted_than_can_be_run(bench: Bench) -> None:
     """However many pages are free: a prompt that is here early would only wait, after its first token."""
-    bench.receiver.places = 2
+    bench.receiver.room.places = 2
     for name in ("a", "b", "c"):
         bench.offer(4, name)
     assert bench.receiver.num_waiting == 1
     bench.receiver.cancel("a", 0)
     assert bench.receiver.num_waiting == 0
-    bench.receiver.places = 1
+    bench.receiver.room.places = 1
     bench.offer(4, "d")
     bench.receiver.cancel("b", 0)
     assert bench.receiver.num_waiting == 1
@@ -245,7 +246,7 @@ def test_a_stale_attempt_is_refused_even_after_the_new_one_ended(bench: Bench) -
 def test_a_stopping_worker_takes_nothing_new_but_ends_what_it_has(bench: Bench) -> None:
     """What was granted still arrives."""
     bench.offer(4)
-    bench.receiver.stopping = True
+    bench.receiver.room.stopping = True
     bench.offer(4, "late")
     assert refuse_cause(bench) == "stopping"
     bench.deliver()
@@ -254,7 +255,7 @@ def test_a_stopping_worker_takes_nothing_new_but_ends_what_it_has(bench: Bench) 
 
 def test_too_many_waiting_offers_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue is bounded."""
-    monkeypatch.setattr(receiver_module, "MAX_WAITING", 1)
+    monkeypatch.setattr(admission_module, "MAX_WAITING", 1)
     bench.offer(32, "first")
     bench.offer(4, "waits")
     bench.offer(4, "over")
@@ -521,13 +522,13 @@ def test_a_repeated_commit_is_acknowledged_again(bench: Bench) -> None:
 def test_what_may_not_wait_is_refused_where_it_would(bench: Bench) -> None:
     """For pages, for a place in the batch, or behind others."""
     offer = msgspec.structs.replace(make_offer(range(9), "r"), may_wait=False, coming=8)
-    bench.receiver.reserve_pages = 4
+    bench.receiver.room.reserve_pages = 4
     bench.receiver.handle("decode-2", offer)
     assert refuse_cause(bench) == "full"
-    bench.receiver.reserve_pages, bench.receiver.seats = 3, 0
+    bench.receiver.room.reserve_pages, bench.receiver.room.seats = 3, 0
     bench.receiver.handle("decode-2", offer)
     assert refuse_cause(bench) == "full"
-    bench.receiver.seats = 1
+    bench.receiver.room.seats = 1
     bench.receiver.handle("decode-2", offer)
     assert isinstance(bench.last, Grant)
     assert bench.pool.num_in_use == 5
@@ -652,10 +653,10 @@ def test_what_is_not_for_computing_here_is_refused(bench: Bench) -> None:
     """Too much of it is missing, it would have to wait, or it makes no sense."""
     bench.offer_in_place(list(range(6)))
     assert refuse_cause(bench) == "full"
-    bench.receiver.reserve_pages = 8
+    bench.receiver.room.reserve_pages = 8
     bench.offer_in_place([1])
     assert refuse_cause(bench) == "full"
-    bench.receiver.reserve_pages = 0
+    bench.receiver.room.reserve_pages = 0
     bench.receiver.handle(PREFILL, msgspec.structs.replace(make_offer([1]), in_place=True))
     assert refuse_cause(bench) == "invalid"
     bench.offer_in_place([1])

@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
-from headrace.kvtransfer.handoff import Handoff, Segment
+from headrace.kvtransfer.handoff import Handoff
 from headrace.kvtransfer.messages import Abort, Ack, Commit, Credit, Grant, PagesInPlace
 from headrace.kvtransfer.on_the_way import Flight, Outgoing
+from headrace.kvtransfer.segments import Segment
 from headrace.kvtransfer.sender import Sender
 from headrace.kvtransfer.staging import Staging
 from headrace.wire import Decoder, Message

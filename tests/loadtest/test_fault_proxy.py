@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from headrace.loadtest.fault_proxy import FaultProxy
-from headrace.loadtest.redis_servers import free_port
+from headrace.loadtest.loopback import free_port
 
 ELSEWHERE = "127.0.0.2"
 

@@ -25,7 +25,8 @@ def test_results_are_written_with_machine_and_command(tmp_path: Path, monkeypatc
     """The file says what was measured, where and how."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     figures = [Figure("a", 2.0, "ms", "<= 3"), Figure("b", None, "ms", "<= 3", why="no GPU")]
-    written = json.loads(publish("demo", figures).read_text())
+    publish("demo", figures)
+    written = json.loads((tmp_path / "demo.json").read_text())
     assert written["figures"][0] == {"name": "a", "value": 2.0, "unit": "ms", "target": "<= 3", "met": True}
     assert written["figures"][1]["why"] == "no GPU"
     assert {"commit", "machine", "card", "command", "date"} <= set(written)

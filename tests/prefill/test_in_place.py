@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from headrace.engine.page_pool import page_hashes
+from headrace.engine.prompt_cost import PromptCost
 from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.placement import Placement
 from headrace.kvtransfer.transfer_stats import TransferStats
 from headrace.prefill.in_place import Backlog, InPlaceChoice
 from headrace.registry import Member
+from tests.members import member
 
 PAGE = 16
 PROMPT = list(range(100))
@@ -24,17 +26,7 @@ BASE, PER_TOKEN, EXPOSED = 0.01, 0.0001, 0.014
 def _choice(**stats: float) -> InPlaceChoice:
     """A pass takes 10 ms and 0.1 ms a token, a handoff 14 ms more; there is one decode worker."""
     whole = {"kv_pages_total": 1000.0, "kv_page_tokens": float(PAGE), "in_place_most_tokens": 128.0, **stats}
-    worker = Member(
-        id="d",
-        epoch=1,
-        tier="decode",
-        address="",
-        version="",
-        model="",
-        model_fingerprint="",
-        max_model_len=4096,
-        stats=whole,
-    )
+    worker = member("d", stats=whole)
 
     class Registry:
         on_join: list[Any] = []
@@ -45,10 +37,10 @@ def _choice(**stats: float) -> InPlaceChoice:
 
     sender = SimpleNamespace(stats=TransferStats(), deliver=None)
     sender.stats.exposed_mean = EXPOSED
-    choice = InPlaceChoice(Placement(Registry()), sender, PAGE)  # type: ignore[arg-type]
+    cost = PromptCost()
     for tokens in (10, 100, 500):
-        choice.cost.observe(tokens, BASE + PER_TOKEN * tokens)
-    return choice
+        cost.observe(tokens, BASE + PER_TOKEN * tokens)
+    return InPlaceChoice(Placement(Registry()), sender, PAGE, cost)  # type: ignore[arg-type]
 
 
 def _is_in_place(choice: InPlaceChoice, held: int = 0, backlog: Backlog = IDLE) -> bool:
@@ -113,5 +105,5 @@ def test_the_decode_workers_own_measurements_come_first(monkeypatch: pytest.Monk
     assert not _is_in_place(_choice(in_place_pass_seconds=0.05, in_place_token_seconds=0.0))
     assert not _is_in_place(_choice(in_place_most_tokens=0.0))
     choice = _choice()
-    monkeypatch.setattr(choice, "cost", type(choice.cost)())
+    monkeypatch.setattr(choice, "_cost", PromptCost())
     assert not _is_in_place(choice)

@@ -7,6 +7,7 @@ from typing import Any
 from headrace.engine.page_pool import page_hashes
 from headrace.prefill.steering import Steering
 from headrace.registry import Member
+from tests.members import member
 
 PAGE = 16
 PROMPT = list(range(PAGE * 10))
@@ -14,18 +15,7 @@ HASHES = page_hashes(PROMPT, PAGE)
 
 
 def _worker(name: str, *, draining: bool = False, waiting: float = 0.0) -> Member:
-    return Member(
-        id=name,
-        epoch=1,
-        tier="prefill",
-        address="",
-        version="",
-        model="",
-        model_fingerprint="",
-        max_model_len=4096,
-        draining=draining,
-        stats={"prompt_tokens_waiting": waiting},
-    )
+    return member(name, "prefill", draining=draining, stats={"prompt_tokens_waiting": waiting})
 
 
 class _Registry:

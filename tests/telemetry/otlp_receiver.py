@@ -17,6 +17,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from headrace.loadtest.loopback import serving
+
 
 @dataclass(frozen=True)
 class ReceivedSpan:
@@ -97,11 +99,5 @@ async def otlp_receiver() -> AsyncIterator[OtlpReceiver]:
     receiver = OtlpReceiver()
     app = web.Application(client_max_size=2**26)
     app.add_routes([web.post("/v1/traces", receiver.traces), web.post("/v1/metrics", receiver.push)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
+    async with serving(app) as receiver.url:
         yield receiver
-    finally:
-        await runner.cleanup()

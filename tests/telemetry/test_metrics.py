@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -15,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from headrace.settings import Settings, SettingsError
 from headrace.telemetry.endpoint import worker_endpoint
 from headrace.telemetry.figures import UNKNOWN, describe
+from tests.docs.test_docs import script
 from tests.e2e.tiny_mesh import MODEL, tiny_mesh
 from tests.telemetry.dying_mesh import dying_mesh
 from tests.telemetry.test_traces import stream, until_ready
@@ -22,18 +21,9 @@ from tests.telemetry.test_traces import stream, until_ready
 ROOT = Path(__file__).parents[2]
 
 
-def _table() -> Any:
-    spec = importlib.util.spec_from_file_location("metrics_table", ROOT / "docs/metrics_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_documented_table_is_the_code_s() -> None:
     """Run `python docs/metrics_table.py` where this fails."""
-    table = _table()
+    table = script("metrics_table")
     assert table.PAGE.read_text() == table.page()
     assert [name for name in table.ELSEWHERE if f"`{name}`" not in table.page()] == []
 

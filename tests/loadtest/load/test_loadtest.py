@@ -26,6 +26,7 @@ from headrace.loadtest.load.prompts import Prompts
 from headrace.loadtest.load.results import write_results
 from headrace.loadtest.load.session import Load, Outcome, Session
 from headrace.loadtest.load.target import Target, find_target
+from headrace.loadtest.loopback import serving
 from headrace.loadtest.paced_server import Pace, paced_server
 from headrace.processes import end_process
 from tests.browser import PHONE, Browser
@@ -236,23 +237,19 @@ async def test_two_thousand_streams_at_once() -> None:
     assert run.generators[0].most_running == 2000
 
 
-async def _failing_server(status: int) -> AsyncIterator[str]:
+def _failing(status: int) -> web.Application:
     async def answer(request: web.Request) -> web.Response:
         return web.json_response({"error": {"message": "no such luck"}}, status=status)
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    return app
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "--api-key"), (404, "give --model"), (500, "give --model")])
 async def test_a_server_that_refuses_gets_a_hint(status: int, hint: str) -> None:
     """Before anything is measured."""
-    async for url in _failing_server(status):
+    async with serving(_failing(status)) as url:
         with pytest.raises(StartError, match=hint):
             await find_target(url, None, None, "auto", {})
         with pytest.raises(StartError, match="no such luck"):

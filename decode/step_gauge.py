@@ -1,4 +1,4 @@
-"""What workers measure of themselves for whoever scales them. Published through the registry."""
+"""What decode steps take, for whoever scales the tier. Published through the registry."""
 
 from __future__ import annotations
 

@@ -1,0 +1,152 @@
+"""How far what drafts token after token is to guess, in the two places where it does.
+
+A `ThreadChain` guesses on the engine's thread, at the end of a step, to the depth that was chosen before it; of what it
+has guessed, the next step verifies what is worth it. A `DeviceHead` guesses within a step, and the next one verifies
+that before anybody has seen it: what was guessed is heard of when it has been verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from headrace.decode.chain import ChainDrafter
+from headrace.decode.controller import HeadCost, choose_lengths
+from headrace.decode.drafter import Draft
+from headrace.decode.guess_tree import GuessTrees, as_draft
+from headrace.decode.head import HeadDrafter
+from headrace.decode.sequence import Key
+from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.draft_head import MAX_HEAD_DEPTH
+from headrace.kernels.draft_tree import chain
+
+DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
+"""As far as is ever guessed."""
+DEPTH_STEPS = 8
+"""On a thread it is chosen anew after so many steps, and when requests join or leave."""
+TRY_AGAIN_STEPS = 32
+"""After so many steps without one, a token is guessed, to see whether guesses have become good."""
+TRYING_SHARE = 0.005
+"""Of the time, which that may take at most: where a guess takes longer than a sixth of a step it comes less often."""
+FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
+"""Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
+has guessed is known."""
+
+
+class ThreadChain:
+    """What a `ChainDrafter` guesses."""
+
+    def __init__(self, drafter: ChainDrafter, cost: HeadCost) -> None:
+        self.name = drafter.name
+        self.depth = 0
+        """Tokens to guess at the end of the next step."""
+        self._drafter = drafter
+        self._cost = cost
+        self._guessed: dict[Key, Draft] = {}
+        """At the end of the last step."""
+        self._guessed_depth = 0
+        """What was asked for then."""
+        self._paying_depth = 0
+        """How far it pays to guess with `_depth_of` requests, for `_depth_lasts` more steps."""
+        self._depth_of = self._depth_lasts = 0
+        self._steps_without = 0
+        self._trying_seconds = 0.0
+        """Seconds of tries that are not made up for yet."""
+
+    def look(self, batch: DecodeBatch[Key]) -> None:
+        """Guess, on the engine's thread, right after a step."""
+        self._guessed = self._drafter.draft(batch, self.depth)
+        self._guessed_depth = self.depth
+
+    def taken(self, limits: Mapping[Key, int]) -> dict[Key, tuple[Draft, Draft]]:
+        """What was guessed, cut to these limits, and the same by place alone, as deep as it was asked for: a token that
+        it did not come to, as it was in doubt, counts as wrong.
+        """
+        found = {}
+        for key, guess in self._guessed.items():
+            if limits.get(key, 0) > 0:
+                padded = [*guess.token_ids, *DEEPEST.token_ids][: max(self._guessed_depth, len(guess.token_ids))]
+                cut = Draft(guess.token_ids[: limits[key]], guess.depths)
+                found[key] = cut, Draft(padded, DEEPEST.depths)
+        self._guessed = {}
+        return found
+
+    def choose_depth(self, requests: int, cost: StepCost, chances: Callable[[], list[list[float]]]) -> int:
+        """How far to guess at the end of the next step. What is guessed is cut to what pays once it is known, so this
+        asks as if `chances`, by place, were all that will be known.
+        """
+        if not requests:
+            self.depth = 0
+            return 0
+        if self._depth_lasts == 0 or requests != self._depth_of:
+            self._paying_depth = max(choose_lengths(chances(), requests, cost, self._cost.of(requests)))
+            self._depth_lasts, self._depth_of = DEPTH_STEPS, requests
+        self._depth_lasts -= 1
+        self.depth = self._paying_depth
+        self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
+        if self._steps_without >= TRY_AGAIN_STEPS and self._trying_seconds <= 0.0:
+            self.depth, self._steps_without = 1, 0
+        return self.depth
+
+    def ran(self, requests: int, seconds: float) -> float:
+        """A step of so many requests, guesses included, took so long; returns what they took of that."""
+        spent = self._drafter.seconds
+        tried = spent if self._guessed_depth > self._paying_depth else 0.0
+        self._trying_seconds = max(self._trying_seconds - TRYING_SHARE * (seconds - spent), 0.0) + tried
+        if self._guessed_depth > 0 and requests > 0:
+            self._cost.observe(requests, self._guessed_depth, spent)
+        return spent
+
+
+class DeviceHead:
+    """What a head on the device guesses, the same tree for all requests."""
+
+    name = HeadDrafter.name
+
+    def __init__(self, cost: HeadCost) -> None:
+        self.depth = 0
+        """Places to guess in the step that was proposed for last."""
+        self.rate = 0.0
+        """Tokens a second that steps with its guesses are expected to make, which run ahead."""
+        self.trees = GuessTrees()
+        self.verified: dict[Key, dict[int, int]] = {}
+        """Of its guesses, by the step collected last."""
+        self._cost = cost
+        self._tree: list[int] = []
+        """Each request's, as chosen last."""
+        self._steps_to_choice = self._chosen_for = 0
+        self._steps_without = 0
+
+    def rests(self) -> bool:
+        """Whether it does not pay and this step need not ask."""
+        rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
+        self._steps_without += rests
+        return rests
+
+    def choose(self, requests: int, cost: StepCost) -> Sequence[int]:
+        """What the next step is to verify of what the one before it has guessed for each request. Chooses `depth`."""
+        guessed = self.depth
+        self._steps_to_choice -= 1
+        if requests and (self._steps_to_choice <= 0 or requests != self._chosen_for):
+            plain = requests / cost.plain[requests]
+            ahead, drafting = cost.ahead[: MAX_ROWS + 1], self._cost.of(requests)
+            self._tree, self.depth, self.rate = self.trees.choose(
+                requests, ahead, plain, drafting, drafts=bool(self._tree)
+            )
+            self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
+            if self._steps_without >= 2 * TRY_AGAIN_STEPS:
+                self.depth, self._steps_without = 1, 0
+            self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
+            self._chosen_for = requests
+        return as_draft(self._tree, guessed) if self._tree else chain(guessed)
+
+    def price(self, requests: int) -> float:
+        """Seconds that it takes to guess as far as it is to."""
+        return self._cost.of(requests)[self.depth]
+
+    def learn(self, key: Key, new: Sequence[int]) -> int:
+        """A request has got these tokens; returns how many of its guesses were verified."""
+        verified = self.verified.pop(key, {})
+        if verified:
+            self.trees.learn(verified, new)
+        return len(verified)

@@ -1,0 +1,134 @@
+"""What a decode worker says of its requests: tokens to their gateways as steps make them, and how each one ended."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from headrace.decode.scheduler import DecodeScheduler
+from headrace.decode.sequence import Key, Sequence
+from headrace.engine.sampler import SampledToken
+from headrace.kvtransfer.messages import Commit
+from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
+from headrace.telemetry.events import Attempt, DecodeEnded, Outcome
+from headrace.telemetry.telemetry import Telemetry
+from headrace.wire import Message
+
+
+class Output:
+    """Gives tokens to the scheduler's requests, lets go of those that they end, and tells gateways and telemetry."""
+
+    def __init__(
+        self, scheduler: DecodeScheduler, longest: int, post: Callable[[str, Message], None], telemetry: Telemetry
+    ) -> None:
+        """`longest`: tokens of a request, prompt and output."""
+        self._scheduler = scheduler
+        self._longest = longest
+        self._post = post
+        self._telemetry = telemetry
+        self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
+        """By gateway."""
+
+    def publish(self) -> None:
+        """Send what has come since the last time: one message a gateway."""
+        for gateway, events in self._outbox.items():
+            self._post(gateway, TokenBatch(events=events))
+        self._outbox.clear()
+
+    def take_first(self, sequence: Sequence, commit: Commit) -> None:
+        """Take the token that came with the pages, where it is drawn."""
+        if commit.token_id is not None:
+            sequence.newest_logprobs = commit.logprobs
+            reason = sequence.take([commit.token_id], self._longest)
+            self._queue(sequence, [SampledToken(commit.token_id, commit.logprobs)], reason)
+
+    def take_step(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+        """Take what a step made; of a request that is gone meanwhile it is dropped."""
+        if self._scheduler.collected():
+            self._take_drafted(tokens)
+            return
+        outbox, longest, running = self._outbox, self._longest, self._scheduler.running
+        for key, token in tokens:  # spelled out: a call for each token would take as long as its event
+            sequence = running(key)
+            if sequence is None:
+                continue
+            sequence.in_flight -= 1
+            token_id, logprobs, reason = token.token_id, token.logprobs, None
+            token_ids = sequence.token_ids
+            token_ids.append(token_id)
+            generated = sequence.generated = sequence.generated + 1
+            if logprobs is not None:
+                sequence.newest_logprobs = logprobs
+            if token_id in sequence.stop_token_ids or generated >= sequence.max_tokens or len(token_ids) >= longest:
+                reason = sequence.finish_reason(longest)
+                if reason is not None and self._failed_its_grammar(sequence):
+                    continue
+            scores = None if logprobs is None else [logprobs]
+            outbox[sequence.gateway].append(TokenEvent(key[0], key[1], generated - 1, [token_id], scores, reason))
+            if reason is not None:
+                self._finish(sequence, reason)
+
+    def _take_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+        """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
+        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
+            sequence = self._scheduler.running(key)
+            if sequence is None:
+                continue
+            sequence.in_flight -= 1
+            made = [token for _, token in of_request]
+            sequence.newest_logprobs = made[-1].logprobs
+            position = sequence.generated
+            reason = sequence.take([token.token_id for token in made], self._longest)
+            if reason is not None and self._failed_its_grammar(sequence):
+                continue
+            self._queue(sequence, made[: sequence.generated - position], reason)
+            if reason is None:
+                self._scheduler.roll_back(sequence)
+
+    def _queue(self, sequence: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> None:
+        """Queue a request's newest tokens for its gateway and let go of the request where they end it."""
+        request_id, attempt = sequence.key
+        event = TokenEvent(
+            request_id,
+            attempt,
+            sequence.generated - len(tokens),
+            [token.token_id for token in tokens],
+            [token.logprobs for token in tokens if token.logprobs is not None] or None,
+            reason,
+        )
+        self._outbox[sequence.gateway].append(event)
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _failed_its_grammar(self, sequence: Sequence) -> bool:
+        """Whether it ended since its grammar could not be followed; its client is told."""
+        if sequence.matcher is None or sequence.matcher.error is None:
+            return False
+        message = f"the grammar failed: {sequence.matcher.error}"
+        self.fail(sequence, "invalid_request", message, retryable=False)
+        return True
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.remove(sequence.key)
+        self._tell(sequence, "finished", reason)
+
+    def fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
+        """Let go of a request and have its gateway know why."""
+        request_id, attempt = sequence.key
+        failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
+        self._post(sequence.gateway, failed)
+        self._scheduler.remove(sequence.key)
+        self._tell(sequence, "failed", code)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let go of a request that nobody waits for."""
+        self._scheduler.remove(sequence.key)
+        self._tell(sequence, "cancelled", "cancelled")
+
+    def _tell(self, sequence: Sequence, outcome: Outcome, code: str) -> None:
+        offer = sequence.offer
+        of = Attempt(offer.request_id, offer.attempt, offer.traceparent)
+        tokens = sequence.generated - offer.generated
+        self._telemetry.emit(DecodeEnded(of, outcome, code, sequence.started_at, time.time(), tokens))
