@@ -7,6 +7,7 @@ that before anybody has seen it: what was guessed is heard of when it has been v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from headrace.decode.chain import ChainDrafter
@@ -117,8 +118,11 @@ class DeviceHead:
         self._steps_to_choice = self._chosen_for = 0
         self._steps_without = 0
 
-    def rests(self) -> bool:
-        """Whether it does not pay and this step need not ask."""
+    def rests(self, requests: int) -> bool:
+        """Whether it does not pay and the next step, of so many requests, need not ask."""
+        if self._cost.of(requests)[1] == math.inf:
+            self.depth, self.rate, self._tree, self._chosen_for = 0, 0.0, [], requests
+            return True
         rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
         self._steps_without += rests
         return rests

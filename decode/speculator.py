@@ -27,8 +27,8 @@ BY_PLACE = "by place"
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 REQUESTS_A_STEP_BESIDE_HEAD = 8
-"""The same where a head drafts meanwhile, for each so many requests: a lookup must show more, each look is evidence of
-it, and what it takes the host depends on the requests."""
+"""The same where a head drafts meanwhile, and fewer the fewer requests there are, by the square of their number in
+units of this: a lookup must show more, each look is evidence of it, and looks of many requests take the host long."""
 
 
 @dataclass
@@ -94,13 +94,13 @@ class Speculator:
 
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
-        if self._device is None or self._device.rests():
+        if self._device is None or self._device.rests(len(requests)):
             return {}
         started = time.perf_counter()
         self._follow_all(requests)
         draft, drafts = self._device.choose(len(requests), self._cost), dict[Key, list[int]]()
         for request in requests if draft else ():
-            limit = self._limit(request, request.longest)
+            limit = self._limit(request, request.longest, request.in_flight)
             if limit > 0:
                 drafts[request.key] = [*draft[:limit]]
         self.counters.controlling_seconds += time.perf_counter() - started
@@ -128,7 +128,7 @@ class Speculator:
         return bool(chosen)
 
     def _found(self, drafts: bool) -> None:
-        beside_head = self._num_requests // REQUESTS_A_STEP_BESIDE_HEAD
+        beside_head = (self._num_requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
         most = MAX_STEPS_AHEAD if self._device is None else min(beside_head, MAX_STEPS_AHEAD)
         self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
         self._steps_left = self._steps_ahead
@@ -286,7 +286,8 @@ class Speculator:
         left = min(request.tokens_left, self._max_model_len - len(request.token_ids))
         return min(drafted + depth, left)
 
-    def _limit(self, request: Request, length: int) -> int:
-        """Of a draft behind so many tokens; the step's own token comes on top of it."""
-        left = request.tokens_left - (length - len(request.token_ids))
-        return min(MAX_DRAFT_TOKENS, left - 1, self._max_model_len - length - 1)
+    def _limit(self, request: Request, length: int, coming: int = 0) -> int:
+        """Of a draft behind so many tokens; the step's own token comes on top of it. Of those tokens, `coming` are on
+        their way in any case. Others may not stand, so what may be one too many is drafted all the same.
+        """
+        return min(MAX_DRAFT_TOKENS, request.tokens_left - coming - 1, self._max_model_len - length - 1)

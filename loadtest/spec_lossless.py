@@ -67,9 +67,9 @@ class FixedHeadCost(HeadCost):
         """See `HeadCost`."""
 
 
-COST = FixedCost({1: 1.0, 16: 2.0, 256: 17.0}, 16)
-"""Of steps, in any unit: drafts pay as they do in float32 on a CPU."""
-HEAD_COST = FixedHeadCost({1: 0.05})
+COST = FixedCost({1: 1.0, 16: 2.0, 48: 2.4, 256: 17.0}, 16)
+"""Of steps, in any unit: drafts pay for one request and for 16."""
+HEAD_COST = FixedHeadCost({1: 0.05, 16: 0.1})
 DRAWS, TOGETHER = 50_000, 100
 FREE = FixedCost({1: 1.0, 256: 1.001}, TOGETHER, verifying={1: 0.5, 256: 0.501})
 FREE_HEAD = FixedHeadCost({1: 1e-6})
@@ -140,6 +140,7 @@ def answers(drafter: str, piece: int, batch: int, drafts: Speculator | None) -> 
     engine, prompts = built_in(drafter)
     requests = (prompts.request(message, OUTPUT) for message in messages[piece * PIECE : (piece + 1) * PIECE])
     found = finished(engine, requests, batch, drafts)
+    prompts.forget()  # all of them would not fit
     return {tuple(one.offer.token_ids): one.token_ids[len(one.offer.token_ids) :] for one in found}
 
 

@@ -176,7 +176,7 @@ def test_a_lookup_beats_the_head_where_it_is_worth_the_wait() -> None:
 def test_a_lookup_beside_a_head_learns_from_what_came_while_steps_ran_ahead() -> None:
     """Looks are evidence also where the step that was looked ahead of was started before its tokens came."""
     cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 2.0, 16: 2.0}, {2: 1.1, 16: 1.1})
-    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.02}, 1)))
+    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 1.0}, 1)))
     sequence = request([*range(100, 200)] * 3, max_tokens=1000)
     waited = []
     for step in range(40):
@@ -187,6 +187,16 @@ def test_a_lookup_beside_a_head_learns_from_what_came_while_steps_ran_ahead() ->
             sequence.append(100 + (3 * step + token) % 100)
     assert not waited[0], "nothing is known of lookups yet"
     assert waited[-1]
+
+
+def test_guesses_of_the_device_go_on_to_the_end_of_a_request() -> None:
+    """Where few of those in flight stand, more are needed than if all did."""
+    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 1.1, 16: 1.1}, {2: 1.1, 16: 1.1})
+    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.001}, 1)))
+    sequence = request([1, 2, 3], max_tokens=20, generated=8)
+    speculating.propose([sequence])
+    sequence.in_flight, sequence.drafts_in_flight = 1, 11
+    assert speculating.propose_ahead([sequence])["a", 0]
 
 
 class UselessHead:
