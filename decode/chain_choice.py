@@ -120,12 +120,16 @@ class DeviceHead:
 
     def rests(self, requests: int) -> bool:
         """Whether it does not pay and the next step, of so many requests, need not ask."""
-        if self._cost.of(requests)[1] == math.inf:
+        if not self.can_guess_for(requests):
             self.depth, self.rate, self._tree, self._chosen_for = 0, 0.0, [], requests
             return True
         rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
         self._steps_without += rests
         return rests
+
+    def can_guess_for(self, requests: int) -> bool:
+        """Whether it guesses for so many at all."""
+        return self._cost.of(requests)[1] < math.inf
 
     def choose(self, requests: int, cost: StepCost) -> Sequence[int]:
         """What the next step is to verify of what the one before it has guessed for each request. Chooses `depth`."""

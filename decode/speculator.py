@@ -79,9 +79,10 @@ class Speculator:
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
+        self._num_requests = len(requests)
         guessed = self.depth_on_device
         ahead = self.propose_ahead(requests)
-        chosen = self._choose(requests, guessed)
+        chosen = {} if self._too_many(len(requests)) else self._choose(requests, guessed)
         self._found(bool(chosen))
         if self._thread is not None:
             started = time.perf_counter()
@@ -119,6 +120,8 @@ class Speculator:
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
         self._num_requests = len(requests)
+        if self._too_many(len(requests)):
+            return False
         if self._steps_left > 0:
             self._steps_left -= 1
             return False
@@ -126,6 +129,10 @@ class Speculator:
         if not chosen:
             self._found(False)
         return bool(chosen)
+
+    def _too_many(self, requests: int) -> bool:
+        """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
+        return self._device is not None and not self._device.can_guess_for(requests)
 
     def _found(self, drafts: bool) -> None:
         beside_head = (self._num_requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.engine.engine import Engine
-from headrace.kernels.draft_tree import chain
+from headrace.kernels.draft_tree import chain, guess_at
 from headrace.messages.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ def _time_ahead(
 ) -> float:
     """The mean of some steps that verify so many tokens of each request and guess `depth`, one behind the other."""
     batch = _joined(engine, pages[: len(lengths)], context)
-    drafts = {key: chain(length) for key, length in enumerate(lengths) if length > 0}
+    # where there is more than one guess the last is a leaf: what moves it is compiled here, too
+    trees = [[*chain(max(length - 1, 1)), guess_at(0, 1)][:length] for length in lengths]
+    drafts = {key: tree for key, tree in enumerate(trees) if tree}
     batch.start({}, depth)
     for _ in range(WARM_STEPS):
         batch.start(drafts, depth)
