@@ -83,7 +83,7 @@ QUICK = (Job("8 req/s", 64, 100, 40, rate=8.0),)
 # guidellm takes some 20 to 30 ms from one answer to the next request: in a closed loop that is less load, so answers
 # are long there
 PACED = (Job("10 req/s", 160, 100, 40, rate=10.0), Job("8 streams", 160, 100, 60, concurrency=8))
-MESH = (Job("mesh, 8 streams", 80, 100, 60, concurrency=8),)
+MESH = (Job("mesh, 8 streams", 160, 100, 60, concurrency=8),)
 
 
 @asynccontextmanager

@@ -83,9 +83,11 @@ class BareGateway:
             enqueued_at=time.time(),
             deadline=time.time() + TIMEOUT_SECONDS,
         )
-        question.entry_id = await self.node.queue.put(entry)
+        entry_id = await self.node.queue.put(entry)
+        if entry.attempt == question.attempt:  # or it has failed already, and is asked anew
+            question.entry_id = entry_id
         if question.answer.done():  # cancelled meanwhile
-            await self.node.queue.remove(question.entry_id)
+            await self.node.queue.remove(entry_id)
 
     async def cancel(self, request_id: str) -> None:
         """The client goes away; `ask` ends with `CancelledError`. Nothing happens where the answer was faster."""
@@ -142,7 +144,8 @@ class BareGateway:
         while True:
             question, attempt = await self._again.get()
             if attempt == question.attempt and not question.answer.done():
-                await self.node.queue.remove(question.entry_id)
+                if question.entry_id:  # a worker's answer may be here before the queue's
+                    await self.node.queue.remove(question.entry_id)
                 await self._put(question)
 
     async def _silence_loop(self) -> None:
