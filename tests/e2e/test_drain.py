@@ -63,7 +63,7 @@ async def test_entries_that_have_not_begun_go_back_to_the_queue_at_once(redis_ur
             answers = await asking
             await stopping
         assert [answer.text for answer in answers] == undisturbed
-        assert staying._recomputed == 0
+        assert staying._service.recomputed == 0
         for each in mesh.engines.values():
             each.pool.check_integrity()
             assert each.pool.num_in_use == 0

@@ -34,7 +34,7 @@ async def _opened(browser: Browser, gateway: Gateway, **how: Any) -> AsyncIterat
 
 
 def _telling(text: str) -> Script:
-    """Answers with `text`, three tokens a step."""
+    """Answers with `text`, three tokens a step, the second after the client was sent the first."""
 
     async def script(workers: Workers, delivery: Delivery) -> None:
         await workers.report(delivery)
@@ -42,6 +42,8 @@ def _telling(text: str) -> Script:
         for start in range(begin, len(ids), 3):
             part = ids[start : start + 3]
             await workers.tokens(delivery, start, part, "length" if start + 3 >= len(ids) else None)
+            if start == begin:
+                await workers.until_taken(delivery)
 
     return script
 
