@@ -23,7 +23,6 @@ from headrace.loadtest.proc import processor_seconds
 from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.report import Figure, conclude
 from headrace.loadtest.timed_stream import StreamFailed, completion, timed_stream
-from headrace.settings import Settings
 
 MODEL = "smollm2"
 COSTS = Path(__file__).resolve().parent / "step_costs" / "smollm2_cpu.json"
@@ -35,8 +34,6 @@ FAIR_PROMPT_TOKENS = 128
 FAIR_PART = 8
 """One in so many of the streams that are run at once, for each key."""
 KEYS = ("key-of-a", "key-of-b")
-KNOWS_KEYS = "api_keys_file" in Settings.model_fields
-"""Whether this gateway tells callers apart."""
 FAIR_TOKENS = 4
 TIERS = ("gateway", "prefill", "decode")
 
@@ -104,7 +101,7 @@ async def bench(extent: Extent) -> list[Figure]:
         for name, key in zip("ab", KEYS, strict=True):
             file.write(f'[{name}]\nkey = "{key}"\n')
         file.flush()
-        return await _bench(extent, ("--api-keys-file", file.name) if KNOWS_KEYS else ())
+        return await _bench(extent, ("--api-keys-file", file.name))
 
 
 async def _bench(extent: Extent, keys_flags: Sequence[str]) -> list[Figure]:
@@ -165,9 +162,6 @@ async def fair_sharing(session: aiohttp.ClientSession, extent: Extent) -> Figure
 
     How much fewer prompts of the one began than of the other, in percent, from the second key's first token on.
     """
-    name, target = "fair sharing between two keys: difference", "<= 10"
-    if not KNOWS_KEYS:
-        return Figure(name, None, "%", target, why="this gateway has one key for all")
     crowd, each = Crowd(session), extent.streams // FAIR_PART
     async with asyncio.TaskGroup() as group:
         for number in range(each):
@@ -178,7 +172,7 @@ async def fair_sharing(session: aiohttp.ClientSession, extent: Extent) -> Figure
     by_key = [[at for at, key in crowd.first_tokens if key == mine] for mine in KEYS]
     begins, ends = min(by_key[1]), min(map(max, by_key))
     counts = [sum(begins <= at <= ends for at in times) for times in by_key]
-    return Figure(name, (1 - min(counts) / max(counts)) * 100, "%", target)
+    return Figure("fair sharing between two keys: difference", (1 - min(counts) / max(counts)) * 100, "%", "<= 10")
 
 
 def _cpu_by_tier(mesh: LocalMesh) -> dict[str, float]:
