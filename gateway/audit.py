@@ -2,9 +2,9 @@
 
 Everything else recovers by itself: tokens that overtake lost ones are a gap, and a worker that leaves loses its
 requests. What is left is silence, where the last message of an answer was lost, or its entry, which Redis forgot. An
-answer that is silent for `FIRST_LOOK_SECONDS` is looked at. Its decode worker is asked to repeat what the gateway
-lacks, as often as that takes: a network that loses tokens loses questions, too. Where none is known, its queue entry is
-looked for, again after twice that time, and so on.
+answer that is silent for `LOOK_SECONDS` is looked at, and again after as long, since a network that loses tokens loses
+questions, too: its decode worker is asked to repeat what the gateway lacks. Where none is known, its queue entry is
+looked for. That is cheap: few entries are in Redis without being computed, the others wait in the gateway.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from headrace.redis_client import RedisError
 
 log = logging.getLogger(__name__)
 
-FIRST_LOOK_SECONDS = 2.0
-LONGEST_SECONDS = 30.0
+LOOK_SECONDS = 2.0
 TICK_SECONDS = 0.5
 SECOND_LOOK_SECONDS = 1.0
 """An entry that is missing may just have been served, its tokens being on their way here: so long they may take."""
@@ -39,7 +38,6 @@ Progress = tuple[int, int, str | None]
 class _Watch:
     progress: Progress
     look_at: float
-    patience: float = FIRST_LOOK_SECONDS
     is_missing: bool = False
     """The entry was not there at the last look."""
 
@@ -77,11 +75,9 @@ class Audit:
             progress = (choice.attempt, len(choice.token_ids), choice.entry_id)
             watch = self._watches.get(name)
             if watch is None or watch.progress != progress:
-                self._watches[name] = _Watch(progress, now + FIRST_LOOK_SECONDS)
+                self._watches[name] = _Watch(progress, now + LOOK_SECONDS)
             elif now >= watch.look_at and not choice.ended:
-                if choice.decode_worker is None:
-                    watch.patience = min(2 * watch.patience, LONGEST_SECONDS)
-                watch.look_at = now + watch.patience
+                watch.look_at = now + LOOK_SECONDS
                 due.append(choice)
         return due
 

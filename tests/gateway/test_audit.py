@@ -22,7 +22,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FIRST_LOOK_SECONDS", "SECOND_LOOK_SECONDS", "TICK_SECONDS"):
+    for name in ("LOOK_SECONDS", "SECOND_LOOK_SECONDS", "TICK_SECONDS"):
         monkeypatch.setattr(audit, name, 0.05)
 
 
