@@ -74,10 +74,13 @@ class ChatMessage(Strict):
         return message if self.name is None else {**message, "name": self.name}
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
 class ChatRequest(RequestFields):
     """All fields of OpenAI's endpoint, and `chat_template_kwargs`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[OutputLimit, Field(ge=1)] | None = None
     max_tokens: Annotated[OutputLimit, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -135,6 +138,11 @@ class ChatRequest(RequestFields):
 def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
     """Parse, validate, render and tokenize a body: the model asked for, and the job. Raises `BadRequest`."""
     request = parse(body, ChatRequest)
+    return request.model, chat_job(request, tokenizer)
+
+
+def chat_job(request: ChatRequest, tokenizer: Tokenizer) -> Job:
+    """Check, render and tokenize a chat, whichever endpoint it came through. Raises `BadRequest`."""
     request.check_common(tokenizer)
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise BadRequest("Give 'max_completion_tokens' or the older 'max_tokens', not both.", param="max_tokens")
@@ -155,7 +163,7 @@ def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
         if sampling.grammar is not None:
             raise BadRequest("Give 'tools' or a form of the answer, not both.", param="tools")
         sampling = msgspec.structs.replace(sampling, grammar=tool_use.checked_grammar(tokenizer.grammars))
-    return request.model, Job(
+    return Job(
         kind="chat",
         prompts=[Prompt(token_ids, text)],
         n=request.n or 1,

@@ -82,7 +82,11 @@ def _as_api_error(request: web.Request, error: Exception) -> ApiError:
             allowed = sorted(error.allowed_methods)
             return MethodNotAllowed(f"{request.path} takes {', '.join(allowed)}, not {request.method}.", allowed)
         case web.HTTPNotFound():
-            return NotFound(f"Unknown request URL: {request.method} {request.path}.", code="unknown_url")
+            known = sorted({resource.canonical for resource in request.app.router.resources()})
+            return NotFound(
+                f"Unknown request URL: {request.method} {request.path}. This server has {', '.join(known)}.",
+                code="unknown_url",
+            )
         case web.HTTPRequestEntityTooLarge():
             return BodyTooLarge("The body is over this server's limit (--max-body-bytes).")
         case web.HTTPException():

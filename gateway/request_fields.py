@@ -148,7 +148,7 @@ class RequestFields(Strict):
         )
 
 
-Request = TypeVar("Request", bound=RequestFields)
+Request = TypeVar("Request", bound=Strict)
 Refused = Mapping[str, tuple[Sequence[Any], str]]
 """Field name -> (values that ask for nothing and are let through, what to say of all others)."""
 
