@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints and the ones that operators ask."""
+"""The HTTP application: OpenAI's endpoints, Anthropic's, vLLM's, and the ones that operators ask."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ from headrace.gateway.idempotency import Idempotency
 from headrace.gateway.job import Job
 from headrace.gateway.live import LiveFeed
 from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.messages_request import read_count_tokens, read_messages
+from headrace.gateway.messages_shape import MessagesShape
 from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.openapi import openapi
 from headrace.gateway.page_files import page_file
 from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.request_log import log_request
-from headrace.gateway.respond import encode_json, respond_streaming, whole_body
+from headrace.gateway.respond import respond_streaming, whole_body
+from headrace.gateway.responses_request import read_responses
+from headrace.gateway.responses_shape import ResponsesShape
 from headrace.gateway.shape import Shape
+from headrace.gateway.sse import encode_json
 from headrace.gateway.terms import Terms, read_terms
 from headrace.gateway.tokenize_request import read_detokenize, read_tokenize
 from headrace.gateway.tokenizer import Tokenizer
@@ -82,6 +88,9 @@ class GatewayApp:
             [
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/v1/completions", self.completions),
+                web.post("/v1/responses", self.responses),
+                web.post("/v1/messages", self.messages),
+                web.post("/v1/messages/count_tokens", self.count_tokens),
                 web.post("/tokenize", self.tokenize),
                 web.post("/detokenize", self.detokenize),
                 web.get("/v1/models", self.models),
@@ -92,6 +101,7 @@ class GatewayApp:
                 web.get("/load", self.load),
                 web.get("/metrics", self.metrics),
                 web.get("/version", self.version),
+                web.get("/openapi.json", self.openapi),
                 web.get("/", page_file),
                 web.get("/page/{name}", page_file),
                 web.get("/live", self.live.watch, allow_head=False),
@@ -100,28 +110,40 @@ class GatewayApp:
         return app
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions."""
+        """POST /v1/chat/completions: OpenAI's chats."""
         return await self._answer(request, read_chat, ChatShape)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions."""
+        """POST /v1/completions: OpenAI's texts that go on."""
         return await self._answer(request, read_completion, CompletionShape)
 
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/responses: OpenAI's Responses, none of which is stored."""
+        return await self._answer(request, read_responses, ResponsesShape)
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/messages: Anthropic's messages."""
+        return await self._answer(request, read_messages, MessagesShape)
+
+    async def count_tokens(self, request: web.Request) -> web.Response:
+        """POST /v1/messages/count_tokens: how long a message's prompt is."""
+        return _json(await self._help(request, read_count_tokens))
+
     async def tokenize(self, request: web.Request) -> web.Response:
-        """POST /tokenize."""
+        """POST /tokenize: the tokens of a text or a chat, as vLLM tells them."""
         length = self.admission.context_length() or self._tokenizer.context_length
         return _json(await self._help(request, read_tokenize) | {"max_model_len": length})
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        """POST /detokenize."""
+        """POST /detokenize: the text of tokens, as vLLM tells it."""
         return _json(await self._help(request, read_detokenize))
 
     async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models."""
+        """GET /v1/models: the one that is served."""
         return _json({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: web.Request) -> web.Response:
-        """GET /v1/models/{id}."""
+        """GET /v1/models/{model}: whether it is served."""
         self._check_model(request.match_info["model"])
         return _json(self._model_card())
 
@@ -156,8 +178,12 @@ class GatewayApp:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def version(self, request: web.Request) -> web.Response:
-        """GET /version."""
+        """GET /version: Headrace's."""
         return _json({"version": __version__})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """GET /openapi.json: this description."""
+        return _json(await self._tokenizer.in_thread(lambda: openapi(request.app)))
 
     def stop(self) -> None:
         """Take no new requests and end those that run."""

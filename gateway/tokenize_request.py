@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from headrace.gateway.chat_request import ChatRequest, Messages, chat_job
 from headrace.gateway.errors import BadRequest
-from headrace.gateway.request_fields import Refused, Token, check_tokens, parse, refuse
-from headrace.gateway.strict import Strict
+from headrace.gateway.request_fields import Token, check_tokens, parse
+from headrace.gateway.strict import Refused, Strict
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.gateway.tools import Tools
 from headrace.messages.request import MAX_PROMPT_TOKENS
@@ -27,22 +27,10 @@ class TokenizeRequest(Strict):
     """Those that the model expects around a text; true for a prompt, false for a chat, whose template writes them."""
     return_token_strs: bool | None = None
 
-    add_generation_prompt: Any = None
-    continue_final_message: Any = None
-    chat_template: Any = None
-    mm_processor_kwargs: Any = None
-
-    REFUSED: ClassVar[Refused] = {
-        "add_generation_prompt": ((True,), "chats are tokenized as they are asked"),
-        "continue_final_message": ((False,), "chats are tokenized as they are asked"),
-        "chat_template": ((), "the model's own is used"),
-        "mm_processor_kwargs": (({},), "only text is supported"),
-    }
-
-    @field_validator(*REFUSED)
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        refuse(cls.REFUSED, value, info)
+    add_generation_prompt: Annotated[Any, Refused("chats are tokenized as they are asked", True)] = None
+    continue_final_message: Annotated[Any, Refused("chats are tokenized as they are asked", False)] = None
+    chat_template: Annotated[Any, Refused("the model's own is used")] = None
+    mm_processor_kwargs: Annotated[Any, Refused("only text is supported", {})] = None
 
     def token_ids(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens. Raises `BadRequest`."""

@@ -155,10 +155,19 @@ def read_tool_use(tools: list[Tool] | None, choice: ToolChoice | None, parallel:
 
 @dataclass
 class Read:
-    """What became known of an answer: text outside of calls, and OpenAI's deltas of calls."""
+    """What became known of an answer: text outside of calls, and OpenAI's deltas of calls, in the order of the text."""
 
-    content: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    pieces: list[str | dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        """The text."""
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The deltas of calls."""
+        return [piece for piece in self.pieces if not isinstance(piece, str)]
 
 
 class CallReader:
@@ -221,7 +230,7 @@ class CallReader:
         if (head := HEAD.match(self._held)) is not None:
             function = {"name": head[1], "arguments": ""}
             call_id = f"call_{secrets.token_hex(12)}"
-            read.calls.append({"index": self.num_calls, "id": call_id, "type": "function", "function": function})
+            read.pieces.append({"index": self.num_calls, "id": call_id, "type": "function", "function": function})
             self.num_calls += 1
             self._state, self._held = "called", self._held[head.end() :]
             return True
@@ -255,11 +264,20 @@ class CallReader:
 
     def _say(self, read: Read, text: str) -> None:
         """Blanks around calls are no content."""
-        read.content += text if not self.num_calls or text.strip() else ""
+        if text and (not self.num_calls or text.strip()):
+            read.pieces.append(text)
 
     def _tell(self, read: Read, arguments: str) -> None:
         if arguments:
-            read.calls.append({"index": self.num_calls - 1, "function": {"arguments": arguments}})
+            read.pieces.append({"index": self.num_calls - 1, "function": {"arguments": arguments}})
+
+
+def read_part(reader: CallReader | None, text: str, finish_reason: str | None) -> tuple[Read, str | None]:
+    """What an answer's new text is, all of it text without a reader; and why it ended, if it has."""
+    if reader is None:
+        return Read([text] if text else []), finish_reason
+    read = reader.push(text, ended=finish_reason is not None)
+    return read, "tool_calls" if finish_reason == "stop" and reader.num_calls else finish_reason
 
 
 def joined(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
