@@ -14,17 +14,7 @@ from headrace.gateway.output_format import JsonSchema, ResponseFormat
 from headrace.gateway.request_fields import Label, OutputLimit, StopString, parse
 from headrace.gateway.strict import Refused, Strict, by_type
 from headrace.gateway.tokenizer import Tokenizer
-from headrace.gateway.tools import (
-    MAX_TOOLS,
-    Function,
-    FunctionName,
-    MadeCall,
-    MadeFunction,
-    Name,
-    NamedTool,
-    Tool,
-    ToolChoice,
-)
+from headrace.gateway.tools import MAX_TOOLS, MadeCall, Name, NamedTool, Tool, ToolChoice
 
 CacheControl = dict[str, Any]
 """No influence: every prompt is cached by itself."""
@@ -50,8 +40,7 @@ class ToolUseBlock(Strict):
 
     def call(self) -> MadeCall:
         """As a chat has it."""
-        function = MadeFunction(name=self.name, arguments=json.dumps(self.input, ensure_ascii=False))
-        return MadeCall(id=self.id, type="function", function=function)
+        return MadeCall.of(self.id, self.name, json.dumps(self.input, ensure_ascii=False))
 
 
 class ToolResultBlock(Strict):
@@ -125,11 +114,6 @@ class CustomTool(Strict):
     """No influence: input is always told as it comes."""
     cache_control: CacheControl | None = None
 
-    def function(self) -> Tool:
-        """As a chat has it."""
-        function = Function(name=self.name, description=self.description, parameters=self.input_schema)
-        return Tool(type="function", function=function)
-
 
 class AnthropicToolChoice(Strict):
     """Whether, and what, the model calls."""
@@ -146,7 +130,7 @@ class AnthropicToolChoice(Strict):
                 "A name belongs to the type 'tool', which needs it, and to no other.", param="tool_choice.name"
             )
         if self.name is not None:
-            return NamedTool(type="function", function=FunctionName(name=self.name))
+            return NamedTool.of(self.name)
         return "required" if self.type == "any" else self.type  # type: ignore[return-value]
 
 
@@ -199,8 +183,8 @@ class CountTokensRequest(Strict):
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises `BadRequest`."""
-        system = self.system if isinstance(self.system, str) else [*(self.system or [])]
-        messages = [] if not system else Message(role="system", content=system).chat("system")
+        system: str | list[ContentBlock] = self.system if isinstance(self.system, str) else [*(self.system or [])]
+        messages = Message(role="system", content=system).chat("system") if system else []
         for number, message in enumerate(self.messages):
             messages += message.chat(f"messages[{number}]")
         if self.messages[-1].role == "assistant":
@@ -212,7 +196,7 @@ class CountTokensRequest(Strict):
         return ChatRequest(
             model=self.model,
             messages=messages,
-            tools=None if self.tools is None else [tool.function() for tool in self.tools],
+            tools=None if self.tools is None else [Tool.of(t.name, t.description, t.input_schema) for t in self.tools],
             tool_choice=None if choice is None else choice.chat(),
             parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
             response_format=None if form is None else form.chat(),

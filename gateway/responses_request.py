@@ -13,20 +13,13 @@ from headrace.gateway.output_format import JsonSchema, ResponseFormat
 from headrace.gateway.request_fields import Label, OutputLimit, parse
 from headrace.gateway.strict import Refused, Strict, by_type
 from headrace.gateway.tokenizer import Tokenizer
-from headrace.gateway.tools import (
-    MAX_TOOLS,
-    Function,
-    FunctionName,
-    MadeCall,
-    MadeFunction,
-    Name,
-    NamedTool,
-    Tool,
-    ToolChoice,
-)
+from headrace.gateway.tools import MAX_TOOLS, MadeCall, Name, NamedTool, Tool, ToolChoice
 
 STATELESS = "nothing is stored: send the whole conversation as 'input'"
 NO_CALLS = "this server calls no tools itself"
+REPEATED = {"instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "temperature", "text"} | {
+    "tool_choice", "tools", "top_p", "user"
+}  # fmt: skip
 
 Status = Literal["in_progress", "completed", "incomplete"] | None
 
@@ -63,12 +56,6 @@ class FunctionCall(Strict):
     id: Label | None = None
     status: Status = None
 
-    def call(self) -> MadeCall:
-        """As a chat has it."""
-        return MadeCall(
-            id=self.call_id, type="function", function=MadeFunction(name=self.name, arguments=self.arguments)
-        )
-
 
 class FunctionCallOutput(Strict):
     """What a call gave."""
@@ -97,11 +84,6 @@ class FunctionTool(Strict):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     """No influence: where a call must come its arguments follow the schema to the letter."""
-
-    def function(self) -> Tool:
-        """As a chat has it."""
-        function = Function(name=self.name, description=self.description, parameters=self.parameters)
-        return Tool(type="function", function=function)
 
 
 class FunctionChoice(Strict):
@@ -187,11 +169,8 @@ class ResponsesRequest(Strict):
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises `BadRequest`."""
-        choice: ToolChoice | None
-        if isinstance(self.tool_choice, FunctionChoice):
-            choice = NamedTool(type="function", function=FunctionName(name=self.tool_choice.name))
-        else:
-            choice = self.tool_choice
+        asked = self.tool_choice
+        choice: ToolChoice | None = NamedTool.of(asked.name) if isinstance(asked, FunctionChoice) else asked
         return ChatRequest(
             model=self.model,
             messages=self._messages(),
@@ -201,7 +180,7 @@ class ResponsesRequest(Strict):
             top_p=self.top_p,
             user=self.user,
             service_tier=self.service_tier,
-            tools=None if self.tools is None else [tool.function() for tool in self.tools],
+            tools=None if self.tools is None else [Tool.of(t.name, t.description, t.parameters) for t in self.tools],
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=None if self.text is None or self.text.format is None else self.text.format.chat(),
@@ -220,8 +199,9 @@ class ResponsesRequest(Strict):
                     content = _content(item.output)
                     messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=content))
                 case FunctionCall():
+                    call = MadeCall.of(item.call_id, item.name, item.arguments)
                     before = messages[-1] if messages and messages[-1].role == "assistant" else None
-                    calls = [*((before and before.tool_calls) or []), item.call()]
+                    calls = [*((before and before.tool_calls) or []), call]
                     if before is None:
                         messages.append(ChatMessage(role="assistant", tool_calls=calls, content=None))
                     else:
@@ -229,20 +209,8 @@ class ResponsesRequest(Strict):
         return messages
 
     def repeated(self) -> dict[str, Any]:
-        """The fields that an answer repeats, and what stands for those that were not given."""
-        given = self.model_dump(by_alias=True, exclude_none=True)
-        return {
-            "instructions": self.instructions,
-            "max_output_tokens": self.max_output_tokens,
-            "metadata": self.metadata or {},
-            "parallel_tool_calls": self.parallel_tool_calls is not False,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "text": given.get("text") or {"format": {"type": "text"}},
-            "tool_choice": given.get("tool_choice", "auto"),
-            "tools": given.get("tools", []),
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "user": self.user,
-        }
+        """The fields that an answer repeats, as far as they were given."""
+        return self.model_dump(by_alias=True, exclude_none=True, include=REPEATED)
 
 
 def _content(content: str | list[Part]) -> str | list[TextPart]:

@@ -10,13 +10,24 @@ from headrace.gateway.blocks import Block, Blocks, Step
 from headrace.gateway.errors import ApiError
 from headrace.gateway.sse import KEEP_ALIVE, named_event
 
-ALWAYS = {
+UNLESS_GIVEN: dict[str, Any] = {
     "background": False,
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
     "previous_response_id": None,
     "reasoning": {"effort": None, "summary": None},
     "store": False,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
     "truncation": "disabled",
+    "user": None,
 }
+"""What a response says of its request."""
 
 
 class ResponsesShape:
@@ -140,7 +151,7 @@ class ResponsesShape:
             "output": [],
             "usage": None,
             "service_tier": job.service_tier,
-            **ALWAYS,
+            **UNLESS_GIVEN,
             **(job.repeated or {}),
         }
 

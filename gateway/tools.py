@@ -50,6 +50,11 @@ class Tool(Strict):
     type: Literal["function"]
     function: Function
 
+    @classmethod
+    def of(cls, name: str, description: str | None, parameters: dict[str, Any] | None) -> Tool:
+        """For another API's tool."""
+        return cls(type="function", function=Function(name=name, description=description, parameters=parameters))
+
 
 class FunctionName(Strict):
     """Names a tool."""
@@ -62,6 +67,11 @@ class NamedTool(Strict):
 
     type: Literal["function"]
     function: FunctionName
+
+    @classmethod
+    def of(cls, name: str) -> NamedTool:
+        """For another API's choice."""
+        return cls(type="function", function=FunctionName(name=name))
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
@@ -81,6 +91,11 @@ class MadeCall(Strict):
     id: str
     type: Literal["function"]
     function: MadeFunction
+
+    @classmethod
+    def of(cls, id: str, name: str, arguments: str) -> MadeCall:
+        """For another API's call."""
+        return cls(id=id, type="function", function=MadeFunction(name=name, arguments=arguments))
 
     def for_template(self) -> dict[str, Any]:
         """With arguments as an object, which templates write as JSON again."""
