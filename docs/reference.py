@@ -29,7 +29,8 @@ elsewhere.
 """
 ERRORS = """## Errors of the HTTP API
 
-The body is OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`; in a stream that has begun it is an event.
+The body is OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`, or Anthropic's at `/v1/messages`
+([api.md](api.md)); in a stream that has begun it is an event.
 "Again" says that the same request may succeed later; where a header is named it says when.
 
 | status | code | type | again | when |

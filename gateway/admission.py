@@ -58,7 +58,7 @@ class Admission:
                 await self.until(complete=True)
         except TimeoutError:
             raise Unavailable(f"No {self.missing_tier()} worker is running.", code="no_workers") from None
-        return min(worker.max_model_len for tier in WORKER_TIERS for worker in self._takers(tier))
+        return self.context_length()
 
     def check(self, arrival: Arrival) -> None:
         """Raise what speaks against a request, as far as it can be told at once."""
@@ -83,6 +83,10 @@ class Admission:
                 f"The first token would come after {wait:.1f} s, and may after {limit:g} s: try again later.",
                 wait - limit,
             )
+
+    def context_length(self) -> int:
+        """Tokens of prompt and output that every worker has room for; 0 where there is none."""
+        return min((worker.max_model_len for tier in WORKER_TIERS for worker in self._takers(tier)), default=0)
 
     def missing_tier(self) -> Tier | None:
         """A tier without a live worker, if there is one."""

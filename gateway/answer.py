@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from headrace.gateway.choice import Choice
 from headrace.gateway.dispatcher import Dispatcher
@@ -27,7 +28,8 @@ class Answer:
 
     def __init__(self, job: Job, terms: Terms, vocabulary: Vocabulary, context_length: int) -> None:
         prefix = "chatcmpl" if job.kind == "chat" else "cmpl"
-        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.number = secrets.token_hex(12)
+        self.id = f"{prefix}-{self.number}"
         self.job = job
         self.terms = terms
         self.vocabulary = vocabulary
@@ -93,14 +95,14 @@ class Answer:
             await self.wait_for_news(seconds=self.deadline - time.time())
         await self.wait_for_reports()
 
-    def usage(self) -> dict[str, object]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI's token counts: each prompt once, all answers. What failures cost and drafts gave only if any."""
         prompts = sum(len(prompt.token_ids) for prompt in self.job.prompts)
         output = sum(len(choice.token_ids) for choice in self.choices)
         details = {"cached_tokens": sum(self._cached(first) for first in range(0, len(self.choices), self.job.n))}
         if recomputed := sum(len(choice.prompt.token_ids) for choice in self.choices if choice.attempt > 0):
             details["recomputed_tokens"] = recomputed
-        usage: dict[str, object] = {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompts,
             "completion_tokens": output,
             "total_tokens": prompts + output,

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints and the ones that operators ask."""
+"""The HTTP application: OpenAI's endpoints, Anthropic's, vLLM's, and the ones that operators ask."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -19,19 +20,26 @@ from headrace.gateway.chat_shape import ChatShape
 from headrace.gateway.completion_request import read_completion
 from headrace.gateway.completion_shape import CompletionShape
 from headrace.gateway.dispatcher import Dispatcher
-from headrace.gateway.errors import ApiError, BodyTooSlow, ModelNotFound, Unavailable
+from headrace.gateway.errors import ApiError, BodyTooSlow, DeadlineExceeded, ModelNotFound, Unavailable
 from headrace.gateway.guard import add_request_id, guard
 from headrace.gateway.idempotency import Idempotency
 from headrace.gateway.job import Job
 from headrace.gateway.live import LiveFeed
 from headrace.gateway.mesh_client import MeshClient
+from headrace.gateway.messages_request import read_count_tokens, read_messages
+from headrace.gateway.messages_shape import MessagesShape
 from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.openapi import openapi
 from headrace.gateway.page_files import page_file
 from headrace.gateway.recent_requests import RecentRequests
 from headrace.gateway.request_log import log_request
-from headrace.gateway.respond import encode_json, respond_streaming, whole_body
+from headrace.gateway.respond import respond_streaming, whole_body
+from headrace.gateway.responses_request import read_responses
+from headrace.gateway.responses_shape import ResponsesShape
 from headrace.gateway.shape import Shape
+from headrace.gateway.sse import encode_json
 from headrace.gateway.terms import Terms, read_terms
+from headrace.gateway.tokenize_request import read_detokenize, read_tokenize
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.gateway.tracing import current, tracing
 from headrace.gateway.warmup import Readiness
@@ -40,7 +48,12 @@ from headrace.settings import Settings
 BODY_SECONDS = 60.0
 """How long a client may take to send its body."""
 
+T = TypeVar("T")
 Reader = Callable[[bytes, Tokenizer], tuple[str, Job]]
+Helper = Callable[[bytes, Tokenizer], tuple[str | None, dict[str, Any]]]
+"""Makes the whole answer of an endpoint that needs no worker."""
+WAITING = {"gateway": "requests_queued", "prefill": "requests_waiting", "decode": "requests_waiting"}
+"""The gauge behind each tier's part of `/load`."""
 
 
 class GatewayApp:
@@ -56,6 +69,7 @@ class GatewayApp:
         self.readiness = Readiness(self.admission, self._dispatcher, tokenizer)
         self.recent = RecentRequests(mesh.node)
         self._settings = settings
+        self._registry = mesh.node.registry
         self._model = model
         self._tokenizer = tokenizer
         self._metrics = metrics
@@ -74,13 +88,20 @@ class GatewayApp:
             [
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/v1/completions", self.completions),
+                web.post("/v1/responses", self.responses),
+                web.post("/v1/messages", self.messages),
+                web.post("/v1/messages/count_tokens", self.count_tokens),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{model:.+}", self.model),
                 web.get("/health", self.health),
                 web.get("/ping", self.health),
                 web.get("/ready", self.ready),
+                web.get("/load", self.load),
                 web.get("/metrics", self.metrics),
                 web.get("/version", self.version),
+                web.get("/openapi.json", self.openapi),
                 web.get("/", page_file),
                 web.get("/page/{name}", page_file),
                 web.get("/live", self.live.watch, allow_head=False),
@@ -89,19 +110,40 @@ class GatewayApp:
         return app
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions."""
+        """POST /v1/chat/completions: OpenAI's chats."""
         return await self._answer(request, read_chat, ChatShape)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions."""
+        """POST /v1/completions: OpenAI's texts that go on."""
         return await self._answer(request, read_completion, CompletionShape)
 
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/responses: OpenAI's Responses, none of which is stored."""
+        return await self._answer(request, read_responses, ResponsesShape)
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/messages: Anthropic's messages."""
+        return await self._answer(request, read_messages, MessagesShape)
+
+    async def count_tokens(self, request: web.Request) -> web.Response:
+        """POST /v1/messages/count_tokens: how long a message's prompt is."""
+        return _json(await self._help(request, read_count_tokens))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """POST /tokenize: the tokens of a text or a chat, as vLLM tells them."""
+        length = self.admission.context_length() or self._tokenizer.context_length
+        return _json(await self._help(request, read_tokenize) | {"max_model_len": length})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """POST /detokenize: the text of tokens, as vLLM tells it."""
+        return _json(await self._help(request, read_detokenize))
+
     async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models."""
+        """GET /v1/models: the one that is served."""
         return _json({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: web.Request) -> web.Response:
-        """GET /v1/models/{id}."""
+        """GET /v1/models/{model}: whether it is served."""
         self._check_model(request.match_info["model"])
         return _json(self._model_card())
 
@@ -116,6 +158,19 @@ class GatewayApp:
             return _json({"ready": False, "reason": reason}, status=503)
         return _json({"ready": True, "model": self._model_card()["id"]})
 
+    async def load(self, request: web.Request) -> web.Response:
+        """GET /load: answers under way here, and what each tier has to do, as its members published it lately."""
+        members = [self._registry.me, *self._registry.members.values()]
+        tiers = {}
+        for tier, waiting in WAITING.items():
+            stats = [member.stats for member in members if member.tier == tier]
+            tiers[tier] = {
+                "members": len(stats),
+                "requests_waiting": int(sum(each.get(waiting, 0) for each in stats)),
+                "requests_running": int(sum(each.get("requests_running", 0) for each in stats)),
+            }
+        return _json({"server_load": self._dispatcher.under_way, "tiers": tiers})
+
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: this process and all workers, or with `?scope=process` this process alone."""
         whole_mesh = request.query.get("scope") != "process"
@@ -123,8 +178,12 @@ class GatewayApp:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def version(self, request: web.Request) -> web.Response:
-        """GET /version."""
+        """GET /version: Headrace's."""
         return _json({"version": __version__})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """GET /openapi.json: this description."""
+        return _json(await self._tokenizer.in_thread(lambda: openapi(request.app)))
 
     def stop(self) -> None:
         """Take no new requests and end those that run."""
@@ -159,17 +218,35 @@ class GatewayApp:
         whole = await self._idempotency.once(terms, fingerprint, compute)
         return web.Response(body=whole, content_type="application/json")
 
-    async def _read(self, request: web.Request, read: Reader, terms: Terms) -> tuple[Job, bytes]:
+    async def _help(self, request: web.Request, read: Helper) -> dict[str, Any]:
+        """Answer without a worker, and count it."""
+        outcome = "cancelled"
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await request.read()
-        except TimeoutError:
-            raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
+            terms = read_terms(request, self._settings.request_timeout)
+            try:
+                async with asyncio.timeout(terms.timeout):
+                    answer = await self._parse(await _body(request), read)
+            except TimeoutError:
+                raise DeadlineExceeded("The answer was not complete in time.") from None
+            outcome = "ok"
+            return answer
+        except ApiError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._metrics.requests.labels(request.path, outcome).inc()
+
+    async def _parse(self, body: bytes, read: Callable[[bytes, Tokenizer], tuple[str | None, T]]) -> T:
+        model, found = await self._tokenizer.in_thread(lambda: read(body, self._tokenizer))
+        if model is not None:
+            self._check_model(model)
+        return found
+
+    async def _read(self, request: web.Request, read: Reader, terms: Terms) -> tuple[Job, bytes]:
+        body = await _body(request)
         if terms.idempotency_key is None:  # spares the tokenizer what would be refused whatever it is
             self.admission.check(Arrival(terms))
-        model, job = await self._tokenizer.in_thread(lambda: read(body, self._tokenizer))
-        self._check_model(model)
-        return job, body
+        return await self._parse(body, read), body
 
     @asynccontextmanager
     async def _answering(self, path: str, job: Job, terms: Terms) -> AsyncIterator[Answer]:
@@ -210,6 +287,14 @@ class GatewayApp:
 
     def _model_card(self) -> dict[str, object]:
         return {"id": self._model, "object": "model", "created": self._started, "owned_by": "headrace"}
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError:
+        raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
 
 
 def _json(body: dict[str, object], status: int = 200) -> web.Response:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import Field, ValidationInfo, field_validator
 
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import Job, Prompt
-from headrace.gateway.request_fields import Label, OutputLimit, Refused, RequestFields, parse, refuse
-from headrace.gateway.strict import Strict
+from headrace.gateway.request_fields import Label, OutputLimit, RequestFields, parse
+from headrace.gateway.strict import Refused, Strict
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.gateway.tools import MAX_TOOLS, MadeCall, ToolChoice, Tools, read_tool_use
 from headrace.messages.request import MAX_TOP_LOGPROBS
@@ -38,17 +38,10 @@ class ChatMessage(Strict):
     """Given to the chat template; refused where the template ignores it."""
     tool_call_id: Label | None = None
     """Of a `tool` message: whose result it is."""
-    refusal: Any = None
-    audio: Any = None
-    function_call: Any = None
-    annotations: Any = None
-
-    REFUSED: ClassVar[Refused] = {
-        "refusal": ((), "this server makes no refusals"),
-        "audio": ((), TEXT_ONLY),
-        "function_call": ((), NO_FUNCTIONS),
-        "annotations": (([],), "this server makes no annotations"),
-    }
+    refusal: Annotated[Any, Refused("this server makes no refusals")] = None
+    audio: Annotated[Any, Refused(TEXT_ONLY)] = None
+    function_call: Annotated[Any, Refused(NO_FUNCTIONS)] = None
+    annotations: Annotated[Any, Refused("this server makes no annotations", [])] = None
 
     @field_validator("content")
     @classmethod
@@ -56,11 +49,6 @@ class ChatMessage(Strict):
         if value is None and not (info.data.get("role") == "assistant" and info.data.get("tool_calls")):
             raise ValueError("only the assistant's may be null, beside 'tool_calls'")
         return value
-
-    @field_validator(*REFUSED)
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        refuse(cls.REFUSED, value, info)
 
     def for_template(self) -> Mapping[str, Any]:
         """As chat templates expect a message; the parts of a content are joined by line breaks, as vLLM does."""
@@ -74,10 +62,13 @@ class ChatMessage(Strict):
         return message if self.name is None else {**message, "name": self.name}
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
 class ChatRequest(RequestFields):
     """All fields of OpenAI's endpoint, and `chat_template_kwargs`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[OutputLimit, Field(ge=1)] | None = None
     max_tokens: Annotated[OutputLimit, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -94,38 +85,18 @@ class ChatRequest(RequestFields):
     """Whether an answer may call more than once; true where nothing is said."""
     chat_template_kwargs: dict[str, Any] | None = None
 
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    prediction: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    store: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-    REFUSED: ClassVar[Refused] = {
-        "audio": ((), TEXT_ONLY),
-        "function_call": (("none",), NO_FUNCTIONS),
-        "functions": (([],), NO_FUNCTIONS),
-        "modalities": ((["text"],), TEXT_ONLY),
-        "moderation": ((), "moderation is not supported"),
-        "prediction": ((), "predicted outputs are not supported"),
-        "prompt_cache_options": ((), "prompts are cached by themselves, without options"),
-        "prompt_cache_retention": ((), "how long a prompt stays cached can't be chosen"),
-        "reasoning_effort": ((), "the effort of reasoning can't be chosen"),
-        "store": ((False,), "answers are not stored"),
-        "verbosity": ((), "verbosity can't be chosen"),
-        "web_search_options": ((), "web search is not supported"),
-    }
-
-    @field_validator(*REFUSED)
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        refuse(cls.REFUSED, value, info)
+    audio: Annotated[Any, Refused(TEXT_ONLY)] = None
+    function_call: Annotated[Any, Refused(NO_FUNCTIONS, "none")] = None
+    functions: Annotated[Any, Refused(NO_FUNCTIONS, [])] = None
+    modalities: Annotated[Any, Refused(TEXT_ONLY, ["text"])] = None
+    moderation: Annotated[Any, Refused("moderation is not supported")] = None
+    prediction: Annotated[Any, Refused("predicted outputs are not supported")] = None
+    prompt_cache_options: Annotated[Any, Refused("prompts are cached by themselves, without options")] = None
+    prompt_cache_retention: Annotated[Any, Refused("how long a prompt stays cached can't be chosen")] = None
+    reasoning_effort: Annotated[Any, Refused("the effort of reasoning can't be chosen")] = None
+    store: Annotated[Any, Refused("answers are not stored", False)] = None
+    verbosity: Annotated[Any, Refused("verbosity can't be chosen")] = None
+    web_search_options: Annotated[Any, Refused("web search is not supported")] = None
 
     @property
     def output_limit(self) -> int | None:
@@ -135,6 +106,11 @@ class ChatRequest(RequestFields):
 def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
     """Parse, validate, render and tokenize a body: the model asked for, and the job. Raises `BadRequest`."""
     request = parse(body, ChatRequest)
+    return request.model, chat_job(request, tokenizer)
+
+
+def chat_job(request: ChatRequest, tokenizer: Tokenizer) -> Job:
+    """Check, render and tokenize a chat, whichever endpoint it came through. Raises `BadRequest`."""
     request.check_common(tokenizer)
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise BadRequest("Give 'max_completion_tokens' or the older 'max_tokens', not both.", param="max_tokens")
@@ -155,7 +131,7 @@ def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
         if sampling.grammar is not None:
             raise BadRequest("Give 'tools' or a form of the answer, not both.", param="tools")
         sampling = msgspec.structs.replace(sampling, grammar=tool_use.checked_grammar(tokenizer.grammars))
-    return request.model, Job(
+    return Job(
         kind="chat",
         prompts=[Prompt(token_ids, text)],
         n=request.n or 1,
@@ -168,4 +144,5 @@ def read_chat(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
         user=request.user,
         service_tier="default" if request.service_tier else None,
         tool_use=tool_use,
+        source="messages",
     )

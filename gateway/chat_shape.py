@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from headrace.gateway.answer import Answer
-from headrace.gateway.shape import header, token_fields, top_tokens
+from headrace.gateway.shape import ChoicesShape, header, token_fields, top_tokens
 from headrace.gateway.text import Delta, ScoredToken
-from headrace.gateway.tools import CallReader, joined
+from headrace.gateway.tools import CallReader, joined, read_part
 
 
-class ChatShape:
+class ChatShape(ChoicesShape):
     """`chat.completion` and `chat.completion.chunk`."""
 
     def __init__(self, answer: Answer, model: str) -> None:
-        self._answer = answer
-        self._model = model
+        super().__init__(answer, model)
         self._begun: set[int] = set()
         self._readers: dict[int, CallReader] = {}
 
-    def chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
+    def _chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
         """The first chunk of a choice carries the role."""
         if not delta and finish_reason is None:
             return None
@@ -33,7 +32,7 @@ class ChatShape:
             message["tool_calls"] = calls
         return {"index": index, "delta": message, "logprobs": self._logprobs(delta), "finish_reason": finish_reason}
 
-    def whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+    def _whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         text, calls, finish_reason = self._read(index, delta.text, finish_reason)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
@@ -43,7 +42,7 @@ class ChatShape:
         )
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+    def _envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         kind = "chat.completion.chunk" if streamed else "chat.completion"
         return {**header(self._answer, self._model, kind), "choices": choices}
 
@@ -53,9 +52,7 @@ class ChatShape:
         if use is None:
             return text, [], finish_reason
         reader = self._readers.setdefault(index, CallReader(use.most_calls))
-        read = reader.push(text, ended=finish_reason is not None)
-        if finish_reason == "stop" and reader.num_calls:
-            finish_reason = "tool_calls"
+        read, finish_reason = read_part(reader, text, finish_reason)
         return read.content, read.calls, finish_reason
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:

@@ -100,6 +100,11 @@ class Choice:
         return self.sampling.max_tokens > 0 or self.sampling.prompt_logprobs is not None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._text.stop_string
+
+    @property
     def waits_for_report(self) -> bool:
         """Whether nothing may be told before the prefill report: it carries log probabilities of the prompt."""
         return self.sampling.prompt_logprobs is not None and self.report is None

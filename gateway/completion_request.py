@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import Job, Prompt
-from headrace.gateway.request_fields import Refused, RequestFields, Token, check_tokens, parse, refuse
+from headrace.gateway.request_fields import RequestFields, Token, check_tokens, parse
+from headrace.gateway.strict import Refused
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.messages.request import MAX_PROMPT_TOKENS, MAX_TOP_LOGPROBS
 
@@ -28,14 +29,7 @@ class CompletionRequest(RequestFields):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    suffix: Any = None
-
-    REFUSED: ClassVar[Refused] = {"suffix": (("",), "insertion before a suffix is not supported")}
-
-    @field_validator(*REFUSED)
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        refuse(cls.REFUSED, value, info)
+    suffix: Annotated[Any, Refused("insertion before a suffix is not supported", "")] = None
 
     @property
     def output_limit(self) -> int:

@@ -8,32 +8,31 @@ from typing import Any
 from headrace.gateway.answer import Answer
 from headrace.gateway.detokenizer import Detokenizer
 from headrace.gateway.job import Prompt
-from headrace.gateway.shape import header, safe, top_tokens
+from headrace.gateway.shape import ChoicesShape, header, safe, top_tokens
 from headrace.gateway.text import Delta, ScoredToken
 from headrace.messages.stream import TokenLogprobs
 
 Logprobs = dict[str, list[Any]]
 
 
-class CompletionShape:
+class CompletionShape(ChoicesShape):
     """`text_completion`, streamed or whole."""
 
     def __init__(self, answer: Answer, model: str) -> None:
-        self._answer = answer
-        self._model = model
+        super().__init__(answer, model)
         self._begun: set[int] = set()
         self._echoes: dict[int, tuple[str, list[int]]] = {}
 
-    def chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
+    def _chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
         """The first chunk of a choice carries the prompt where `echo` asks for it."""
         if not delta and finish_reason is None:
             return None
         return self._choice(index, delta, finish_reason)
 
-    def whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+    def _whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         return self._choice(index, delta, finish_reason)
 
-    def envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+    def _envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         return {**header(self._answer, self._model, "text_completion"), "choices": choices}
 
     def _choice(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:

@@ -83,6 +83,11 @@ class Dispatcher:
             choice.fail(error)
 
     @property
+    def under_way(self) -> int:
+        """Choices between admission and their end."""
+        return len(self._callers)
+
+    @property
     def waiting(self) -> int:
         """Choices without a first token."""
         return len(self._queue) + len(self._ahead)

@@ -22,7 +22,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from headrace.messages.stream import RequestFailed
 
@@ -192,6 +192,25 @@ def error_body(error: ApiError) -> dict[str, object]:
     return {
         "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
     }
+
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""By status, where it is not `invalid_request_error` or `api_error`."""
+
+
+def anthropic_error_body(error: ApiError) -> dict[str, Any]:
+    """The same in Anthropic's form, which has no place for the field's name but the message."""
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    named = error.param is None or error.param in error.message
+    message = error.message if named else f"{error.param}: {error.message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def worker_error(failure: RequestFailed) -> ApiError:

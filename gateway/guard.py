@@ -1,4 +1,4 @@
-"""What surrounds every handler: request ids, the API key, and OpenAI's shape for every failure."""
+"""What surrounds every handler: request ids, the API key, and OpenAI's or Anthropic's shape for every failure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from headrace.gateway.errors import (
     MethodNotAllowed,
     NotFound,
     Unauthorized,
+    anthropic_error_body,
     error_body,
 )
-from headrace.gateway.respond import encode_json
+from headrace.gateway.sse import encode_json
 from headrace.gateway.terms import caller
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/"})
 """What a load balancer asks without a key, and the page, which asks for one."""
 PAGE_FILES = "/page/"
+ANTHROPIC = "/v1/messages"
+"""From here on errors have Anthropic's shape."""
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The X-Request-Id of the request that the current task serves."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -41,16 +44,16 @@ def guard(keys: ApiKeys) -> Middleware:
         given = request.headers.get("X-Request-Id", "")
         request_id.set(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
         try:
-            if not _is_open(request.path):
+            if not is_open(request.path):
                 caller.set(_caller(request, keys))
             return await handler(request)
         except ConnectionResetError:  # the client has gone: there is nobody to tell
             raise
-        except Exception as error:  # whatever it is, the client gets OpenAI's shape
+        except Exception as error:  # whatever it is, the client gets its API's shape
             failure = _as_api_error(request, error)
-            body = encode_json(error_body(failure))
+            body = anthropic_error_body(failure) if request.path.startswith(ANTHROPIC) else error_body(failure)
             return web.Response(
-                status=failure.status, headers=failure.headers, body=body, content_type="application/json"
+                status=failure.status, headers=failure.headers, body=encode_json(body), content_type="application/json"
             )
 
     return guarded
@@ -62,13 +65,16 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
         response.headers["X-Request-Id"] = current
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(PAGE_FILES)
 
 
 def _caller(request: web.Request, keys: ApiKeys) -> Caller:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    found = keys.find(key.strip() if scheme.lower() == "bearer" else "")
+    if scheme.lower() != "bearer":
+        key = request.headers.get("X-Api-Key", "")  # as Anthropic's clients send it
+    found = keys.find(key.strip())
     if found is None:
         raise Unauthorized("Incorrect API key provided: send 'Authorization: Bearer KEY'.")
     return found
@@ -82,7 +88,11 @@ def _as_api_error(request: web.Request, error: Exception) -> ApiError:
             allowed = sorted(error.allowed_methods)
             return MethodNotAllowed(f"{request.path} takes {', '.join(allowed)}, not {request.method}.", allowed)
         case web.HTTPNotFound():
-            return NotFound(f"Unknown request URL: {request.method} {request.path}.", code="unknown_url")
+            known = sorted({resource.canonical for resource in request.app.router.resources()})
+            return NotFound(
+                f"Unknown request URL: {request.method} {request.path}. This server has {', '.join(known)}.",
+                code="unknown_url",
+            )
         case web.HTTPRequestEntityTooLarge():
             return BodyTooLarge("The body is over this server's limit (--max-body-bytes).")
         case web.HTTPException():

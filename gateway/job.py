@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -41,6 +42,10 @@ class Job:
     user: str | None = None
     service_tier: str | None = None
     tool_use: ToolUse | None = None
+    source: str = "prompt"
+    """The body's field that the prompt is from, which an error names."""
+    repeated: Mapping[str, Any] | None = None
+    """What the answer repeats of its request."""
 
     @property
     def choices(self) -> int:
@@ -59,16 +64,12 @@ class Job:
         if used + wanted > context_length:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {context_length} tokens. However, you requested "
-                f"{used + wanted} tokens ({used} in the {self._source}, {wanted} in the completion). Please reduce "
-                f"the length of the {self._source} or completion.",
-                param=self._source,
+                f"{used + wanted} tokens ({used} in the {self.source}, {wanted} in the completion). Please reduce "
+                f"the length of the {self.source} or completion.",
+                param=self.source,
             )
         seed = (self.sampling.seed + number) % 2**63
         return msgspec.structs.replace(self.sampling, max_tokens=wanted, seed=seed)
-
-    @property
-    def _source(self) -> str:
-        return "messages" if self.kind == "chat" else "prompt"
 
 
 UNLIMITED = 2**31 - 1

@@ -18,7 +18,8 @@ from aiohttp import web
 from headrace import __version__
 from headrace.gateway.answer import Answer
 from headrace.gateway.errors import Unavailable
-from headrace.gateway.respond import KEEP_ALIVE, KEEP_ALIVE_SECONDS, EventStream
+from headrace.gateway.respond import KEEP_ALIVE_SECONDS
+from headrace.gateway.sse import KEEP_ALIVE, EventStream
 from headrace.gateway.timeline import AttemptSpan
 from headrace.gateway.warmup import Readiness
 from headrace.mesh_view import MemberView, Moment, view_mesh

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,9 +33,17 @@ class JsonSchema(Strict):
     strict: bool | None = None
     """No influence: a schema is always followed to the letter."""
 
+    @classmethod
+    def of(cls, document: dict[str, Any] | None) -> JsonSchema:
+        """For a schema that came without the wrapping."""
+        return cls.model_validate({"name": "output", "schema": document})
+
 
 class ResponseFormat(Strict):
     """OpenAI's field."""
+
+    SCHEMA: ClassVar = "response_format.json_schema.schema"
+    """Where the schema stands in the body."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -43,14 +51,14 @@ class ResponseFormat(Strict):
     def named(self) -> Named | None:
         """None where any text will do."""
         if (self.json_schema is not None) != (self.type == "json_schema"):
+            where = self.SCHEMA.removesuffix(".schema")
             raise BadRequest(
-                "'response_format.json_schema' belongs to the type 'json_schema', which needs it, and to no other.",
-                param="response_format.json_schema",
+                f"'{where}' belongs to the type 'json_schema', which needs it, and to no other.", param=where
             )
         if self.json_schema is None:
             return None if self.type == "text" else ("response_format", lambda: of_json_schema(ANY_OBJECT))
         document = ANY_OBJECT if self.json_schema.document is None else self.json_schema.document
-        return "response_format.json_schema.schema", lambda: of_json_schema(document)
+        return self.SCHEMA, lambda: of_json_schema(document)
 
 
 class StructuredOutputs(Strict):

@@ -10,13 +10,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import UNLIMITED
 from headrace.gateway.output_format import ResponseFormat, StructuredOutputs, read_grammar
 from headrace.gateway.stop_strings import MAX_STOP_STRING
-from headrace.gateway.strict import Strict
+from headrace.gateway.strict import Refused, Strict
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.messages.request import SamplingParams
 
@@ -28,6 +28,10 @@ Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 OutputLimit = Annotated[int, Field(ge=0, le=UNLIMITED - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING)]
 Label = Annotated[str, Field(max_length=512)]
+
+
+def _renamed(name: str) -> Refused:
+    return Refused(f"send it as 'structured_outputs': {{'{name}': ...}}, as vLLM has it since 0.12")
 
 
 class StreamOptions(Strict):
@@ -74,17 +78,10 @@ class RequestFields(Strict):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-
-    @field_validator("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    @classmethod
-    def _renamed(cls, value: Any, info: ValidationInfo) -> None:
-        if value is not None and info.field_name is not None:
-            name = info.field_name.removeprefix("guided_")
-            raise ValueError(f"send it as 'structured_outputs': {{'{name}': ...}}, as vLLM has it since 0.12")
+    guided_json: Annotated[Any, _renamed("json")] = None
+    guided_regex: Annotated[Any, _renamed("regex")] = None
+    guided_choice: Annotated[Any, _renamed("choice")] = None
+    guided_grammar: Annotated[Any, _renamed("grammar")] = None
 
     def check_common(self, tokenizer: Tokenizer) -> None:
         """Raise `BadRequest` for what the types alone don't catch."""
@@ -148,18 +145,7 @@ class RequestFields(Strict):
         )
 
 
-Request = TypeVar("Request", bound=RequestFields)
-Refused = Mapping[str, tuple[Sequence[Any], str]]
-"""Field name -> (values that ask for nothing and are let through, what to say of all others)."""
-
-
-def refuse(refused: Refused, value: Any, info: ValidationInfo) -> None:
-    """Field validator of fields that can't be honoured: lets null and the harmless values through."""
-    assert info.field_name is not None
-    harmless, why = refused[info.field_name]
-    if value is None or any(type(value) is type(known) and value == known for known in harmless):
-        return
-    raise ValueError(why)
+Request = TypeVar("Request", bound=Strict)
 
 
 def parse(body: bytes, schema: type[Request]) -> Request:
@@ -207,7 +193,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for step in location[1:]:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step.isidentifier() and step not in UNION_BRANCHES:
+        elif step.isidentifier() and step not in UNION_BRANCHES and not step[0].isupper():  # nor a class
             path += f".{step}"
     return path
 

@@ -1,12 +1,15 @@
-"""What the two endpoints' answers have in common on the wire."""
+"""How answers look on the wire: what each endpoint's shape can do, and what those with choices have in common."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from headrace import __version__
 from headrace.gateway.answer import Answer
+from headrace.gateway.errors import ApiError, error_body
+from headrace.gateway.sse import DONE, KEEP_ALIVE, event
 from headrace.gateway.text import Delta
 from headrace.gateway.vocabulary import Vocabulary
 from headrace.messages.stream import TokenLogprobs
@@ -16,15 +19,82 @@ LOWEST_LOGPROB = -9999.0
 
 
 class Shape(Protocol):
-    """How one endpoint writes choices. One object serves one answer."""
+    """How one endpoint writes an answer, whole or as events. One object serves one answer."""
 
-    def chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
+    keep_alive: bytes
+    """What a stream says while there is nothing to say."""
+
+    @property
+    def told(self) -> bool:
+        """Whether all of the answer has been written."""
+
+    def whole(self) -> dict[str, Any]:
+        """The complete answer as one object."""
+
+    def events(self) -> bytes:
+        """All that is new."""
+
+    def last(self) -> bytes:
+        """What ends the stream of an answer that was told."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """What ends a stream that had begun and can't go on."""
+
+
+class ChoicesShape(ABC):
+    """A `Shape` of chunks, each with some choices, and of objects with all of them."""
+
+    keep_alive = KEEP_ALIVE
+
+    def __init__(self, answer: Answer, model: str) -> None:
+        self._answer = answer
+        self._model = model
+        self._told = [False] * len(answer.choices)
+        """Which choices' last chunks are written."""
+
+    @property
+    def told(self) -> bool:
+        return all(self._told)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            self._whole(index, choice.take(), choice.finish_reason) for index, choice in enumerate(self._answer.choices)
+        ]
+        return self._envelope(choices, streamed=False) | {"usage": self._answer.usage()}
+
+    def events(self) -> bytes:
+        events = []
+        job = self._answer.job
+        usage = {"usage": self._answer.usage() if job.continuous_usage else None} if job.include_usage else {}
+        for index, choice in enumerate(self._answer.choices):
+            if self._told[index]:
+                continue
+            delta = choice.take()
+            done = choice.state == "finished" and not choice.waits_for_report
+            self._told[index] = done
+            chunk = self._chunk(index, delta, choice.finish_reason if done else None)
+            if chunk is not None:
+                events.append(event(self._envelope([chunk], streamed=True) | usage))
+        return b"".join(events)
+
+    def last(self) -> bytes:
+        if not self._answer.job.include_usage:
+            return DONE
+        return event(self._envelope([], streamed=True) | {"usage": self._answer.usage()}) + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(error_body(error)) + DONE
+
+    @abstractmethod
+    def _chunk(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any] | None:
         """A choice in a streamed chunk, or None where there is nothing to say."""
 
-    def whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+    @abstractmethod
+    def _whole(self, index: int, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         """A choice in a whole answer."""
 
-    def envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+    @abstractmethod
+    def _envelope(self, choices: Sequence[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         """The object around choices."""
 
 

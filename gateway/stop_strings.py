@@ -20,6 +20,8 @@ class StopStrings:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(self._stops)
         self._held = ""
+        self.found: str | None = None
+        """The one that ended the text."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take the next piece; return the text now safe to show and whether a stop string ended it."""
@@ -28,7 +30,7 @@ class StopStrings:
         pending = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             if (found := self._advance(character)) > 0:
-                self._held = ""
+                self._held, self.found = "", pending[end - found : end]
                 return pending[: end - found], True
         safe = len(pending) - max(self._matched)
         self._held = pending[safe:]

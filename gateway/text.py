@@ -46,6 +46,11 @@ class AnswerText:
         self._waiting: deque[ScoredToken] = deque()
         self._delta = Delta()
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.found
+
     def push(self, token_id: int, scores: TokenLogprobs | None) -> None:
         """Add one token of the output. Stop strings count from output token `min_tokens` on."""
         if self.stopped:

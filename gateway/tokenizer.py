@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +71,15 @@ class Tokenizer:
         """The tokens of a text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones by name."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's vocabulary has it; empty where it has none of that id."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def close(self) -> None:
         """End the threads; work not begun is dropped."""

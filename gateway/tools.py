@@ -50,6 +50,11 @@ class Tool(Strict):
     type: Literal["function"]
     function: Function
 
+    @classmethod
+    def of(cls, name: str, description: str | None, parameters: dict[str, Any] | None) -> Tool:
+        """For another API's tool."""
+        return cls(type="function", function=Function(name=name, description=description, parameters=parameters))
+
 
 class FunctionName(Strict):
     """Names a tool."""
@@ -62,6 +67,11 @@ class NamedTool(Strict):
 
     type: Literal["function"]
     function: FunctionName
+
+    @classmethod
+    def of(cls, name: str) -> NamedTool:
+        """For another API's choice."""
+        return cls(type="function", function=FunctionName(name=name))
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
@@ -81,6 +91,11 @@ class MadeCall(Strict):
     id: str
     type: Literal["function"]
     function: MadeFunction
+
+    @classmethod
+    def of(cls, id: str, name: str, arguments: str) -> MadeCall:
+        """For another API's call."""
+        return cls(id=id, type="function", function=MadeFunction(name=name, arguments=arguments))
 
     def for_template(self) -> dict[str, Any]:
         """With arguments as an object, which templates write as JSON again."""
@@ -155,10 +170,19 @@ def read_tool_use(tools: list[Tool] | None, choice: ToolChoice | None, parallel:
 
 @dataclass
 class Read:
-    """What became known of an answer: text outside of calls, and OpenAI's deltas of calls."""
+    """What became known of an answer: text outside of calls, and OpenAI's deltas of calls, in the order of the text."""
 
-    content: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    pieces: list[str | dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        """The text."""
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The deltas of calls."""
+        return [piece for piece in self.pieces if not isinstance(piece, str)]
 
 
 class CallReader:
@@ -221,7 +245,7 @@ class CallReader:
         if (head := HEAD.match(self._held)) is not None:
             function = {"name": head[1], "arguments": ""}
             call_id = f"call_{secrets.token_hex(12)}"
-            read.calls.append({"index": self.num_calls, "id": call_id, "type": "function", "function": function})
+            read.pieces.append({"index": self.num_calls, "id": call_id, "type": "function", "function": function})
             self.num_calls += 1
             self._state, self._held = "called", self._held[head.end() :]
             return True
@@ -255,11 +279,20 @@ class CallReader:
 
     def _say(self, read: Read, text: str) -> None:
         """Blanks around calls are no content."""
-        read.content += text if not self.num_calls or text.strip() else ""
+        if text and (not self.num_calls or text.strip()):
+            read.pieces.append(text)
 
     def _tell(self, read: Read, arguments: str) -> None:
         if arguments:
-            read.calls.append({"index": self.num_calls - 1, "function": {"arguments": arguments}})
+            read.pieces.append({"index": self.num_calls - 1, "function": {"arguments": arguments}})
+
+
+def read_part(reader: CallReader | None, text: str, finish_reason: str | None) -> tuple[Read, str | None]:
+    """What an answer's new text is, all of it text without a reader; and why it ended, if it has."""
+    if reader is None:
+        return Read([text] if text else []), finish_reason
+    read = reader.push(text, ended=finish_reason is not None)
+    return read, "tool_calls" if finish_reason == "stop" and reader.num_calls else finish_reason
 
 
 def joined(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from headrace.gateway.answer import Answer
     from headrace.gateway.choice import Choice
 
-TRACED_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+TRACED_PATHS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+}
 """And what OpenTelemetry's GenAI conventions call the operation."""
 PROVIDER = "headrace"
 CANCELLED = "cancelled"

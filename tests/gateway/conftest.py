@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import aiohttp
 import pytest
 
+from headrace.gateway.chat_template import ChatTemplate
 from headrace.gateway.main import serving
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.models.locate import locate_model
@@ -25,6 +26,15 @@ from tests.gateway.workers import Workers
 MODEL = "test-model"
 IDENTITY = ModelIdentity(MODEL, "0" * 16, 512)
 _namespaces = itertools.count()
+TEMPLATE = """{% if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}<|im_start|>assistant
+"""
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +43,13 @@ def tokenizer() -> Iterator[Tokenizer]:
     tokenizer = Tokenizer.load(locate_model("smollm2").path)
     yield tokenizer
     tokenizer.close()
+
+
+@pytest.fixture
+def with_tools(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    """The built-in model's tokenizer, as if its chat template knew of tools."""
+    monkeypatch.setattr(tokenizer, "template", ChatTemplate(TEMPLATE, {}))
+    return tokenizer
 
 
 def start_redis(socket: Path) -> subprocess.Popen[bytes]:

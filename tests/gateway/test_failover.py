@@ -47,28 +47,50 @@ def _script(first: Any) -> Any:
     return script
 
 
+async def _go_on_elsewhere(workers: Workers, delivery: Delivery) -> None:
+    """Begin at one decode worker, which leaves, and end at another."""
+    ids, begin = workers.ids(), delivery.entry.generated
+    if delivery.entry.attempt == 0:
+        await workers.report(delivery, 0)
+        await workers.tokens(delivery, 0, ids[:4])
+        await workers.until_taken(delivery)
+        await workers.leave("d0")
+    else:
+        await workers.report(delivery, 1)
+        await workers.tokens(delivery, begin, ids[begin:], "length", decode=1)
+
+
 async def test_a_decode_worker_that_leaves_is_a_pause_in_the_stream(open_gateway: OpenGateway) -> None:
     """Prompt and tokens so far are queued anew; no token twice, none missing."""
-
-    async def elsewhere(workers: Workers, delivery: Delivery) -> None:
-        ids, begin = workers.ids(), delivery.entry.generated
-        if delivery.entry.attempt == 0:
-            await workers.report(delivery, 0)
-            await workers.tokens(delivery, 0, ids[:4])
-            await workers.until_taken(delivery)
-            await workers.leave("d0")
-        else:
-            await workers.report(delivery, 1)
-            await workers.tokens(delivery, begin, ids[begin:], "length", decode=1)
-
     async with open_gateway(decode=2) as gateway:
-        gateway.workers.script = elsewhere
+        gateway.workers.script = _go_on_elsewhere
         events = await _stream(gateway, stream_options={"include_usage": True})
         second = gateway.workers.client_deliveries()[1].entry
         ids = gateway.workers.ids()
     assert _text(events) == TEXT
     assert (second.attempt, second.generated, second.token_ids[-4:]) == (DELIVERIES_PER_ATTEMPT, 4, ids[:4])
     assert events[-1]["usage"]["prompt_tokens_details"]["recomputed_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "delta"),
+    [
+        ("/v1/messages", {"messages": CHAT["messages"], "max_tokens": 100}, "content_block_delta"),
+        ("/v1/responses", {"input": "Hi"}, "response.output_text.delta"),
+    ],
+)
+async def test_it_is_one_in_the_streams_of_the_other_apis_too(
+    open_gateway: OpenGateway, path: str, fields: dict[str, Any], delta: str
+) -> None:
+    """They are the same answers in other words."""
+    async with open_gateway(decode=2) as gateway:
+        gateway.workers.script = _go_on_elsewhere
+        body = {"model": MODEL, "stream": True, **fields}
+        async with gateway.http.post(gateway.url + path, json=body) as response:
+            lines = [line async for line in response.content if line.startswith(b"data: ")]
+    told = [json.loads(line.removeprefix(b"data: ")) for line in lines]
+    deltas = [event["delta"] for event in told if event["type"] == delta]
+    assert "".join(each if isinstance(each, str) else each["text"] for each in deltas) == TEXT
 
 
 async def test_a_worker_that_leaves_after_its_request_has_moved_is_not_missed(open_gateway: OpenGateway) -> None:

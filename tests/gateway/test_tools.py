@@ -13,22 +13,12 @@ import pytest
 from openai import AsyncOpenAI
 
 from headrace.gateway.chat_request import read_chat
-from headrace.gateway.chat_template import ChatTemplate
 from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import Job
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.gateway.tools import MAX_HEAD, CallReader, Read, Tool, joined, read_tool_use
 from tests.gateway.conftest import MODEL, OpenGateway
 
-TEMPLATE = """{% if tools %}<|im_start|>system
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}<|im_start|>assistant
-"""
 WEATHER = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -43,13 +33,6 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.fixture
-def with_tools(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
-    """The built-in model's tokenizer, as if its chat template knew of tools."""
-    monkeypatch.setattr(tokenizer, "template", ChatTemplate(TEMPLATE, {}))
-    return tokenizer
-
-
 def ask(tokenizer: Tokenizer, **fields: Any) -> Job:
     """A chat with both tools."""
     body = {"model": "m", "messages": MESSAGES, "tools": TOOLS, **fields}
@@ -61,8 +44,7 @@ def read(pieces: Sequence[str], most_calls: int | None = None) -> tuple[str, lis
     reader, whole = CallReader(most_calls), Read()
     for number, piece in enumerate(pieces):
         new = reader.push(piece, ended=number == len(pieces) - 1)
-        whole.content += new.content
-        whole.calls += new.calls
+        whole.pieces += new.pieces
     calls = joined(whole.calls)
     assert len({call["id"] for call in calls}) == len(calls) == reader.num_calls
     return whole.content, [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
