@@ -48,6 +48,13 @@ class SamplingRow:
         floats = np.array([params.temperature, params.top_k, params.top_p, params.min_p], np.float64)
         return np.append(floats.view(np.int64), params.seed)
 
+    @cached_property
+    def takes_likeliest(self) -> bool:
+        """Whether its token is the one with the highest logit, whatever came before."""
+        params = self.params
+        is_open = bool(params.min_tokens and params.stop_token_ids and params.grammar is None)
+        return params.temperature == 0 and self.counts is None and not params.logit_bias and not is_open
+
     @classmethod
     def make(
         cls, params: SamplingParams, token_ids: Sequence[int], generated: int, vocab_size: int, device: torch.device
