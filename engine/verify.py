@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
+from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs, likeliest
 
 
 def verify(
@@ -33,9 +33,9 @@ def verify(
     """
     first_rows = [0, *itertools.accumulate(len(draft) + 1 for draft in drafts)]
     if all(row.takes_likeliest for row in rows):
-        likeliest = logits.argmax(-1).tolist()
+        tokens = likeliest(logits).tolist()
         drawn = [
-            _standing(likeliest[first:behind], draft)
+            _standing(tokens[first:behind], draft)
             for draft, (first, behind) in zip(drafts, itertools.pairwise(first_rows), strict=True)
         ]
     else:

@@ -142,8 +142,9 @@ def test_a_head_costs_what_it_takes_and_never_less_than_was_measured() -> None:
     assert cost.of(4) == [2.0 * depth for depth in range(MAX_HEAD_DEPTH + 1)]
     for _ in range(100):
         cost.observe(2, 3, 8.0)
-    assert cost.of(1)[1] == pytest.approx(2.0, rel=0.05)
-    for _ in range(100):
+    assert cost.of(2)[3] == pytest.approx(8.0, rel=0.05)
+    assert cost.of(2)[4] - cost.of(2)[3] == pytest.approx(4 / 3)
+    for _ in range(200):
         cost.observe(1, 2, 0.5)
     assert cost.of(1)[1] == 1.0
 
