@@ -99,7 +99,8 @@ class _Curve:
         points = sorted(measured)
         # More rows never take less time: where they seem to, something else took the time of the fewer.
         seconds = list(itertools.accumulate((measured[rows] for rows in reversed(points)), min))[::-1]
-        slope = (seconds[-1] - seconds[-2]) / (points[-1] - points[-2])
+        # The last two alone may have been disturbed, and what seems to be free is tried.
+        slope = max((seconds[-1] - seconds[at]) / (points[-1] - points[at]) for at in (0, -2))
         while points[-1] < max_rows:
             seconds.append(seconds[-1] + slope * points[-1])
             points.append(2 * points[-1])

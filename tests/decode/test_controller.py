@@ -105,6 +105,7 @@ def test_costs_lie_on_lines_and_never_fall() -> None:
     assert seconds[1:7] == [2.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert len(seconds) == MAX_ROWS + 1
     assert len(StepCost({1: 3.0, 2: 2.0}, 1000).verifying) == 1001
+    assert StepCost({1: 5.0, 16: 20.0, 24: 40.0, 32: 36.0}, 64).verifying[64] == pytest.approx(68.0)
 
 
 @given(
