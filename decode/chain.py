@@ -73,8 +73,8 @@ class ChainDrafter(ABC):
         """What is to be read of a request before the tokens that its first step has made."""
 
     @abstractmethod
-    def _features(self, seen: Seen[Key]) -> list[torch.Tensor]:
-        """What to keep of a step's features for this request."""
+    def _features(self, rows: int) -> torch.Tensor | None:
+        """What to keep of the first rows' features in the step that has just ended, if it reads them."""
 
     @abstractmethod
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -111,13 +111,17 @@ class ChainDrafter(ABC):
         stays = {seen.key for seen in batch.seen}
         for key in [key for key in self._unread if key not in stays]:
             del self._unread[key]
-        for seen in batch.seen:
+        features: torch.Tensor | None = None
+        for seen in reversed(batch.seen):  # so that the first that needs features needs the most
             unread = self._unread.get(seen.key)
             if unread is None:
                 unread = self._unread[seen.key] = self._joined(seen)
             if unread.is_lost:
                 continue
-            unread.features += self._features(seen)
+            end = seen.first_row + len(seen.token_ids)
+            features = self._features(end) if features is None else features
+            if features is not None:
+                unread.features.append(features[seen.first_row : end])
             unread.token_ids += seen.token_ids
             if len(unread.token_ids) > MAX_UNREAD:
                 unread.features, unread.token_ids, unread.is_lost = [], [], True
@@ -138,8 +142,11 @@ class ChainDrafter(ABC):
         for one in reads:
             one.position += len(one.token_ids)
             one.features, one.token_ids = [], []
+        positions = [one.position - 1 for one in reads]
+        if len(keys) == 1:
+            return states[-1:], keys, positions
         ends = torch.tensor([counts[key] for key in keys]).cumsum(0) - 1
-        return states[ends.to(states.device)], keys, [one.position - 1 for one in reads]
+        return states[ends.to(states.device)], keys, positions
 
     @torch.inference_mode()
     def time_tokens(self) -> Mapping[int, float]:

@@ -31,7 +31,7 @@ MEMORY, REQUEST_MEMORY = 0.998, 0.94
 """What an observation still counts after the next one of its depth: some 500 last in all, some 16 of one request."""
 
 HEAD_STRIDE = 0.02
-"""A draft moves what a head is taken to cost by so much at most, in logarithms of seconds."""
+"""A draft moves what a head is taken to cost by this share of it at most."""
 
 
 class RequestAcceptance:
@@ -137,7 +137,9 @@ def _depths(tokens: Sequence[float], owners: Sequence[int] | None) -> Iterable[i
 
 
 class HeadCost:
-    """What a head takes for one more token of each of so many requests."""
+    """What a head takes for drafts of so many requests: as long for each token, and once as long as for some more, to
+    read what the last step has settled.
+    """
 
     def __init__(self, measured: Mapping[int, float], most: int = MAX_ROWS) -> None:
         """`measured`: seconds by requests. Beyond them, a request costs what the last ones did, up to `most`, more than
@@ -150,18 +152,19 @@ class HeadCost:
         of_token: list[float] = np.interp(at, rows, seconds).tolist()
         of_token[rows[-1] :] = [seconds[-1] + each * beyond for beyond in range(MAX_ROWS + 1 - rows[-1])]
         of_token[most + 1 :] = [math.inf] * (MAX_ROWS - most)
-        self._drift = 0.0
-        """Logarithm of what it takes now over what was measured."""
-        self._of = [[0.0] + [each * depth for depth in range(1, MAX_HEAD_DEPTH + 1)] for each in of_token]
+        self._of_token = of_token
+        self._more = 0.0
+        """Tokens that would take as long as what comes on top of a draft's own."""
 
     def of(self, num_requests: int) -> list[float]:
         """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
-        each = self._of[min(num_requests, MAX_ROWS)]
-        return each if self._drift == 0.0 else [seconds * math.exp(self._drift) for seconds in each]
+        each = self._of_token[min(num_requests, MAX_ROWS)]
+        return [0.0, *[each * (depth + self._more) for depth in range(1, MAX_HEAD_DEPTH + 1)]]
 
     def observe(self, num_requests: int, depth: int, seconds: float) -> None:
         """Drafts that were to have so many tokens took so long: less where they ended early, more where others have the
         cores, too. So what was measured is the least that they are taken to cost.
         """
-        ratio = seconds / self.of(num_requests)[depth]
-        self._drift = max(self._drift + min(max(math.log(max(ratio, 1e-9)), -HEAD_STRIDE), HEAD_STRIDE), 0.0)
+        taken = seconds / self._of_token[min(num_requests, MAX_ROWS)]
+        most = HEAD_STRIDE * (depth + self._more)
+        self._more = max(self._more + min(max(taken - depth - self._more, -most), most), 0.0)

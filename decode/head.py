@@ -30,9 +30,8 @@ class HeadDrafter(ChainDrafter):
     def _joined(self, seen: Seen[Key]) -> Unread:
         return Unread(seen.position, [])
 
-    def _features(self, seen: Seen[Key]) -> list[torch.Tensor]:
-        rows = slice(seen.first_row, seen.first_row + len(seen.token_ids))
-        return [self._engine.model.features[rows].clone()]
+    def _features(self, rows: int) -> torch.Tensor:
+        return self._engine.model.features[:rows].clone()
 
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         return self._head.fuse(torch.cat([*features]))

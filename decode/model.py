@@ -30,8 +30,8 @@ class ModelDrafter(ChainDrafter):
     def _joined(self, seen: Seen[Key]) -> Unread:
         return Unread(seen.position, [seen.token_id])
 
-    def _features(self, seen: Seen[Key]) -> list[torch.Tensor]:
-        return []
+    def _features(self, rows: int) -> None:
+        return None
 
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.empty(0)

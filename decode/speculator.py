@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from headrace.decode.balance import Balance
 from headrace.decode.chain_choice import DEEPEST, DeviceHead, ThreadChain
 from headrace.decode.controller import Acceptance, RequestAcceptance, best_lengths
 from headrace.decode.draft_counters import Counters
@@ -24,6 +25,8 @@ from headrace.kernels.draft_tree import chain
 
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a `ThreadChain`'s guesses were right by their place alone."""
+PLAIN_STEP = 64
+"""After so many steps with drafts comes one without: what those take is measured now and then, too."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 REQUESTS_A_STEP_BESIDE_HEAD = 8
@@ -43,8 +46,11 @@ class _Drafted:
     """Of the tokens that come next, of whatever length was verified."""
     proposed: str = ""
     """Whose draft was proposed last."""
-    verified: str = ""
-    """Whose draft the step before verified, if any."""
+
+    @property
+    def accepted(self) -> int:
+        """Right after a step that verified a draft: how much of it stood."""
+        return max(len(self.request.token_ids) - self.length - 1, 0)
 
 
 class _Choice(NamedTuple):
@@ -74,12 +80,26 @@ class Speculator:
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
         self._drafted: dict[Key, _Drafted] = {}
         self._num_requests = 0
+        self._balance = Balance()
+        self._weighed = 0.0
+        """Seconds of drafting and controlling that the balance knows of."""
+        self._guessing = 0.0
+        """Of what was guessed at the end of the last step: to be weighed with what the next one makes of it."""
+        self._paused = False
+        self._steps_with_drafts = 0
+        """Since the last one without."""
         self._steps_ahead = 0
         self._steps_left = 0
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
         self._num_requests = len(requests)
+        self._paused = bool(requests) and self._pauses
+        if self._paused or self._steps_with_drafts >= PLAIN_STEP:
+            self.ahead = {}
+            if self._thread is not None:
+                self._thread.depth = 0
+            return {}
         guessed = self.depth_on_device
         ahead = self.propose_ahead(requests)
         chosen = {} if self._too_many(len(requests)) else self._choose(requests, guessed)
@@ -120,7 +140,7 @@ class Speculator:
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
         self._num_requests = len(requests)
-        if self._too_many(len(requests)):
+        if self._too_many(len(requests)) or self._pauses:
             return False
         if self._steps_left > 0:
             self._steps_left -= 1
@@ -129,6 +149,11 @@ class Speculator:
         if not chosen:
             self._found(False)
         return bool(chosen)
+
+    @property
+    def _pauses(self) -> bool:
+        """A head on the device costs the host hardly anything, and knows by itself when to rest."""
+        return self._device is None and self._balance.pauses
 
     def _too_many(self, requests: int) -> bool:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
@@ -226,18 +251,34 @@ class Speculator:
         if requests > 0:
             started = time.perf_counter()
             self._cost.observe(requests + drafted, seconds, kind)
+            if self._device is None:
+                self._weigh(known, guessing)
             counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         for key, draft in known.items():
             request = self._drafted[key]
-            request.verified = request.proposed
-            of_drafter = counters.of[request.verified]
+            of_drafter = counters.of[request.proposed]
             of_drafter.drafts += 1
             of_drafter.drafted += len(draft)
+            of_drafter.accepted += request.accepted
         if drafts:
             counters.verification_seconds += seconds
         else:
             counters.steps_without_drafts += 1
+
+    def _weigh(self, drafts: Mapping[Key, Sequence[int]], guessing: float) -> None:
+        """Take a step into the balance. Costs are those believed, not what this step took: other work on the machine
+        says nothing of drafts.
+        """
+        counters, cost, requests = self.counters, self._cost, self._num_requests
+        plain, spent = cost.plain[requests], counters.drafting_seconds + counters.controlling_seconds
+        saved = 0.0 if self._paused else min(self._weighed - spent, 0.0) - self._guessing
+        if drafts:
+            saved -= cost.verifying[requests + sum(map(len, drafts.values()))] - plain
+            saved += sum(self._drafted[key].accepted for key in drafts) * plain / requests
+        self._balance.add(saved, plain)
+        self._weighed, self._guessing = spent, guessing
+        self._steps_with_drafts = self._steps_with_drafts + 1 if drafts else 0
 
     def stats(self) -> dict[str, float]:
         """The counters as metrics of a worker."""
@@ -248,13 +289,14 @@ class Speculator:
         return [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
 
     def _follow_all(self, requests: Sequence[Request]) -> None:
-        self._forget_all_but({request.key for request in requests})
+        stay = {request.key: request for request in requests}
+        self._forget([key for key, drafted in self._drafted.items() if stay.get(key) is not drafted.request])
         for request in requests:
             self._follow(request)
         self._num_requests = len(requests)
 
-    def _forget_all_but(self, keys: set[Key]) -> None:
-        for key in [key for key in self._drafted if key not in keys]:
+    def _forget(self, keys: Sequence[Key]) -> None:
+        for key in keys:
             self._learn(key, self._drafted.pop(key))
             self._drafter.leave(key)
 
@@ -283,9 +325,6 @@ class Speculator:
         for name, guessed in drafted.guesses.items():
             self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
         drafted.guesses = {}
-        if drafted.verified:
-            self.counters.of[drafted.verified].accepted += len(new) - 1
-        drafted.verified = ""
         return new
 
     def _ahead(self, request: Request, chosen: Mapping[Key, _Choice], depth: int) -> int:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 MAX_ROWS = 256
 """Drafts fill a step up to so many rows: their logits take memory, and further rows never paid."""
-FIRST_STRIDE, STRIDE = 0.3, 0.01
-"""A step that took more or less time than expected moves the estimates for the points beside its rows towards what it
-took, by so much at most, the first of its kind more than later ones: so they end near the median, which other work on
-the machine does not disturb. Points beside which no step has been yet go along. In logarithms of seconds."""
-FADING = 0.001
-"""A step moves all estimates by so much of what sets them apart from the average: what once was slow is tried again."""
-AVERAGING = 0.05
-"""Weight of a step in that average."""
+LEVEL_STRIDE = 0.02
+"""A step moves what all steps are taken to cost by what it differs, but at most so much: this follows what the machine
+does besides, within some fifty steps. In logarithms of seconds, as all that follows."""
+FIRST_STRIDE, STRIDE = 1.0, 0.01
+"""It moves the points beside its rows, too, the first of its kind by more than later ones. Such small strides end near
+the median, which other work on the machine does not disturb."""
+EVIDENCE, FADING = 32.0, 0.998
+"""A point counts what it was moved by as so many steps at most, and as less with each step elsewhere: what once was
+slow is tried again."""
+NEIGHBOUR = 0.1
+"""What a step shows counts so much at the next point, and the square of it at the one behind, beside `DOUBT` for what
+was measured at the start."""
+DOUBT = 2.0
+"""What a point is taken to cost without steps of its own, from the start's measurement and its neighbours, counts so
+much beside the square of its own evidence."""
 Kind = Literal["plain", "verifying", "ahead"]
 """Of a step: without drafts, with drafts that the host knows, with drafts that the device knows."""
-REFRESH_ROWS = 128
-"""After steps of so many rows together they are learned from, and `plain` and the others made anew: so that this takes
-as little time a request of one as of many."""
+REFRESH_STEPS = 16
+"""After so many steps together they are learned from, and `plain` and the others made anew."""
 
 
 class StepCost:
@@ -32,7 +38,8 @@ class StepCost:
     ahead, and so do those whose drafts a head has guessed there.
 
     Contexts that grow, other sampling parameters and a prefill worker that takes half of the cores change what a step
-    costs, so the measured points follow what steps take.
+    costs, and what was measured at the start may have been disturbed. So a step is taken to cost what was measured,
+    times a factor that all share and follows fast, times one of its kind and rows that follows slowly.
     """
 
     def __init__(
@@ -47,83 +54,96 @@ class StepCost:
         """
         assert min(measured) == 1, "a step of one row was not measured"
         most = max(MAX_ROWS, max_num_seqs)
+        plain, with_drafts = _Curve(measured, most), _Curve(verifying or measured, most)
         self._curves: dict[Kind, _Curve] = {
-            "plain": _Curve(measured, most),
-            "verifying": _Curve(verifying or measured, most),
-            "ahead": _Curve(ahead or verifying or measured, most),
+            "plain": plain,
+            "verifying": with_drafts,
+            "ahead": _Curve(ahead, most) if ahead else with_drafts,
         }
-        self._mean_drift = 0.0
+        self._level = 0.0
         self._observed: list[tuple[int, float, Kind]] = []
-        self._rows_observed = 0
         self._refresh()
 
     def observe(self, rows: int, seconds: float, kind: Kind) -> None:
         """A step of so many rows took so long."""
         self._observed.append((rows, seconds, kind))
-        self._rows_observed += rows
-        if self._rows_observed >= REFRESH_ROWS:
+        if len(self._observed) >= REFRESH_STEPS:
             self._learn()
 
     def _learn(self) -> None:
         for rows, seconds, kind in self._observed:
-            self._mean_drift += AVERAGING * (self._curves[kind].observe(rows, seconds) - self._mean_drift)
-        fading = FADING * len(self._observed)
-        for curve in self._curves.values():
-            curve.drifts[:] = [drift + fading * (self._mean_drift - drift) for drift in curve.drifts]
-        self._observed, self._rows_observed = [], 0
+            more = self._curves[kind].observe(rows, seconds * math.exp(-self._level))
+            self._level += min(max(more, -LEVEL_STRIDE), LEVEL_STRIDE)
+        for curve in {*self._curves.values()}:
+            curve.evidence *= FADING ** len(self._observed)
+        self._observed = []
         self._refresh()
 
     def _refresh(self) -> None:
-        self.plain = self._curves["plain"].seconds()
+        level, curves = math.exp(self._level), self._curves
+        self.plain = curves["plain"].seconds(level)
         """Of steps without drafts, by rows: 0 to the most that a step may have."""
-        self.verifying = self._curves["verifying"].seconds()
+        self.verifying = curves["verifying"].seconds(level)
         """Of steps with drafts that the host knows."""
-        self.ahead = self._curves["ahead"].seconds()
+        is_own = curves["ahead"] is not curves["verifying"]
+        self.ahead = curves["ahead"].seconds(level) if is_own else self.verifying
         """Of steps with drafts that run ahead, without what a head takes for each guess."""
 
 
 class _Curve:
-    """Straight lines between numbers of rows that were measured at the start, and the last one's slope beyond."""
+    """Straight lines between numbers of rows that were measured at the start, and twice as many each time beyond."""
 
     def __init__(self, measured: Mapping[int, float], max_rows: int) -> None:
         if len(measured) == 1:  # a GPU's worker of one request: no further rows without drafts
             measured = {rows + more: seconds for rows, seconds in measured.items() for more in (0, 1)}
-        self._points = sorted(measured)
-        seconds = [measured[rows] for rows in self._points]
+        points = sorted(measured)
         # More rows never take less time: where they seem to, something else took the time of the fewer.
-        self._measured = list(itertools.accumulate(reversed(seconds), min))[::-1]
-        self.drifts = [0.0] * len(self._points)
-        """By point: logarithm of what a step takes now over what it took at the start."""
-        self._seen = [0] * len(self._points)
+        seconds = list(itertools.accumulate((measured[rows] for rows in reversed(points)), min))[::-1]
+        # The last two alone may have been disturbed, and what seems to be free is tried.
+        slope = max((seconds[-1] - seconds[at]) / (points[-1] - points[at]) for at in (0, -2))
+        while points[-1] < max_rows:
+            seconds.append(seconds[-1] + slope * points[-1])
+            points.append(2 * points[-1])
+        self._points, self._measured = points, np.array(seconds)
+        apart = np.abs(np.subtract.outer(np.arange(len(points)), np.arange(len(points))))
+        self._nearness = np.where(apart > 0, NEIGHBOUR**apart, 0.0)
+        self._drifts = np.zeros(len(points))
+        """By point: logarithm of what a step takes now over what it took at the start, but for the level."""
+        self.evidence = np.zeros(len(points))
+        """By point, in steps."""
         self._rows = np.arange(1, max_rows + 1)
-        self._beyond = np.maximum(self._rows - self._points[-1], 0)
 
     def observe(self, rows: int, seconds: float) -> float:
-        """A step of so many rows took so long; returns the drift there after this."""
-        points, drifts, seen = self._points, self.drifts, self._seen
-        right = min(bisect_left(points, rows), len(points) - 1) or 1
+        """A step of so many rows took so long, but for the level; returns how much more that is than expected."""
+        points, drifts, evidence = self._points, self._drifts, self.evidence
+        right = min(max(bisect_left(points, rows), 1), len(points) - 1)
         left = right - 1
-        share = (rows - points[left]) / (points[right] - points[left])
-        low = self._measured[left] * math.exp(drifts[left])
-        high = self._measured[right] * math.exp(drifts[right])
-        expected = low + (high - low) * share if high > low and share > 0.0 else low
-        inner = 0.0 if share < 0.0 else share if share < 1.0 else 1.0
-        nearest = left if share < 0.5 else right
-        seen[nearest] += 1
-        most = max(FIRST_STRIDE / seen[nearest], STRIDE)
-        stride = min(max(math.log(max(seconds, 1e-9) / expected), -most), most)
-        drifts[left] += stride * min(2.0 - 2.0 * inner, 1.0)
-        drifts[right] += stride * min(2.0 * inner, 1.0)
-        if 0 in seen:
-            for point, steps in enumerate(seen):
-                if steps == 0 and point not in (left, right):
-                    drifts[point] += stride
-        return drifts[left] * (1.0 - inner) + drifts[right] * inner
+        inner = min(max((rows - points[left]) / (points[right] - points[left]), 0.0), 1.0)
+        low, high = (self._measured[at] * math.exp(drifts[at]) for at in (left, right))
+        more = math.log(max(seconds, 1e-9) / (low + (high - low) * inner))
+        for at, share in ((left, 1.0 - inner), (right, inner)):
+            evidence[at] = min(evidence[at] + share, EVIDENCE)
+            most = max(FIRST_STRIDE / max(evidence[at], 1.0), STRIDE)
+            drifts[at] += min(max(more, -most), most) * share
+        return more
 
-    def seconds(self) -> list[float]:
+    def seconds(self, level: float) -> list[float]:
         """By rows, from 0 on."""
-        now = (seconds * math.exp(drift) for seconds, drift in zip(self._measured, self.drifts, strict=True))
-        points, costs = self._points, list(itertools.accumulate(now, max))
-        slope = (costs[-1] - costs[-2]) / (points[-1] - points[-2])
-        lines = np.interp(self._rows, points, costs) + slope * self._beyond
-        return [0.0, *lines.tolist()]
+        evidence, near = self.evidence, self._nearness
+        others = near @ (evidence * self._drifts) / (near @ evidence + DOUBT)
+        drifts = (evidence**2 * self._drifts + DOUBT * others) / (evidence**2 + DOUBT)
+        now = _rising((self._measured * np.exp(drifts) * level).tolist(), (self.evidence + 0.1).tolist())
+        return [0.0, *np.interp(self._rows, self._points, now).tolist()]
+
+
+def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Neighbours that fall replaced by their mean, so that values never do (isotonic regression)."""
+    blocks: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        count = 1
+        while blocks and blocks[-1][0] > value:
+            before, own, more = blocks.pop()
+            value = (before * own + value * weight) / (own + weight)
+            weight, count = weight + own, count + more
+        blocks.append((value, weight, count))
+    return [value for value, _, count in blocks for _ in range(count)]

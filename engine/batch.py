@@ -10,6 +10,8 @@ from headrace.kernels.paged_attention import DecodePlan, PagedPlan, decode_atten
 from headrace.kernels.prefill_attention import TilePlan, TorchPlan, prefill_attention
 from headrace.kernels.verify_attention import VerifyPlan, verify_attention
 
+NO_SLOTS = torch.empty(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class ForwardBatch:
@@ -20,11 +22,13 @@ class ForwardBatch:
     positions: torch.Tensor
     """[T] int64."""
     slot_pages: torch.Tensor
-    """[T] int64: the page that each token's K and V go to."""
+    """[T] int64: the page that each token's K and V go to; `NO_SLOTS` where the plan is followed by what finds them."""
     slot_offsets: torch.Tensor
-    """[T] int64: and where in that page."""
+    """[T] int64: and where in that page; `NO_SLOTS` likewise."""
     plan: TorchPlan | TilePlan | DecodePlan | PagedPlan | VerifyPlan
     """Who attends to what, the same in all layers: prompts' tokens, one new token a request, or one and a draft."""
+    wants_logits: bool = False
+    """Those of all rows are asked for next, so a model may compute them at once."""
 
     def attend(
         self,

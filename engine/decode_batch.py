@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from headrace.engine.batch import ForwardBatch
+from headrace.engine.batch import NO_SLOTS, ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
@@ -19,8 +19,8 @@ from headrace.engine.synthetic import SyntheticBatch, SyntheticEngine
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.engine.verify import verify
 from headrace.grammar import Matcher
-from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
-from headrace.kernels.verify_attention import VerifyPlan, plan_verify
+from headrace.kernels.paged_attention import PagedPlan, plan_decode
+from headrace.kernels.verify_attention import plan_verify
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
@@ -216,16 +216,16 @@ class DecodeBatch(Generic[K]):
             self._sampler = BatchSampler(self._sampling, engine.model_config.vocab_size, engine.device)
         positions, table = self._positions[:rows], self._block_table[:rows, : max(self._num_pages)]
         if engine.model.follows_tables:
-            plan: PagedPlan | DecodePlan = PagedPlan(table, self._rows[:rows])
+            paged = PagedPlan(table, self._rows[:rows])
+            batch = ForwardBatch(self._tokens[:rows], positions, NO_SLOTS, NO_SLOTS, paged, wants_logits=True)
         else:
-            plan = plan_decode(engine.cache.layer(0), table, self._lengths)
-        batch = ForwardBatch(
-            token_ids=self._tokens[:rows],
-            positions=positions,
-            slot_pages=table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1),
-            slot_offsets=positions % page_size,
-            plan=plan,
-        )
+            batch = ForwardBatch(
+                token_ids=self._tokens[:rows],
+                positions=positions,
+                slot_pages=table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1),
+                slot_offsets=positions % page_size,
+                plan=plan_decode(engine.cache.layer(0), table, self._lengths),
+            )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         if self._matchers:
             mask_rows(logits, [ConstrainedRows(self._row_of[key], own) for key, own in self._matchers.items()])
@@ -255,21 +255,23 @@ class DecodeBatch(Generic[K]):
         engine, page_size = self._engine, self._engine.layout.page_size
         rows = [self._row_of[key] for key in keys]
         counts = [len(tokens) for tokens in token_ids]
-        table = self._block_table[rows, : max(self._num_pages[row] for row in rows)]
-        owners = torch.tensor([owner for owner, count in enumerate(counts) for _ in range(count)], device=engine.device)
+        width = max(self._num_pages[row] for row in rows)
+        of = [owner for owner, count in enumerate(counts) for _ in range(count)]
         at = [start + offset for start, count in zip(starts, counts, strict=True) for offset in range(count)]
-        positions = torch.tensor(at, device=engine.device)
-        if engine.model.follows_tables:
-            plan: PagedPlan | VerifyPlan = PagedPlan(table, owners.numpy())
-        else:
-            contexts = [start + count for start, count in zip(starts, counts, strict=True)]
-            plan = plan_verify((cache or engine.cache).layer(0), table, counts, contexts)
+        flat = [token for tokens in token_ids for token in tokens]
+        if engine.model.follows_tables:  # on a CPU, where each operation of torch's takes as long as a layer's products
+            named, positions, tokens = np.array((of, at, flat), np.int64)
+            paged = PagedPlan(torch.from_numpy(self._block_table.numpy()[rows, :width]), named)
+            return ForwardBatch(torch.from_numpy(tokens), torch.from_numpy(positions), NO_SLOTS, NO_SLOTS, paged)
+        table = self._block_table[rows, :width]
+        owners, positions = torch.tensor(of, device=engine.device), torch.tensor(at, device=engine.device)
+        contexts = [start + count for start, count in zip(starts, counts, strict=True)]
         return ForwardBatch(
-            token_ids=torch.tensor([token for tokens in token_ids for token in tokens], device=engine.device),
+            token_ids=torch.tensor(flat, device=engine.device),
             positions=positions,
             slot_pages=table[owners, positions // page_size],
             slot_offsets=positions % page_size,
-            plan=plan,
+            plan=plan_verify((cache or engine.cache).layer(0), table, counts, contexts),
         )
 
     def room(self, key: K) -> int:
@@ -285,16 +287,17 @@ class DecodeBatch(Generic[K]):
         rows, engine = len(self._keys), self._engine
         newest, positions = self._tokens[:rows].tolist(), self._positions[:rows].tolist()
         tokens = [[first, *draft] for first, draft in zip(newest, drafts, strict=True)]
-        batch = self.pack(self._keys, positions, tokens)
+        batch = replace(self.pack(self._keys, positions, tokens), wants_logits=True)
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         firsts = list(itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0))
         if self._matchers:
             at = [(self._row_of[key], matcher) for key, matcher in self._matchers.items()]
             mask_rows(logits, [ConstrainedRows(firsts[row], matcher, drafts[row]) for row, matcher in at])
-        found = verify(self._sampling, self._generated[:rows].tolist(), drafts, logits)
+        found = verify(self._sampling, self._generated[:rows].tolist(), drafts, logits, self._sampler)
         for key, matcher in self._matchers.items():
             matcher.advance([token.token_id for token in found[self._row_of[key]]])
-        self._sampler = None
+        if any(row.counts is not None for row in self._sampling):
+            self._sampler = None
         if self._keeps_seen:
             ids = [[token.token_id for token in own] for own in found]
             self.seen = list(map(Seen, self._keys, firsts, positions, newest, ids))

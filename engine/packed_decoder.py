@@ -166,6 +166,8 @@ class PackedDecoder:
         self._cache: PagedLayers | None = None
         self._threads = 1
         self._team: Team | None = None
+        self._has_logits = False
+        """Of all rows of the last `forward`."""
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -189,7 +191,11 @@ class PackedDecoder:
         team.tables[:requests, :width] = plan.block_table.numpy()
         team.control[kernels.ROWS] = rows
         layers, phases = self._config.num_layers, kernels.PHASES_OF_LAYER
-        end = layers * phases + kernels.LAST_NORM + 1
+        last_phase = kernels.LAST_NORM
+        if batch.wants_logits:
+            team.control[kernels.OUTPUT_ROWS], last_phase = rows, kernels.HEAD
+        self._has_logits = batch.wants_logits
+        end = layers * phases + last_phase + 1
         if on_layer is None:
             team.run(0, end, self._threads)
         else:
@@ -211,6 +217,8 @@ class PackedDecoder:
         team, rows = self._team, len(hidden)
         if hidden.data_ptr() != team.hidden.data_ptr():
             team.hidden[:rows] = hidden
+        elif self._has_logits:
+            return team.logits[:rows]
         team.control[kernels.OUTPUT_ROWS] = rows
         first = self._config.num_layers * kernels.PHASES_OF_LAYER + kernels.HEAD_INPUT
         team.run(first, first + 2, self._threads)
@@ -281,6 +289,12 @@ class Team:
     def fuse(self, rows: int, records: np.ndarray) -> None:
         """See `kernels.packed_decoder.fuse`."""
         kernels.fuse(rows, records, self._shape, self._buffers)
+
+    def likeliest(self, first: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of so many rows of logits: the likeliest outputs, int64, and their probabilities, float32."""
+        found, chances = np.empty(rows, np.int64), np.empty(rows, np.float32)
+        kernels.likeliest(first, rows, self._shape, self._buffers, found, chances)
+        return found, chances
 
     def run(self, first_phase: int, end_phase: int, threads: int) -> None:
         """Run phases `first_phase` to `end_phase` on this thread and up to `threads` - 1 others."""

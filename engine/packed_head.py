@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from headrace.engine.batch import ForwardBatch
-from headrace.engine.draft_head import HeadWeights, likeliest
+from headrace.engine.draft_head import HeadWeights
 from headrace.engine.errors import EngineError
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
@@ -18,6 +18,10 @@ from headrace.kernels.paged_attention import PagedPlan
 from headrace.kernels.round_weights import round_to_4_bits
 
 LAST_NORM = kernels.PHASES_OF_LAYER + kernels.LAST_NORM
+END = kernels.PHASES_OF_LAYER + kernels.HEAD + 1
+GUESSED_AT_ONCE = 4
+"""Up to so many rows `forward` computes what `draft` is asked for next: to wake threads for that costs more than rows
+that nobody asks for."""
 
 
 class PackedHead:
@@ -28,7 +32,7 @@ class PackedHead:
         self.feature_layers = weights.feature_layers
         self._config = config
         self._embedding = embedding
-        self._vocabulary = weights.vocabulary
+        self._vocabulary = weights.vocabulary.numpy()
         self._longest = max_model_len
         self._norms = {
             name: value.float().numpy()
@@ -51,6 +55,8 @@ class PackedHead:
         self._cache: KVCache | None = None
         self._threads = 1
         self._team: Team | None = None
+        self._rows_with_logits = 0
+        """Of the last `forward`, whose states are still there."""
 
     def use_threads(self, threads: int) -> None:
         """How many may work from now on, the caller's included."""
@@ -64,13 +70,17 @@ class PackedHead:
         """See `DraftHead`."""
         rows = len(features)
         team = self._team_for(rows)
+        self._rows_with_logits = 0
         team.features[:rows] = features
         team.fuse(rows, self._records["fc"])
         return team.residual[:rows]
 
     def forward(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See `DraftHead`."""
-        return self._run(states, batch, cache, LAST_NORM).residual[: len(states)]
+        rows, at_once = len(states), len(states) <= GUESSED_AT_ONCE
+        team = self._run(states, batch, cache, END if at_once else LAST_NORM)
+        self._rows_with_logits = rows if at_once else 0
+        return team.residual[:rows]
 
     def write(self, states: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> None:
         """See `DraftHead`."""
@@ -87,20 +97,31 @@ class PackedHead:
         team.inputs.positions[:rows] = batch.positions.numpy()
         team.inputs.request[:rows] = plan.request
         team.tables[:requests, :width] = plan.block_table.numpy()
-        team.control[kernels.ROWS] = rows
+        team.control[kernels.ROWS] = team.control[kernels.OUTPUT_ROWS] = rows
         team.run(0, end, self._threads)
         return team
 
     def draft(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftHead`."""
-        team, rows = self._holding(states), len(states)
-        team.control[kernels.ROWS] = team.control[kernels.OUTPUT_ROWS] = rows
-        team.run(LAST_NORM, LAST_NORM + 3, self._threads)
-        return likeliest(team.logits[:rows], self._vocabulary)
+        first, rows = self._row_with_logits(states), len(states)
+        if first is None:
+            first, team = 0, self._holding(states)
+            team.control[kernels.ROWS] = team.control[kernels.OUTPUT_ROWS] = rows
+            team.run(LAST_NORM, END, self._threads)
+        found, chances = self._team_for(rows).likeliest(first, rows)
+        return torch.from_numpy(self._vocabulary[found]), torch.from_numpy(chances)
+
+    def _row_with_logits(self, states: torch.Tensor) -> int | None:
+        """Where these states begin in the last `forward`'s, if they are some of those and have logits."""
+        if self._team is None or not self._rows_with_logits:
+            return None
+        first, apart = divmod(states.data_ptr() - self._team.residual.data_ptr(), 4 * self._config.hidden_size)
+        return first if apart == 0 and 0 <= first <= self._rows_with_logits - len(states) else None
 
     def _holding(self, states: torch.Tensor) -> Team:
         """The team, with these states in its rows."""
         team = self._team_for(len(states))
+        self._rows_with_logits = 0
         if states.data_ptr() != team.residual.data_ptr():
             team.residual[: len(states)] = states
         return team

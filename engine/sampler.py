@@ -48,6 +48,13 @@ class SamplingRow:
         floats = np.array([params.temperature, params.top_k, params.top_p, params.min_p], np.float64)
         return np.append(floats.view(np.int64), params.seed)
 
+    @cached_property
+    def takes_likeliest(self) -> bool:
+        """Whether its token is the one with the highest logit, whatever came before."""
+        params = self.params
+        is_open = bool(params.min_tokens and params.stop_token_ids and params.grammar is None)
+        return params.temperature == 0 and self.counts is None and not params.logit_bias and not is_open
+
     @classmethod
     def make(
         cls, params: SamplingParams, token_ids: Sequence[int], generated: int, vocab_size: int, device: torch.device
@@ -129,7 +136,7 @@ class BatchSampler:
         if self._on_device is not None:
             return self._on_device.sample(logits, positions)
         logits = self._adjusted(logits, positions)
-        tokens = logits.argmax(-1)
+        tokens = likeliest(logits)
         if self._unfiltered or self._filtered:
             uniform = uniforms(self._seed, positions)
             for rows, draw in ((self._unfiltered, self._draw_from_all), (self._filtered, self._draw_filtered)):
@@ -201,6 +208,13 @@ class BatchSampler:
             return {}
         rows, counts = list(self._logprobs), list(self._logprobs.values())
         return dict(zip(rows, describe_logprobs(logits[rows], tokens[rows], counts), strict=True))
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The tokens with the highest of logits [R, V] float32, the first of equal ones: int64 [R]."""
+    if logits.device.type == "cpu":  # numpy looks at eight numbers at a time
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def describe_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:

@@ -17,7 +17,7 @@ from headrace.messages.request import SamplingParams
 if TYPE_CHECKING:
     from headrace.engine.graph_decoder import GraphDecoder
 
-ROWS = (1, 2, 4, 6, 8, 12, 16, 32)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 32)
 """On a CPU. On a GPU, captured sizes say where a further row makes a difference."""
 DRAFTED = 15
 """At most so many rows of a request are drafted tokens."""

@@ -20,6 +20,8 @@ from headrace.kernels.simd import (
     compare_and_swap,
     divide,
     exponential,
+    larger,
+    largest_lane,
     load_acquire,
     load_floats,
     multiply,
@@ -135,6 +137,25 @@ def fuse(rows, records, shape, buffers):
         quantize(buffers.features, row * size, size, one, buffers.inputs, row * blocks * INPUT)
     groups = shape.hidden // GROUP
     project(records, 0, blocks, groups, buffers.inputs, rows, buffers.residual, 0, shape.hidden, np.int64(0))
+
+
+@njit(nogil=True, cache=True)
+def likeliest(first, rows, shape, buffers, found, chances):
+    """Of rows of logits: where each one's greatest is, to int64 `found`, and its probability, to float32 `chances`."""
+    size = shape.vocabulary
+    for row in range(rows):
+        at = (first + row) * size
+        highest = load_floats(buffers.logits, at)
+        for i in range(at + LANES, at + size, LANES):
+            highest = larger(load_floats(buffers.logits, i), highest)
+        top = largest_lane(highest)
+        highest, total = broadcast(top), zeros()
+        for i in range(at, at + size, LANES):
+            total = add(total, exponential(subtract(load_floats(buffers.logits, i), highest)))
+        found[row] = 0
+        while buffers.logits[at + found[row]] < top:
+            found[row] += 1
+        chances[row] = np.float32(1) / sum_lanes(total)
 
 
 @njit(nogil=True, forceinline=True)

@@ -61,14 +61,14 @@ def test_accepted_tokens_are_counted_also_of_a_request_that_ended() -> None:
     """Each step's first token is no draft's."""
     speculating, sequence = speculator(), request(LOOP)
     drafts = speculating.propose([sequence])
-    speculating.ran(drafts, 0.5)
     for token in (5, 6, 7):
         sequence.append(token)
+    speculating.ran(drafts, 0.5)
     again = speculating.propose([sequence])
     assert again["a", 0][:2] == [8, 5]
-    speculating.ran(again, 0.25)
     sequence.append(8)
     sequence.append(5)
+    speculating.ran(again, 0.25)
     assert speculating.propose([]) == {}
     speculating.ran({}, 0.125)
     counters = speculating.counters

@@ -20,7 +20,7 @@ from headrace.decode.controller import HeadCost
 from headrace.decode.drafting import chain_drafter
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
-from headrace.decode.step_cost import StepCost
+from headrace.decode.step_cost import Kind, StepCost
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.fused_decoder import FusedDecoder
@@ -43,6 +43,13 @@ VOCABULARY = 49152
 MAX_MODEL_LEN = 96
 LEASE_SECONDS = 5.0
 _namespaces = itertools.count()
+
+
+class FreeDrafts(StepCost):
+    """Learns nothing: so that drafts go on however the machine is."""
+
+    def observe(self, rows: int, seconds: float, kind: Kind) -> None:
+        """See `StepCost`."""
 
 
 @dataclass
@@ -89,7 +96,7 @@ class TinyMesh:
 
     def speculator(self, engine: Engine) -> Speculator:
         """One that takes drafted tokens to cost next to nothing, so that it drafts as often as it can."""
-        drafter, cost = chain_drafter(engine), StepCost({1: 1.0, 2: 1.001}, 16)
+        drafter, cost = chain_drafter(engine), FreeDrafts({1: 1.0, 2: 1.001}, 16)
         chain = ThreadChain(drafter, HeadCost({1: 1e-6})) if drafter is not None else None
         self.speculators.append(Speculator(NgramDrafter(), cost, MAX_MODEL_LEN, chain))
         return self.speculators[-1]
