@@ -23,7 +23,6 @@ from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.page_pool import PagePool
-from headrace.engine.parallel import ParallelGroup
 from headrace.engine.prompt_rows import lay_out
 from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow, describe_logprobs
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
@@ -428,7 +427,7 @@ def _load_model(
         fp8=config.quantization == "fp8",
         random=config.random_weights,
     )
-    return FusedDecoder(model_config, weights, ParallelGroup(), norms_are_folded=fused_on_gpu)
+    return FusedDecoder(model_config, weights, norms_are_folded=fused_on_gpu)
 
 
 def _load_head(

@@ -47,9 +47,7 @@ class DecodePlan:
     buffer: torch.Tensor
 
 
-def plan_decode(
-    layer_pages: torch.Tensor, block_table: torch.Tensor, context_lengths: Sequence[int], window: int | None = None
-) -> DecodePlan:
+def plan_decode(layer_pages: torch.Tensor, block_table: torch.Tensor, context_lengths: Sequence[int]) -> DecodePlan:
     """Plan for one query a request, at position context_length - 1; block_table int64 [B, max_pages]."""
     order = sorted(range(len(context_lengths)), key=context_lengths.__getitem__)
     is_sorted = order == list(range(len(order)))
@@ -60,7 +58,7 @@ def plan_decode(
         longest = lengths[-1]
         at = torch.tensor(rows, device=block_table.device)
         gather = gather_rows(block_table.index_select(0, at), layer_pages, longest)
-        mask = _decode_mask(lengths, window, layer_pages)
+        mask = _decode_mask(lengths, layer_pages)
         first = groups[-1].first_row + groups[-1].count if groups else 0
         groups.append(DecodeGroup(first, len(rows), longest, gather, mask))
         buffer_size = max(buffer_size, gather.numel())
@@ -73,10 +71,26 @@ def plan_decode(
 
 
 def decode_attention(
-    queries: torch.Tensor, layer_pages: torch.Tensor, plan: DecodePlan, scaling: float, softcap: float | None = None
+    queries: torch.Tensor, layer_pages: torch.Tensor, plan: DecodePlan, scaling: float
 ) -> torch.Tensor:
     """Attend from one query a request, queries [B, heads, head_dim]. Returns [B, heads * head_dim]."""
-    return _decode_reference(queries, layer_pages, plan, scaling, softcap)
+    _, _, kv_heads, _, head_dim = layer_pages.shape
+    rows = page_rows(layer_pages)
+    scaled = (queries if plan.order is None else queries.index_select(0, plan.order)) * scaling
+    folded = scaled.view(-1, queries.shape[1] // kv_heads, head_dim)
+    out = torch.empty_like(folded)
+    for group in plan.groups:
+        at = slice(group.first_row * kv_heads, (group.first_row + group.count) * kv_heads)
+        gathered = torch.index_select(rows, 0, group.gather, out=plan.buffer[: group.gather.numel()])
+        keys, values = gathered.view(2, group.count * kv_heads, -1, head_dim)[:, :, : group.context_length].unbind()
+        if group.mask is None:
+            scores = torch.bmm(folded[at], keys.transpose(1, 2))
+        else:
+            scores = torch.baddbmm(group.mask, folded[at], keys.transpose(1, 2))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+        torch.bmm(weights, values, out=out[at])
+    by_request = out.view(queries.shape[0], -1)
+    return by_request if plan.inverse is None else by_request.index_select(0, plan.inverse)
 
 
 def _token_bytes(layer_pages: torch.Tensor) -> int:
@@ -114,43 +128,11 @@ def _group_rows(order: list[int], lengths: Sequence[int], token_bytes: int) -> l
     return groups
 
 
-def _decode_mask(lengths: list[int], window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+def _decode_mask(lengths: list[int], like: torch.Tensor) -> torch.Tensor | None:
     kv_heads, longest = like.shape[2], lengths[-1]
-    if lengths[0] == longest and (window is None or window >= longest):
+    if lengths[0] == longest:
         return None
     ends = torch.tensor(lengths, device=like.device).unsqueeze(1)
     key = torch.arange(longest, device=like.device)
-    visible = key < ends
-    if window is not None:
-        visible &= key >= ends - window
     mask = torch.zeros(len(lengths), longest, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(~visible, float("-inf")).repeat_interleave(kv_heads, dim=0).unsqueeze(1)
-
-
-def soften(scores: torch.Tensor, softcap: float) -> torch.Tensor:
-    """Bound scores to (-softcap, softcap) smoothly (Gemma 2)."""
-    return torch.tanh(scores / softcap) * softcap
-
-
-def _decode_reference(
-    queries: torch.Tensor, layer_pages: torch.Tensor, plan: DecodePlan, scaling: float, softcap: float | None
-) -> torch.Tensor:
-    _, _, kv_heads, _, head_dim = layer_pages.shape
-    rows = page_rows(layer_pages)
-    scaled = (queries if plan.order is None else queries.index_select(0, plan.order)) * scaling
-    folded = scaled.view(-1, queries.shape[1] // kv_heads, head_dim)
-    out = torch.empty_like(folded)
-    for group in plan.groups:
-        at = slice(group.first_row * kv_heads, (group.first_row + group.count) * kv_heads)
-        gathered = torch.index_select(rows, 0, group.gather, out=plan.buffer[: group.gather.numel()])
-        keys, values = gathered.view(2, group.count * kv_heads, -1, head_dim)[:, :, : group.context_length].unbind()
-        if group.mask is None or softcap is not None:
-            scores = torch.bmm(folded[at], keys.transpose(1, 2))
-        else:
-            scores = torch.baddbmm(group.mask, folded[at], keys.transpose(1, 2))
-        if softcap is not None:
-            scores = soften(scores, softcap) if group.mask is None else soften(scores, softcap) + group.mask
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-        torch.bmm(weights, values, out=out[at])
-    by_request = out.view(queries.shape[0], -1)
-    return by_request if plan.inverse is None else by_request.index_select(0, plan.inverse)
+    return mask.masked_fill_(key >= ends, float("-inf")).repeat_interleave(kv_heads, dim=0).unsqueeze(1)

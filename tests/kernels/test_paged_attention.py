@@ -29,7 +29,7 @@ class Requests:
         for row, count in enumerate(counts):
             self.table[row, :count] = torch.tensor([ids.pop() for _ in range(count)])
 
-    def naive(self, window: int | None, softcap: float | None) -> torch.Tensor:
+    def naive(self) -> torch.Tensor:
         """One query and one head at a time."""
         rows, first = [], 0
         for index, (context, count) in enumerate(zip(self.contexts, self.query_lengths, strict=True)):
@@ -37,23 +37,20 @@ class Requests:
             keys, values = pages.permute(1, 0, 3, 2, 4).reshape(2, -1, KV_HEADS, HEAD_DIM)[:, :context]
             for query in range(count):
                 end = context - count + query + 1
-                start = 0 if window is None else max(0, end - window)
                 for head in range(HEADS):
                     kv = head // (HEADS // KV_HEADS)
-                    scores = keys[start:end, kv] @ self.queries[first + query, head] * SCALE
-                    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
-                    rows.append(scores.softmax(0) @ values[start:end, kv])
+                    scores = keys[:end, kv] @ self.queries[first + query, head] * SCALE
+                    rows.append(scores.softmax(0) @ values[:end, kv])
             first += count
         return torch.stack(rows).view(-1, HEADS * HEAD_DIM)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (3, 2.0)])
-def test_decode_equals_naive_attention(window: int | None, softcap: float | None) -> None:
+def test_decode_equals_naive_attention() -> None:
     """Unsorted lengths, some equal, one of a single token."""
     requests = Requests([9, 1, 16, 9, 4], [1] * 5)
-    plan = plan_decode(requests.pages, requests.table, requests.contexts, window)
-    got = decode_attention(requests.queries, requests.pages, plan, SCALE, softcap)
-    torch.testing.assert_close(got, requests.naive(window, softcap), atol=1e-5, rtol=1e-5)
+    plan = plan_decode(requests.pages, requests.table, requests.contexts)
+    got = decode_attention(requests.queries, requests.pages, plan, SCALE)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
 
 def test_decode_in_several_groups_equals_naive_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,20 +60,17 @@ def test_decode_in_several_groups_equals_naive_attention(monkeypatch: pytest.Mon
     plan = plan_decode(requests.pages, requests.table, requests.contexts)
     assert len(plan.groups) > 2
     got = decode_attention(requests.queries, requests.pages, plan, SCALE)
-    torch.testing.assert_close(got, requests.naive(None, None), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0)])
 @pytest.mark.parametrize("block", [3, 256])
-def test_prefill_equals_naive_attention(
-    block: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefill_equals_naive_attention(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole prompt, a chunk after a prefix, a single token, and blocks smaller and larger than the prompts."""
     monkeypatch.setattr(prefill_attention, "QUERY_BLOCK", block)
     requests = Requests([7, 13, 5, 8], [7, 4, 1, 8])
-    plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, HEADS, window)
-    got = prefill_attention.prefill_attention(requests.queries, requests.pages, plan, SCALE, softcap)
-    torch.testing.assert_close(got, requests.naive(window, softcap), atol=1e-5, rtol=1e-5)
+    plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, HEADS)
+    got = prefill_attention.prefill_attention(requests.queries, requests.pages, plan, SCALE)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("budget", [2000, 2**22])
@@ -87,4 +81,4 @@ def test_drafts_of_different_lengths_attend_like_prompts(monkeypatch: pytest.Mon
     plan = plan_verify(requests.pages, requests.table, requests.query_lengths, requests.contexts)
     assert len(plan.groups) == {2000: 7, 2**22: 5}[budget]
     got = verify_attention(requests.queries, requests.pages, plan, SCALE)
-    torch.testing.assert_close(got, requests.naive(None, None), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
