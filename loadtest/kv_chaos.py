@@ -1,8 +1,7 @@
 """`make chaos-kv`: ten thousand handoffs between processes that are killed, abort, and lose and damage messages.
 
-Prefill and decode workers are processes of their own, without a model: what a page must hold follows from its tokens,
-and the second token of each answer from every byte that arrived. So a page that is wrong, stale or another prompt's
-gives a wrong token. Queue, registry, sockets, handoff and page pools are the real ones.
+Prefill and decode workers are the real ones, in processes of their own, around a `KeyedModel`: a page that is wrong,
+stale or another prompt's gives a wrong token.
 """
 
 from __future__ import annotations
@@ -10,30 +9,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import multiprocessing
+import logging
 import random
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from headrace.data_line import Make
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.worker import DecodeWorker
+from headrace.engine.engine import Engine
 from headrace.kvtransfer.departures import Lines
-from headrace.kvtransfer.handoff import HandoffFailed
 from headrace.kvtransfer.messages import Grant
+from headrace.kvtransfer.transports import Wanted
 from headrace.loadtest.bare_gateway import BareGateway
-from headrace.loadtest.bare_workers import BareDecode, BarePrefill
-from headrace.loadtest.keyed_kv import PAGE_SIZE, undisturbed
+from headrace.loadtest.forked_workers import ForkedWorkers, end_with_parent
+from headrace.loadtest.keyed_model import LAYOUT, MAX_NUM_SEQS, PAGE_SIZE, KeyedModel, keyed_engine, undisturbed
 from headrace.loadtest.report import Figure, conclude
 from headrace.messages.stream import TokenBatch
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
+from headrace.prefill.turns import OwnDevice
+from headrace.prefill.worker import PrefillWorker
 from headrace.redis_server import private_redis
 from headrace.registry import Tier
 from headrace.settings import Settings
@@ -43,16 +45,16 @@ from headrace.wire import Message
 MODEL = ModelIdentity("keyed", "keyed", 4096)
 NAMESPACE = "chaos"
 LEASE_SECONDS = 0.5
-RENEW_SECONDS = 0.5
-HOLD_SECONDS = 0.02
 WORKERS_A_TIER = 3
 PAGES = 96
 """Of each worker: fewer than the requests at once want."""
+CHUNK_TOKENS = 3 * PAGE_SIZE
+PREFILLS_AT_ONCE = 16
 AT_ONCE = 48
 MEAN_LIFE_SECONDS = 0.7
 CANCELLED = 0.05
 """Share of the requests whose client goes away."""
-STOP_SECONDS = 10.0
+DRAIN_SECONDS = 1.0
 SETTLE_SECONDS = 40.0
 """Longer than a lease of the handoff, which is what a lost Abort waits for."""
 MISTAKEN = 3
@@ -67,30 +69,33 @@ class Accidents:
     DAMAGED = 0.002
     ABORTED = 0.01
 
-    def __init__(self, node: Node, seed: int) -> None:
-        self._node = node
+    def __init__(self, lines: Lines, seed: int) -> None:
+        self._lines = lines
         self._random = random.Random(seed)
 
-    def befall_prefill(self, worker: BarePrefill) -> None:
-        """Its messages, and its computing."""
-        worker.send = self._send
-        worker.accident = self._fail
+    def befall_prefill(self, node: Node, engine: Engine) -> None:
+        """Its messages of the handoff, and its computing; before there is a worker."""
+        send = node.mesh.send
 
-    def lines(self, lines: DataLines) -> Lines:
-        """The same lines, which lose, repeat and damage frames."""
-        self._lines = lines
-        return self
+        async def send_or_not(peer: str, message: Message) -> None:
+            for _ in range(self._times()):
+                await send(peer, message)
 
-    def befall_decode(self, worker: BareDecode) -> None:
+        node.mesh.send = send_or_not  # type: ignore[method-assign, assignment]
+        assert isinstance(engine.model, KeyedModel)
+        engine.model.accident = self._fail
+
+    def befall_decode(self, node: Node, worker: DecodeWorker) -> None:
         """Its answers, and its patience."""
+        post = node.mesh.post
 
-        def post(peer: str, message: Message) -> None:
+        def post_or_not(peer: str, message: Message) -> None:
             if not self._happens(self.LOST) or isinstance(message, TokenBatch):
-                self._node.mesh.post(peer, message)
+                post(peer, message)
             if isinstance(message, Grant) and self._happens(self.ABORTED):
                 asyncio.get_running_loop().call_soon(worker.receiver.cancel, message.request_id, message.attempt)
 
-        worker.post = post
+        node.mesh.post = post_or_not  # type: ignore[method-assign, assignment]
 
     def _happens(self, chance: float) -> bool:
         return self._random.random() < chance
@@ -98,10 +103,6 @@ class Accidents:
     def _times(self) -> int:
         """How often a message arrives."""
         return 0 if self._happens(self.LOST) else 2 if self._happens(self.REPEATED) else 1
-
-    async def _send(self, peer: str, message: Message) -> None:
-        for _ in range(self._times()):
-            await self._node.mesh.send(peer, message)
 
     def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool) -> None:
         """See `Lines`."""
@@ -122,7 +123,7 @@ class Accidents:
 
     def _fail(self) -> None:
         if self._happens(self.ABORTED / 10):
-            raise HandoffFailed("accident")
+            raise RuntimeError("accident")
 
 
 def settings(url: str, name: str) -> Settings:
@@ -132,50 +133,49 @@ def settings(url: str, name: str) -> Settings:
 
 def serve(name: str, url: str, seed: int) -> None:
     """A worker process's life. `name` begins with its tier."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is the parent's to handle
+    end_with_parent()
     sys.exit(asyncio.run(_serve(name, url, seed)))
 
 
 async def _serve(name: str, url: str, seed: int) -> int:
+    logging.disable()  # there is an accident in every other line
     tier: Tier = "prefill" if name.startswith("prefill") else "decode"
+    engine = keyed_engine(PAGES)
+    with ThreadPoolExecutor(1) as device_thread:
+        await _work(name, tier, url, seed, engine, device_thread)
+    engine.pool.check_integrity()
+    return MISTAKEN if engine.pool.num_in_use else 0
+
+
+async def _work(name: str, tier: Tier, url: str, seed: int, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
     async with (
         data_listener("127.0.0.1", None) as listener,
         join_mesh(settings(url, name), tier, MODEL, listener.address if tier == "decode" else "") as node,
         DataLines(node.registry, None) as lines,
     ):
-        accidents = Accidents(node, seed)
-        worker: BarePrefill | BareDecode
+        accidents = Accidents(lines, seed)
         if tier == "prefill":
-            by_tcp = name.endswith("0")
-            worker = BarePrefill(node, accidents.lines(lines), PAGES, LEASE_SECONDS, RENEW_SECONDS, not by_tcp)
-            accidents.befall_prefill(worker)
+            accidents.befall_prefill(node, engine)
+            turns = OwnDevice(engine, device_thread, CHUNK_TOKENS)
+            prefill = PrefillWorker(
+                node, engine, LAYOUT, turns, PREFILLS_AT_ONCE, LEASE_SECONDS, accidents, wire_dtype="auto"
+            )
+            await prefill.run(until_stopped(), DRAIN_SECONDS)
         else:
-            worker = BareDecode(node, listener, PAGES, HOLD_SECONDS)
-            accidents.befall_decode(worker)
-        running = asyncio.create_task(worker.run())
-        stopped = asyncio.create_task(until_stopped())
-        orphaned = asyncio.create_task(_until_orphaned())
-        await asyncio.wait([running, stopped, orphaned], return_when=asyncio.FIRST_COMPLETED)
-        pages = worker.pool.num_in_use
-        for task in (running, stopped, orphaned):
-            await end_task(task)
-        worker.pool.check_integrity()
-        if not running.cancelled():
-            running.result()
-        return MISTAKEN if pages else 0
-
-
-async def _until_orphaned() -> None:
-    """Return when the process that started this one is gone."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    gone = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(parent.sentinel, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(parent.sentinel)
+            transport: Wanted = "tcp" if name.endswith("0") else "auto"
+            decode = DecodeWorker(
+                node,
+                engine,
+                device_thread,
+                LAYOUT,
+                MAX_NUM_SEQS,
+                listener,
+                lines,
+                transport=transport,
+                most_prompt_tokens=CHUNK_TOKENS,
+            )
+            accidents.befall_decode(node, decode)
+            await decode.run(until_stopped(), DRAIN_SECONDS)
 
 
 class Workers:
@@ -189,31 +189,23 @@ class Workers:
         """Workers that ended by themselves, or held pages at their end."""
         self._url = url
         self._random = random.Random(seed)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__ if __name__ != "__main__" else "headrace.loadtest.kv_chaos"])
-        self._processes: dict[str, ForkServerProcess] = {}
+        self._forked = ForkedWorkers(["headrace.loadtest.kv_chaos"])
         for tier in ("prefill", "decode"):
             for number in range(WORKERS_A_TIER):
                 self._start(f"{tier}-{number}")
 
     def _start(self, name: str) -> None:
-        arguments = (name, self._url, self._random.getrandbits(32))
-        process = self._context.Process(target=serve, args=arguments, name=name, daemon=True)
-        process.start()
-        self._processes[name] = process
+        self._forked.start(name, serve, self._url, self._random.getrandbits(32))
 
     @property
     def names(self) -> list[str]:
         """Of all, the dead ones too."""
-        return list(self._processes)
+        return list(self._forked.processes)
 
     async def kill(self, name: str) -> None:
         """SIGKILL one and start it again under its name, at once or after its lease."""
-        process = self._processes[name]
-        if process.exitcode is not None:
-            self.broken.append(f"{name} ended with {process.exitcode}")
-        process.kill()
-        await self._join(process)
+        if (ended := await self._forked.kill(name)) is not None:
+            self.broken.append(f"{name} ended with {ended}")
         self.kills[name.partition("-")[0]] += 1
         if self._random.random() < 0.5:
             await asyncio.sleep(2 * LEASE_SECONDS * self._random.random())
@@ -221,17 +213,8 @@ class Workers:
 
     async def stop(self) -> None:
         """SIGTERM all; each says by its exit status whether its pages were all free."""
-        for process in self._processes.values():
-            process.terminate()
-        for name, process in self._processes.items():
-            await self._join(process)
-            if process.exitcode != 0:
-                self.broken.append(f"{name} ended with {process.exitcode}")
-                process.kill()
-        self._processes.clear()
-
-    async def _join(self, process: ForkServerProcess) -> None:
-        await asyncio.to_thread(process.join, STOP_SECONDS)
+        codes = await self._forked.stop()
+        self.broken += [f"{name} ended with {code}" for name, code in codes.items() if code != 0]
 
 
 @dataclass
@@ -276,7 +259,6 @@ async def chaos(requests: int, mean_life_seconds: float, seed: int, folder: Path
         )
         findings.wrong += gateway.wrong
         findings.retries = gateway.retries
-        await processes.stop()
         findings.kills, findings.broken = processes.kills, processes.broken
     return findings
 
@@ -296,6 +278,7 @@ async def _ask_and_settle(
             await end_task(killer)
     findings.leaked = await _until_no_page_is_used(gateway.node)
     findings.queued = await gateway.node.queue.depth()
+    await processes.stop()
 
 
 async def _keep_killing(processes: Workers, name: str, mean_life_seconds: float) -> None:

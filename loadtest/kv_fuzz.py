@@ -1,9 +1,9 @@
 """`make fuzz-kv`: bad messages by the million for a receiver that serves real handoffs meanwhile.
 
-Everything is real but the model: a Redis, the registry, ZeroMQ mailboxes, data lines, the decoders, the receiver and
-its pages. The bad messages come from a registered prefill worker (which also opens handoffs, to spoil them), from one
-whose messages are repeated, from a registered gateway, and from strangers. Each must be counted as refused; every
-prompt that is handed over between them must arrive byte for byte.
+Everything is real but the model and the gateway: a Redis, the workers with their mailboxes and data lines. The bad
+messages come from a registered prefill worker (which also opens handoffs, to spoil them), from one whose messages are
+repeated, from a registered gateway, and from strangers. Each must be counted as refused; every prompt that is handed
+over between them must arrive byte for byte.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import zmq
 
 from headrace.data_line import Listener, Make
 from headrace.data_lines import DataLines, data_listener
+from headrace.decode.worker import DecodeWorker
 from headrace.kvtransfer.messages import Abort, Commit, Offer, OnDataLine
 from headrace.loadtest.bare_gateway import BareGateway
-from headrace.loadtest.bare_workers import BareDecode, BarePrefill
 from headrace.loadtest.intruder import Intruder, RawDataLine, Socket, intruder
-from headrace.loadtest.keyed_kv import PAGE_BYTES, PAGE_SIZE, undisturbed
+from headrace.loadtest.keyed_model import LAYOUT, MAX_NUM_SEQS, PAGE_BYTES, PAGE_SIZE, keyed_engine, undisturbed
 from headrace.loadtest.kv_mutations import Frame, Mutations
 from headrace.loadtest.report import Figure, conclude
+from headrace.messages.stream import TokenBatch
 from headrace.node import ModelIdentity, Node, join_mesh
+from headrace.prefill import worker as prefill_worker
+from headrace.prefill.turns import OwnDevice
 from headrace.redis_client import Keys
 from headrace.redis_server import private_redis
 from headrace.registry import Tier
@@ -46,6 +51,8 @@ TIERS: tuple[Tier, ...] = ("gateway", "prefill", "decode")
 LEASE_SECONDS = 10.0
 PREFILL_PAGES = 128
 DECODE_PAGES = 256
+CHUNK_TOKENS = 3 * PAGE_SIZE
+PREFILLS_AT_ONCE = 16
 BURST = 50
 MAX_OUTSTANDING = 600
 """Bad messages on the way."""
@@ -63,14 +70,43 @@ MAY_CANCEL = {"changed field", "others' handoffs"}
 class Rig:
     """The mesh under fuzz, and the honest requests that it serves."""
 
-    def __init__(self, nodes: dict[Tier, Node], listener: Listener, lines: DataLines, seed: int) -> None:
+    def __init__(
+        self,
+        nodes: dict[Tier, Node],
+        listener: Listener,
+        lines: DataLines,
+        device_threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
+        seed: int,
+    ) -> None:
         self._prefill_node, self._decode_node = nodes["prefill"], nodes["decode"]
         self._lines = lines
         self.gateway = BareGateway(nodes["gateway"])
-        self.prefill = BarePrefill(
-            self._prefill_node, self, PREFILL_PAGES, LEASE_SECONDS, renew_seconds=3600.0, shares_memory=False
+        self._send, self._post = self._prefill_node.mesh.send, self._decode_node.mesh.post
+        self._prefill_node.mesh.send = self._send_and_remember  # type: ignore[method-assign, assignment]
+        self._decode_node.mesh.post = self._post_and_count  # type: ignore[method-assign, assignment]
+        self.engines = keyed_engine(PREFILL_PAGES), keyed_engine(DECODE_PAGES)
+        self.prefill = prefill_worker.PrefillWorker(
+            self._prefill_node,
+            self.engines[0],
+            LAYOUT,
+            OwnDevice(self.engines[0], device_threads[0], CHUNK_TOKENS),
+            PREFILLS_AT_ONCE,
+            LEASE_SECONDS,
+            self,
+            wire_dtype="auto",
         )
-        self.decode = BareDecode(self._decode_node, listener, DECODE_PAGES)
+        self.decode = DecodeWorker(
+            self._decode_node,
+            self.engines[1],
+            device_threads[1],
+            LAYOUT,
+            MAX_NUM_SEQS,
+            listener,
+            lines,
+            transport="tcp",
+        )
+        self.decoded = 0
+        """Requests that the decode worker has run to their ends, whoever handed them over."""
         self.mutations = Mutations(seed)
         self.answered = 0
         self.stopping = False
@@ -78,7 +114,6 @@ class Rig:
         self._random = random.Random(seed)
         self._offers: dict[str, Offer] = {}
         self._decode: Decoder[Commit | Offer | OnDataLine] = Decoder(Commit | Offer | OnDataLine)
-        self.prefill.send = self._send_and_remember
 
     @property
     def address(self) -> str:
@@ -92,8 +127,27 @@ class Rig:
         by_offer = receiver.refusals.total() - receiver.refusals["invalid"] - receiver.refusals["duplicate"]
         return mesh.refused + receiver.late + receiver.arrivals.dropped + by_offer
 
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.gateway.run())
+            group.create_task(self.prefill.run(never, 0.0))
+            group.create_task(self.decode.run(never, 0.0))
+
+    def check_integrity(self) -> None:
+        """Assert that every page is accounted for."""
+        for engine in self.engines:
+            engine.pool.check_integrity()
+        self.decode.receiver.check_integrity()
+
+    def _post_and_count(self, peer: str, message: Message) -> None:
+        if isinstance(message, TokenBatch):
+            self.decoded += sum(event.finish_reason is not None for event in message.events)
+        self._post(peer, message)
+
     async def _send_and_remember(self, peer: str, message: Message) -> None:
-        await self._prefill_node.mesh.send(peer, message)
+        await self._send(peer, message)
         if isinstance(message, Offer):
             self._offers[message.request_id] = message
             self.mutations.offered(message)
@@ -133,7 +187,7 @@ class Rig:
         header, payload = frame
         message = self._decode(header)
         if isinstance(message, Commit | Offer):
-            await self._prefill_node.mesh.send(self._decode_node.id, message)
+            await self._send(self._decode_node.id, message)
         else:
             self._lines.submit(self._decode_node.id, lambda: (header, [memoryview(payload)]), lambda reason: None)
         return True
@@ -322,13 +376,14 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
         keys = Keys(NAMESPACE)
         insider = await stack.enter_async_context(intruder(url, keys, "insider", "prefill", MODEL, LEASE_SECONDS))
         other_tier = await stack.enter_async_context(intruder(url, keys, "other-tier", "gateway", MODEL, LEASE_SECONDS))
-        rig = Rig(nodes, listener, lines, seed)
+        threads = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
+        # a lease that is renewed as its handoff ends would count as refused
+        stack.enter_context(patch.object(prefill_worker, "RENEW_SECONDS", 3600.0))
+        rig = Rig(nodes, listener, lines, threads, seed)
         attack = stack.enter_context(closing(Attack(rig, insider, other_tier, seed)))
         started = time.monotonic()
-        await run_beside(
-            _attack_and_ask(rig, attack, messages), [part.run() for part in (rig.gateway, rig.prefill, rig.decode)]
-        )
-        rig.decode.check_integrity()
+        await run_beside(_attack_and_ask(rig, attack, messages), [rig.run()])
+        rig.check_integrity()
         return Findings(
             sent=attack.sent,
             seconds=time.monotonic() - started,
@@ -336,8 +391,8 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
             answered=rig.answered,
             wrong=rig.gateway.wrong,
             disturbed=rig.gateway.retries.total(),
-            accepted=rig.decode.received - rig.answered + insider.answers["Ack"] + insider.answers["Credit"],
-            pages_in_use=rig.decode.pool.num_in_use + rig.prefill.pool.num_in_use,
+            accepted=rig.decoded - rig.answered + insider.answers["Ack"] + insider.answers["Credit"],
+            pages_in_use=sum(engine.pool.num_in_use for engine in rig.engines),
         )
 
 
