@@ -8,7 +8,6 @@ import torch
 
 from headrace.kernels.paged_attention import DecodePlan, PagedPlan, decode_attention
 from headrace.kernels.prefill_attention import TilePlan, TorchPlan, prefill_attention
-from headrace.kernels.verify_attention import VerifyPlan, verify_attention
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ForwardBatch:
     """[T] int64: the page that each token's K and V go to."""
     slot_offsets: torch.Tensor
     """[T] int64: and where in that page."""
-    plan: TorchPlan | TilePlan | DecodePlan | PagedPlan | VerifyPlan
+    plan: TorchPlan | TilePlan | DecodePlan | PagedPlan
     """Who attends to what, the same in all layers: prompts' tokens, one new token a request, or one and a draft."""
 
     def attend(
@@ -40,6 +39,4 @@ class ForwardBatch:
         assert not isinstance(self.plan, PagedPlan), "its kernels attend by themselves"
         if isinstance(self.plan, DecodePlan):
             return decode_attention(queries, layer_pages, self.plan, scaling)
-        if isinstance(self.plan, VerifyPlan):
-            return verify_attention(queries, layer_pages, self.plan, scaling)
         return prefill_attention(queries, layer_pages, self.plan, scaling, qkv=qkv)

@@ -20,7 +20,6 @@ from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.engine.verify import verify
 from headrace.grammar import Matcher
 from headrace.kernels.paged_attention import DecodePlan, PagedPlan, plan_decode
-from headrace.kernels.verify_attention import VerifyPlan, plan_verify
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
@@ -218,7 +217,7 @@ class DecodeBatch(Generic[K]):
         if engine.model.follows_tables:
             plan: PagedPlan | DecodePlan = PagedPlan(table, self._rows[:rows])
         else:
-            plan = plan_decode(engine.cache.layer(0), table, self._lengths)
+            plan = plan_decode(engine.cache.layer(0), table, [1] * rows, self._lengths)
         batch = ForwardBatch(
             token_ids=self._tokens[:rows],
             positions=positions,
@@ -246,11 +245,10 @@ class DecodeBatch(Generic[K]):
         keys: Sequence[K],
         starts: Sequence[int],
         token_ids: Sequence[Sequence[int]],
-        cache: PagedLayers | None = None,
+        cache: PagedLayers,
     ) -> ForwardBatch:
-        """Tokens of some requests, each request's from a position on, within the pages that it has.
-
-        `cache`: the draft model's, for which the plan is to be; otherwise the engine's.
+        """Tokens of some requests, each request's from a position on, within the pages that it has; to be computed with
+        this cache, the engine's or a draft model's.
         """
         engine, page_size = self._engine, self._engine.layout.page_size
         rows = [self._row_of[key] for key in keys]
@@ -260,10 +258,10 @@ class DecodeBatch(Generic[K]):
         at = [start + offset for start, count in zip(starts, counts, strict=True) for offset in range(count)]
         positions = torch.tensor(at, device=engine.device)
         if engine.model.follows_tables:
-            plan: PagedPlan | VerifyPlan = PagedPlan(table, owners.numpy())
+            plan: PagedPlan | DecodePlan = PagedPlan(table, owners.numpy())
         else:
             contexts = [start + count for start, count in zip(starts, counts, strict=True)]
-            plan = plan_verify((cache or engine.cache).layer(0), table, counts, contexts)
+            plan = plan_decode(cache.layer(0), table, counts, contexts)
         return ForwardBatch(
             token_ids=torch.tensor([token for tokens in token_ids for token in tokens], device=engine.device),
             positions=positions,
@@ -285,7 +283,7 @@ class DecodeBatch(Generic[K]):
         rows, engine = len(self._keys), self._engine
         newest, positions = self._tokens[:rows].tolist(), self._positions[:rows].tolist()
         tokens = [[first, *draft] for first, draft in zip(newest, drafts, strict=True)]
-        batch = self.pack(self._keys, positions, tokens)
+        batch = self.pack(self._keys, positions, tokens, engine.cache)
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         firsts = list(itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0))
         if self._matchers:

@@ -85,7 +85,7 @@ def test_a_step_gives_the_logits_of_the_plain_decoder(batch: int) -> None:
     after, cache.pages = cache.pages.clone(), before
     forward = ForwardBatch(
         decoder.state.tokens, positions, table.gather(1, (positions // PAGE).unsqueeze(1)).squeeze(1), positions % PAGE,
-        plan_decode(cache.layer(0), table, (positions + 1).tolist()),
+        plan_decode(cache.layer(0), table, [1] * len(positions), (positions + 1).tolist()),
     )  # fmt: skip
     expected = model.logits(model.forward(forward, cache, None))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

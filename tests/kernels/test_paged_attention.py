@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from headrace.kernels import paged_attention, prefill_attention
-from headrace.kernels import verify_attention as verify
 from headrace.kernels.paged_attention import decode_attention, plan_decode
 from headrace.kernels.prefill_attention import plan_prefill
-from headrace.kernels.verify_attention import plan_verify, verify_attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 6, 2, 8, 4
 SCALE = 0.3
@@ -48,7 +46,7 @@ class Requests:
 def test_decode_equals_naive_attention() -> None:
     """Unsorted lengths, some equal, one of a single token."""
     requests = Requests([9, 1, 16, 9, 4], [1] * 5)
-    plan = plan_decode(requests.pages, requests.table, requests.contexts)
+    plan = plan_decode(requests.pages, requests.table, requests.query_lengths, requests.contexts)
     got = decode_attention(requests.queries, requests.pages, plan, SCALE)
     torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
@@ -57,7 +55,7 @@ def test_decode_in_several_groups_equals_naive_attention(monkeypatch: pytest.Mon
     """A gather budget of one short request makes a group of almost every request."""
     monkeypatch.setattr(paged_attention, "GATHER_BYTES", 2000)
     requests = Requests([30, 2, 7, 5, 31, 2], [1] * 6)
-    plan = plan_decode(requests.pages, requests.table, requests.contexts)
+    plan = plan_decode(requests.pages, requests.table, requests.query_lengths, requests.contexts)
     assert len(plan.groups) > 2
     got = decode_attention(requests.queries, requests.pages, plan, SCALE)
     torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
@@ -76,9 +74,9 @@ def test_prefill_equals_naive_attention(block: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("budget", [2000, 2**22])
 def test_drafts_of_different_lengths_attend_like_prompts(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     """One to nine queries a request, in one group a size class and in almost one a request."""
-    monkeypatch.setattr(verify, "GATHER_BYTES", budget)
+    monkeypatch.setattr(paged_attention, "GATHER_BYTES", budget)
     requests = Requests([30, 2, 7, 5, 31, 2, 9, 16], [9, 1, 4, 3, 1, 2, 9, 5])
-    plan = plan_verify(requests.pages, requests.table, requests.query_lengths, requests.contexts)
+    plan = plan_decode(requests.pages, requests.table, requests.query_lengths, requests.contexts)
     assert len(plan.groups) == {2000: 7, 2**22: 5}[budget]
-    got = verify_attention(requests.queries, requests.pages, plan, SCALE)
+    got = decode_attention(requests.queries, requests.pages, plan, SCALE)
     torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
