@@ -53,6 +53,8 @@ class Placement:
         `page_hashes`: of the prompt's full pages.
         """
         while True:
+            if "stale" in handoff.refused.values():  # a newer attempt, or its Cancel, that did not come here was seen
+                raise HandoffFailed("the attempt is over")
             if (best := self.best(handoff, page_hashes)) is not None:
                 return best
             workers = self._workers()

@@ -74,7 +74,8 @@ class Findings:
     worst_wait: float = 0.0
     worst_pause: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
-    leaked: float = 0.0
+    leaked: dict[str, float] = field(default_factory=dict)
+    """Pages in use afterwards, by worker."""
     seconds: float = 0.0
 
     def add(self, stream: TimedStream | None, undisturbed: TimedStream) -> None:
@@ -292,14 +293,15 @@ async def chaos(series: str, extent: Extent, seed: int, folder: Path) -> Finding
     return findings
 
 
-async def _leaked(mesh: ChaosMesh) -> float:
-    """Pages that are still in use when nothing has been asked for a while."""
+async def _leaked(mesh: ChaosMesh) -> dict[str, float]:
+    """Pages that are still in use when nothing has been asked for a while. Raises `TimeoutError` without a mesh."""
+    await mesh.until_ready()
     try:
-        await mesh.until_ready()
         await mesh.local.until_no_page_is_used(SETTLE_SECONDS)
     except TimeoutError:
-        return sum((await mesh.local.metrics("headrace_kv_pages_in_use")).values()) or 1.0
-    return 0.0
+        used = await mesh.local.metrics("headrace_kv_pages_in_use")
+        return {worker: pages for worker, pages in used.items() if pages}
+    return {}
 
 
 def figures(series: str, findings: Findings, requests: int) -> list[Figure]:
@@ -313,7 +315,7 @@ def figures(series: str, findings: Findings, requests: int) -> list[Figure]:
         Figure(f"{series}: duplicates", findings.duplicates, "streams", "= 0"),
         Figure(f"{series}: gaps", findings.gaps, "streams", "= 0"),
         Figure(f"{series}: text, end or usage otherwise different", findings.different, "streams", "= 0"),
-        Figure(f"{series}: pages in use afterwards", findings.leaked, "pages", "= 0"),
+        Figure(f"{series}: pages in use afterwards", sum(findings.leaked.values()), "pages", "= 0"),
         Figure(f"{series}: worst pause in a stream", findings.worst_pause, "s", pause),
         Figure(f"{series}: worst wait for a first token", findings.worst_wait, "s"),
         Figure(f"{series}: answers of 503 with Retry-After", findings.refused, "answers"),

@@ -1,8 +1,9 @@
 """`make bench-overload`: what a mesh does when five times what it can do is asked of it.
 
 The mesh is real, with the built-in model on a CPU: gateway, Redis, one prefill and one decode worker. Its capacity is
-the most that some number of clients get done who each wait for their answer, and as long as they are told to where they
-are refused. Then requests arrive at five times that rate, at random times, and whoever is refused goes away.
+what clients get done who each wait for their answer, and as long as they are told to where they are refused; as many of
+them as get the most done. Then requests arrive at five times that rate, at random times, and whoever is refused goes
+away. After that the capacity is measured again, since the speed of a machine that others share drifts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TTFT_TARGET = 2.0
 ITL_TARGET = 0.25
 """Seconds, the mean of a request."""
 CLIENTS = (PLACES // 2, PLACES, PLACES * 3 // 2)
-"""Of the closed loops that look for the capacity."""
+"""Of the closed loops that look for how many get the most done."""
 RAMP_SECONDS = 3.0
 """Of a closed loop, at first, that do not count: all its clients begin at once."""
 OVERLOAD = 5
@@ -171,16 +172,19 @@ async def bench(seconds_at_capacity: float, seconds: float) -> list[Figure]:
         try:
             await clients.closed_loop(PLACES, 2)
             alone = await _alone(clients)
-            loops = [await clients.closed_loop(number, seconds_at_capacity) for number in CLIENTS]
-            at_capacity = max(loops, key=lambda outcomes: len(_served(outcomes)))
-            capacity = len(_served(at_capacity)) / seconds_at_capacity
+            loops = {number: await clients.closed_loop(number, seconds_at_capacity) for number in CLIENTS}
+            number = max(loops, key=lambda number: len(_served(loops[number])))
+            before = await clients.closed_loop(number, seconds_at_capacity)
+            capacity = len(_served(before)) / seconds_at_capacity
             asked = await _beside(memory.watch, clients.open_loop(OVERLOAD * capacity, seconds))
             end = time.perf_counter()
             recovery = await _recovery(clients, alone)
             overloaded = [outcome for outcome in await asyncio.gather(*asked) if outcome.ended <= end]
+            after = await clients.closed_loop(number, seconds_at_capacity)
         finally:
             await clients.close()
-    return _figures(at_capacity, capacity, seconds_at_capacity, overloaded, seconds, memory, alone, recovery)
+    goodputs = [_goodput(outcomes, seconds_at_capacity) for outcomes in (before, after)]
+    return _figures(number, goodputs, overloaded, seconds, memory, alone, recovery)
 
 
 async def _alone(clients: Clients) -> float:
@@ -208,29 +212,32 @@ async def _recovery(clients: Clients, alone: float) -> float:
     return RECOVERY_SECONDS
 
 
+def _goodput(outcomes: list[Outcome], seconds: float) -> float:
+    return sum(outcome.is_good for outcome in outcomes) / seconds
+
+
 def _figures(
-    at_capacity: list[Outcome],
-    capacity: float,
-    seconds_at_capacity: float,
+    clients: int,
+    goodputs: list[float],
     overloaded: list[Outcome],
     seconds: float,
     memory: Memory,
     alone: float,
     recovery: float,
 ) -> list[Figure]:
-    good_before = sum(outcome.is_good for outcome in at_capacity) / seconds_at_capacity
-    good = sum(outcome.is_good for outcome in overloaded) / seconds
+    at_capacity, good = statistics.mean(goodputs), _goodput(overloaded, seconds)
     served = _served(overloaded)
     refused = sum(outcome.status == 429 for outcome in overloaded)
     failed = len(overloaded) - len(served) - refused
     growth, grown = memory.growth()
     late = sum(outcome.ttft > TTFT_TARGET for outcome in served)
     return [
-        Figure("capacity", capacity, "requests/s"),
-        Figure("goodput at capacity", good_before, "requests/s"),
+        Figure("clients that get the most done", clients, "clients"),
+        Figure("goodput at capacity, before the overload", goodputs[0], "requests/s"),
+        Figure("goodput at capacity, after it", goodputs[1], "requests/s"),
         Figure("overload, requests sent", len(overloaded) / seconds, "requests/s"),
         Figure("overload, goodput", good, "requests/s"),
-        Figure("overload, goodput over that at capacity", good / max(good_before, 1e-9), "ratio", ">= 0.9"),
+        Figure("overload, goodput over that at capacity", good / max(at_capacity, 1e-9), "ratio", ">= 0.9"),
         Figure("overload, refused with 429", refused / max(len(overloaded), 1), "of all"),
         Figure("overload, failed otherwise", failed, "requests", "= 0"),
         Figure("overload, served but late", late / max(len(served), 1), "of served"),
@@ -259,9 +266,9 @@ def _median(outcomes: list[Outcome], value: Callable[[Outcome], float]) -> float
 def main() -> None:
     """Run, print, write; exit with 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="3 and 12 seconds instead of 10 and 60")
+    parser.add_argument("--quick", action="store_true", help="3 and 12 seconds instead of 20 and 60")
     quick = parser.parse_args().quick
-    figures = asyncio.run(bench(*((3.0, 12.0) if quick else (10.0, 60.0))))
+    figures = asyncio.run(bench(*((3.0, 12.0) if quick else (20.0, 60.0))))
     conclude("overload", figures)
 
 

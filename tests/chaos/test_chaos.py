@@ -18,7 +18,7 @@ async def test_streams_outlive(series: str, tmp_path: Path) -> None:
     findings = await chaos(series, EXTENT, 4, tmp_path)
     assert findings.errors == []
     assert (findings.duplicates, findings.gaps, findings.different) == (0, 0, 0)
-    assert findings.leaked == 0
+    assert findings.leaked == {}
     assert findings.outcomes >= EXTENT.requests
     assert findings.faults.total() >= 2
     assert series != "network" or len(findings.faults) == 4

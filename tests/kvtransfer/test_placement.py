@@ -104,3 +104,10 @@ async def test_the_worker_beside_comes_first_and_who_refused_not_again() -> None
     registry.members["a"] = msgspec.structs.replace(registry.members["a"], draining=True)
     with pytest.raises(HandoffFailed):
         await chooser.choose(_handoff(refused={"b": "layout"}))
+
+
+async def test_an_attempt_that_is_over_is_offered_to_nobody_else() -> None:
+    """Its worker missed the Cancel, or the newer attempt; all others would refuse it as well, for ever."""
+    chooser = Placement(_Registry(a={}, b={}))  # type: ignore[arg-type]
+    with pytest.raises(HandoffFailed, match="over"):
+        await chooser.choose(_handoff(refused={"a": "stale"}))
