@@ -190,17 +190,15 @@ class Workers:
         self._url = url
         self._random = random.Random(seed)
         self._forked = ForkedWorkers(["headrace.loadtest.kv_chaos"])
+        self.started: dict[str, int] = {}
+        """Unix nanoseconds, by name: what registered before is an earlier life's."""
         for tier in ("prefill", "decode"):
             for number in range(WORKERS_A_TIER):
                 self._start(f"{tier}-{number}")
 
     def _start(self, name: str) -> None:
+        self.started[name] = time.time_ns()
         self._forked.start(name, serve, self._url, self._random.getrandbits(32))
-
-    @property
-    def names(self) -> list[str]:
-        """Of all, the dead ones too."""
-        return list(self._forked.processes)
 
     async def kill(self, name: str) -> None:
         """SIGKILL one and start it again under its name, at once or after its lease."""
@@ -267,7 +265,7 @@ async def _ask_and_settle(
     gateway: BareGateway, processes: Workers, requests: int, mean_life_seconds: float, seed: int, findings: Findings
 ) -> None:
     started = time.monotonic()
-    killing = [asyncio.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.names]
+    killing = [asyncio.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.started]
     try:
         await _ask_all(gateway, requests, seed, findings)
         findings.seconds = time.monotonic() - started
@@ -276,7 +274,7 @@ async def _ask_and_settle(
     finally:
         for killer in killing:
             await end_task(killer)
-    findings.leaked = await _until_no_page_is_used(gateway.node)
+    findings.leaked = await _until_no_page_is_used(gateway.node, processes)
     findings.queued = await gateway.node.queue.depth()
     await processes.stop()
 
@@ -319,13 +317,14 @@ async def _ask(
         findings.wrong += asking.result() != undisturbed(prompt)
 
 
-async def _until_no_page_is_used(node: Node) -> dict[str, float]:
+async def _until_no_page_is_used(node: Node, processes: Workers) -> dict[str, float]:
     """Pages still in use when nothing changes any more."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         await node.registry.refresh()
-        members = [*node.registry.tier("prefill"), *node.registry.tier("decode")]
-        used = {member.id: member.stats.get("kv_pages_in_use", PAGES) for member in members}
+        members = [node.registry.members.get(name) for name in processes.started]
+        alive = [member for member in members if member is not None and member.epoch > processes.started[member.id]]
+        used = {member.id: member.stats.get("kv_pages_in_use", PAGES) for member in alive}
         if len(used) == 2 * WORKERS_A_TIER and not any(used.values()) and not await node.queue.depth():
             return {}
         if time.monotonic() > deadline:
