@@ -17,8 +17,10 @@ import torch
 
 from headrace.decode.drafter import Draft
 from headrace.decode.sequence import Key
+from headrace.engine.batch import ForwardBatch
 from headrace.engine.decode_batch import DecodeBatch, Seen
 from headrace.engine.engine import Engine
+from headrace.engine.kv_cache import PagedLayers
 from headrace.messages.request import SamplingParams
 
 DOUBTFUL = 0.2
@@ -61,9 +63,11 @@ class ChainDrafter(ABC):
     name: str
     """Short and lower-case: part of the names of metrics."""
 
-    def __init__(self, engine: Engine, guesser: Guesser) -> None:
+    def __init__(self, engine: Engine, guesser: Guesser, cache: PagedLayers) -> None:
+        """`cache`: of what it reads tokens with."""
         self._engine = engine
         self._guesser = guesser
+        self._cache = cache
         self._unread: dict[Key, Unread] = {}
         self.seconds = 0.0
         """What the last `draft` took."""
@@ -81,6 +85,9 @@ class ChainDrafter(ABC):
         """The states [T, H] to read tokens with whose features are these."""
 
     @abstractmethod
+    def _forward(self, states: torch.Tensor, packed: ForwardBatch) -> torch.Tensor:
+        """Read these tokens; returns the states [T, H] after them."""
+
     def _read(
         self,
         batch: DecodeBatch[Key],
@@ -90,6 +97,7 @@ class ChainDrafter(ABC):
         token_ids: Sequence[Sequence[int]],
     ) -> torch.Tensor:
         """Read these tokens of each request from its position on; returns the states [T, H] after them."""
+        return self._forward(states, batch.pack(keys, positions, token_ids, self._cache))
 
     @torch.inference_mode()
     def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:

@@ -12,7 +12,8 @@ import torch
 
 from headrace.decode.chain import ChainDrafter, Unread
 from headrace.decode.sequence import Key
-from headrace.engine.decode_batch import DecodeBatch, Seen
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.decode_batch import Seen
 from headrace.engine.draft_head import DraftHead
 from headrace.engine.engine import Engine
 
@@ -24,7 +25,7 @@ class HeadDrafter(ChainDrafter):
 
     def __init__(self, engine: Engine) -> None:
         assert engine.head is not None, "the engine has no head"
-        super().__init__(engine, engine.head)
+        super().__init__(engine, engine.head, engine.cache)
         self._head: DraftHead = engine.head
 
     def _joined(self, seen: Seen[Key]) -> Unread:
@@ -36,12 +37,5 @@ class HeadDrafter(ChainDrafter):
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         return self._head.fuse(torch.cat([*features]))
 
-    def _read(
-        self,
-        batch: DecodeBatch[Key],
-        states: torch.Tensor,
-        keys: Sequence[Key],
-        positions: Sequence[int],
-        token_ids: Sequence[Sequence[int]],
-    ) -> torch.Tensor:
-        return self._head.forward(states, batch.pack(keys, positions, token_ids), self._engine.cache)
+    def _forward(self, states: torch.Tensor, packed: ForwardBatch) -> torch.Tensor:
+        return self._head.forward(states, packed, self._engine.cache)

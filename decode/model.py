@@ -13,7 +13,8 @@ import torch
 
 from headrace.decode.chain import ChainDrafter, Unread
 from headrace.decode.sequence import Key
-from headrace.engine.decode_batch import DecodeBatch, Seen
+from headrace.engine.batch import ForwardBatch
+from headrace.engine.decode_batch import Seen
 from headrace.engine.engine import Engine
 
 
@@ -24,7 +25,7 @@ class ModelDrafter(ChainDrafter):
 
     def __init__(self, engine: Engine) -> None:
         assert engine.draft is not None, "the engine has no draft model"
-        super().__init__(engine, engine.draft)
+        super().__init__(engine, engine.draft, engine.draft.cache)
         self._model = engine.draft
 
     def _joined(self, seen: Seen[Key]) -> Unread:
@@ -36,12 +37,5 @@ class ModelDrafter(ChainDrafter):
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.empty(0)
 
-    def _read(
-        self,
-        batch: DecodeBatch[Key],
-        states: torch.Tensor,
-        keys: Sequence[Key],
-        positions: Sequence[int],
-        token_ids: Sequence[Sequence[int]],
-    ) -> torch.Tensor:
-        return self._model.forward(batch.pack(keys, positions, token_ids, self._model.cache))
+    def _forward(self, states: torch.Tensor, packed: ForwardBatch) -> torch.Tensor:
+        return self._model.forward(packed)

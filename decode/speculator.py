@@ -80,6 +80,7 @@ class Speculator:
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
         self._drafted: dict[Key, _Drafted] = {}
         self._num_requests = 0
+        """Of the step that was proposed for last."""
         self._balance = Balance()
         self._weighed = 0.0
         """Seconds of drafting and controlling that the balance knows of."""
@@ -100,10 +101,13 @@ class Speculator:
             if self._thread is not None:
                 self._thread.depth = 0
             return {}
-        guessed = self.depth_on_device
-        ahead = self.propose_ahead(requests)
-        chosen = {} if self._too_many(len(requests)) else self._choose(requests, guessed)
-        self._found(bool(chosen))
+        guessed, rests = self.depth_on_device, self._device_rests(requests)
+        ahead, chosen = dict[Key, list[int]](), dict[Key, _Choice]()
+        if not self._too_many(len(requests)):
+            self._follow_all(requests)
+            ahead = {} if rests else self._choose_on_device(requests)
+            chosen = self._choose(requests, guessed)
+        self._found(bool(chosen), len(requests))
         if self._thread is not None:
             started = time.perf_counter()
             depth = self._thread.choose_depth(self._num_requests, self._cost, self._chances_by_place)
@@ -115,10 +119,19 @@ class Speculator:
 
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
-        if self._device is None or self._device.rests(len(requests)):
+        self._num_requests = len(requests)
+        if self._device_rests(requests):
             return {}
-        started = time.perf_counter()
         self._follow_all(requests)
+        return self._choose_on_device(requests)
+
+    def _device_rests(self, requests: Sequence[Request]) -> bool:
+        """Whether the next step need not ask a head on the device, if there is one."""
+        return self._device is None or self._device.rests(len(requests))
+
+    def _choose_on_device(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
+        assert self._device is not None
+        started = time.perf_counter()
         draft, drafts = self._device.choose(len(requests), self._cost), dict[Key, list[int]]()
         for request in requests if draft else ():
             limit = self._limit(request, request.longest, request.in_flight)
@@ -139,15 +152,15 @@ class Speculator:
         Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
-        self._num_requests = len(requests)
         if self._too_many(len(requests)) or self._pauses:
             return False
         if self._steps_left > 0:
             self._steps_left -= 1
             return False
+        self._follow_all(requests)
         chosen = self._choose(requests)
         if not chosen:
-            self._found(False)
+            self._found(False, len(requests))
         return bool(chosen)
 
     @property
@@ -159,8 +172,8 @@ class Speculator:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
         return self._device is not None and not self._device.can_guess_for(requests)
 
-    def _found(self, drafts: bool) -> None:
-        beside_head = (self._num_requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
+    def _found(self, drafts: bool, requests: int) -> None:
+        beside_head = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
         most = MAX_STEPS_AHEAD if self._device is None else min(beside_head, MAX_STEPS_AHEAD)
         self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
         self._steps_left = self._steps_ahead
@@ -169,10 +182,9 @@ class Speculator:
         """Those drafts that pay. `guessed`: how many tokens a head on the device has guessed; None: requests have
         tokens on their way.
         """
-        started = time.perf_counter()
-        self._follow_all(requests)
         if not requests:
             return {}
+        started = time.perf_counter()
         device = self._device
         limits = {request.key: self._limit(request, len(request.token_ids)) for request in requests}
         guesses = {self._drafter.name: self._drafter.draft(limits)}
@@ -289,16 +301,14 @@ class Speculator:
         return [by_place.chances(drafted.acceptance[BY_PLACE], DEEPEST) for drafted in self._drafted.values()]
 
     def _follow_all(self, requests: Sequence[Request]) -> None:
+        started = time.perf_counter()
         stay = {request.key: request for request in requests}
-        self._forget([key for key, drafted in self._drafted.items() if stay.get(key) is not drafted.request])
-        for request in requests:
-            self._follow(request)
-        self._num_requests = len(requests)
-
-    def _forget(self, keys: Sequence[Key]) -> None:
-        for key in keys:
+        for key in [key for key, drafted in self._drafted.items() if stay.get(key) is not drafted.request]:
             self._learn(key, self._drafted.pop(key))
             self._drafter.leave(key)
+        for request in requests:
+            self._follow(request)
+        self.counters.drafting_seconds += time.perf_counter() - started
 
     def _follow(self, request: Request) -> None:
         drafted = self._drafted.get(request.key)

@@ -6,29 +6,6 @@ MEMORY = 0.05
 """Weight of a new measurement."""
 
 
-class PrefillGauge:
-    """What a prefill worker has computed and how long it took; rates come from two looks at these counters."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._prompts = 0
-        self._busy_seconds = 0.0
-
-    def ran(self, tokens: int, prompts: int, seconds: float) -> None:
-        """A step of so many tokens, that completed so many prompts, took so long."""
-        self._tokens += tokens
-        self._prompts += prompts
-        self._busy_seconds += seconds
-
-    def stats(self) -> dict[str, float]:
-        """By metric name."""
-        return {
-            "prompt_tokens_total": self._tokens,
-            "prompts_total": self._prompts,
-            "prefill_busy_seconds_total": round(self._busy_seconds, 6),
-        }
-
-
 class StepGauge:
     """The time between the ends of two decode steps: now, where one request runs alone, and in all."""
 

@@ -42,6 +42,7 @@ from headrace.wire import Decoder, Message
 
 log = logging.getLogger(__name__)
 
+Inbound = ToReceiver | ToSender | Cancel | Flushed | Repeat
 REAP_SECONDS = 1.0
 STATS_SECONDS = 0.1
 """Between two looks at the figures while steps run."""
@@ -71,6 +72,7 @@ class DecodeWorker:
         transport: Wanted = "auto",
     ) -> None:
         """`most_prompt_tokens`: of a pass of prompts that this worker computes itself; 0: it computes none."""
+        call_soon = asyncio.get_running_loop().call_soon_threadsafe
         self._node = node
         self._engine = engine
         self._device_thread = device_thread
@@ -81,7 +83,7 @@ class DecodeWorker:
         self._output = Output(self._scheduler, engine.max_model_len, self._post, node.telemetry)
         self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
-        self._receiver = Receiver(
+        self.receiver = Receiver(
             layout,
             [engine.cache],
             engine.pool,
@@ -89,7 +91,7 @@ class DecodeWorker:
             self._post,
             self._start_decoding,
             choice=Transports(layout, engine.cache, node.mesh.refuse_from, beside, nixl, transport),
-            call_soon=asyncio.get_running_loop().call_soon_threadsafe,
+            call_soon=call_soon,
             refuse=node.mesh.refuse_from,
             on_prompt=self._start_computing,
             most_prompt_tokens=most_prompt_tokens,
@@ -97,9 +99,7 @@ class DecodeWorker:
         self._prompts = InPlacePrompts(engine, device_thread, most_prompt_tokens)
         self._listener = listener
         self._alongside = alongside
-        departures = LineDepartures(
-            [engine.cache], layout.dtype, lines, asyncio.get_running_loop().call_soon_threadsafe
-        )
+        departures = LineDepartures([engine.cache], layout.dtype, lines, call_soon)
         # where there is one beside, the staging memory is its
         exports, staging = exports_of(engine.cache, nixl), engine.cache.staging_blocks
         if beside is not None and staging:
@@ -124,9 +124,7 @@ class DecodeWorker:
         self._gauge = StepGauge()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
-        self._decode: Decoder[ToReceiver | ToSender | Cancel | Flushed | Repeat] = Decoder(
-            ToReceiver | ToSender | Cancel | Flushed | Repeat
-        )
+        self._decode: Decoder[Inbound] = Decoder(Inbound)
         node.registry.on_leave.append(self._member_left)
 
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:
@@ -135,15 +133,13 @@ class DecodeWorker:
         What is left after `drain_timeout` seconds is given up, to be computed again elsewhere.
         """
         self._publish_stats()
-        self._listener.start(
-            self._receiver.arrivals.on_frame, identify_by(self._node.mesh), self._node.mesh.refuse_from
-        )
+        self._listener.start(self.receiver.arrivals.on_frame, identify_by(self._node.mesh), self._node.mesh.refuse_from)
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(loop) for loop in (self._mailbox_loop(), self._reap_loop())]
             stepping = group.create_task(self._step_loop())
             await stopped
             self._node.registry.drain()
-            self._receiver.stop()
+            self.receiver.stop()
             self._mover.is_active = True
             try:
                 async with asyncio.timeout(drain_timeout):
@@ -152,7 +148,7 @@ class DecodeWorker:
                 log.warning("giving up requests that did not end in time: they are computed again")
             await self._mover.stop()
             await end_task(stepping)
-            self._receiver.give_up()  # or it would hand over what nobody runs
+            self.receiver.give_up()  # or it would hand over what nobody runs
             for sequence in self._scheduler.sequences():
                 self._output.fail(sequence, "worker_stopping", "the decode worker was stopped")
             self._scheduler.abandon_steps()
@@ -160,7 +156,7 @@ class DecodeWorker:
             await asyncio.gather(*[end_task(task) for task in loops])
 
     async def _until_idle(self) -> None:
-        while self._scheduler.has_work or self._receiver.num_open or self._mover.num_open:
+        while self._scheduler.has_work or self.receiver.num_open or self._mover.num_open:
             self._idle.clear()
             await self._idle.wait()
 
@@ -238,7 +234,7 @@ class DecodeWorker:
 
     def join(self, sender: str, commit: Commit) -> None:
         """Take a request of the prefill worker beside into the next step, which computes its last prompt token."""
-        self._receiver.handle(sender, commit)
+        self.receiver.handle(sender, commit)
 
     def _start_computing(self, prompt: OwnPrompt) -> None:
         self._prompts.add(prompt)
@@ -271,14 +267,14 @@ class DecodeWorker:
 
         Who computes prompts in the same pool leaves alone what the first of those needs, too.
         """
-        self._receiver.room.reserve_pages = self._scheduler.num_running
-        self._receiver.room.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
-        self._receiver.room.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
-        self._receiver.grant_waiting()
-        self._engine.pool.reserve(self._scheduler.num_running + self._receiver.pages_wanted)
+        self.receiver.room.reserve_pages = self._scheduler.num_running
+        self.receiver.room.seats = self._max_num_seqs - self._scheduler.num_running - self._scheduler.num_ready
+        self.receiver.room.places = self._most_held - self._scheduler.num_running - self._scheduler.num_ready
+        self.receiver.grant_waiting()
+        self._engine.pool.reserve(self._scheduler.num_running + self.receiver.pages_wanted)
 
     def _pages_came_free(self) -> None:
-        if self._receiver.num_waiting:
+        if self.receiver.num_waiting:
             asyncio.get_running_loop().call_soon(self._grant)
 
     def _post(self, peer: str, message: Message) -> None:
@@ -298,7 +294,7 @@ class DecodeWorker:
             inbound, message = await self._node.mesh.receive_as(self._decode)
             match message, inbound.sender.tier:
                 case Cancel(), "gateway":
-                    self._receiver.cancel(message.request_id, message.attempt)
+                    self.receiver.cancel(message.request_id, message.attempt)
                     held = self._sequences()
                     self._cancel([s for s in held if s.key[0] == message.request_id and s.key[1] <= message.attempt])
                 case Flushed(), "gateway":
@@ -329,7 +325,7 @@ class DecodeWorker:
         if isinstance(message, Offer) and message.sampling.grammar is not None:
             grammars = self._engine.grammars  # it is compiled while the pages travel
             asyncio.get_running_loop().run_in_executor(None, grammars.prepare, message.sampling.grammar)
-        self._receiver.handle(sender, message)
+        self.receiver.handle(sender, message)
 
     def _sequences(self) -> list[Sequence]:
         """All requests held."""
@@ -352,7 +348,7 @@ class DecodeWorker:
     async def _reap_loop(self) -> None:
         while True:
             await asyncio.sleep(REAP_SECONDS)
-            self._receiver.reap()
+            self.receiver.reap()
             if self._sender.num_open:
                 await self._sender.renew()
             self._expire()
@@ -371,12 +367,12 @@ class DecodeWorker:
 
     def _member_left(self, member: Member) -> None:
         if member.tier == "gateway":
-            self._receiver.cancel_gateway(member.id)
+            self.receiver.cancel_gateway(member.id)
             self._cancel([sequence for sequence in self._sequences() if sequence.gateway == member.id])
             self._farewell.answered(member.id)
         else:
             self._listener.drop(member.id)
-            self._receiver.sender_left(member.id)
+            self.receiver.sender_left(member.id)
             self._sender.receiver_left(member.id)
 
     def _publish_stats(self) -> None:
@@ -387,14 +383,14 @@ class DecodeWorker:
             "kv_pages_total": pool.num_pages,
             "kv_page_tokens": pool.page_size,
             "max_num_seqs": self._max_num_seqs,
-            "requests_waiting": self._receiver.num_open + self._scheduler.num_ready,
+            "requests_waiting": self.receiver.num_open + self._scheduler.num_ready,
             "requests_running": self._scheduler.num_running,
             "handoff_recomputed_total": 0,
             "handoff_moved_here_total": self._moved_here,
             "messages_refused_total": self._node.mesh.refused,
         }
         stats |= self._gauge.stats() | self._prompts.figures()
-        stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self._receiver.aborts.items()}
+        stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self.receiver.aborts.items()}
         if self._speculator is not None:
             stats |= self._speculator.stats()
         stats |= self._node.telemetry.stats()

@@ -1,4 +1,4 @@
-"""The one interface of the two ways to run a model."""
+"""The one interface of all ways to run a model."""
 
 from __future__ import annotations
 

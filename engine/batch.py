@@ -8,7 +8,6 @@ import torch
 
 from headrace.kernels.paged_attention import DecodePlan, PagedPlan, decode_attention
 from headrace.kernels.prefill_attention import TilePlan, TorchPlan, prefill_attention
-from headrace.kernels.verify_attention import VerifyPlan, verify_attention
 
 NO_SLOTS = torch.empty(0, dtype=torch.int64)
 
@@ -25,7 +24,7 @@ class ForwardBatch:
     """[T] int64: the page that each token's K and V go to; `NO_SLOTS` where the plan is followed by what finds them."""
     slot_offsets: torch.Tensor
     """[T] int64: and where in that page; `NO_SLOTS` likewise."""
-    plan: TorchPlan | TilePlan | DecodePlan | PagedPlan | VerifyPlan
+    plan: TorchPlan | TilePlan | DecodePlan | PagedPlan
     """Who attends to what, the same in all layers: prompts' tokens, one new token a request, or one and a draft."""
     wants_logits: bool = False
     """Those of all rows are asked for next, so a model may compute them at once."""
@@ -44,6 +43,4 @@ class ForwardBatch:
         assert not isinstance(self.plan, PagedPlan), "its kernels attend by themselves"
         if isinstance(self.plan, DecodePlan):
             return decode_attention(queries, layer_pages, self.plan, scaling)
-        if isinstance(self.plan, VerifyPlan):
-            return verify_attention(queries, layer_pages, self.plan, scaling)
         return prefill_attention(queries, layer_pages, self.plan, scaling, qkv=qkv)

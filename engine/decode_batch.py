@@ -20,7 +20,6 @@ from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.engine.verify import verify
 from headrace.grammar import Matcher
 from headrace.kernels.paged_attention import PagedPlan, plan_decode
-from headrace.kernels.verify_attention import plan_verify
 from headrace.messages.request import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
@@ -224,7 +223,7 @@ class DecodeBatch(Generic[K]):
                 positions=positions,
                 slot_pages=table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1),
                 slot_offsets=positions % page_size,
-                plan=plan_decode(engine.cache.layer(0), table, self._lengths),
+                plan=plan_decode(engine.cache.layer(0), table, [1] * rows, self._lengths),
             )
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         if self._matchers:
@@ -246,11 +245,10 @@ class DecodeBatch(Generic[K]):
         keys: Sequence[K],
         starts: Sequence[int],
         token_ids: Sequence[Sequence[int]],
-        cache: PagedLayers | None = None,
+        cache: PagedLayers,
     ) -> ForwardBatch:
-        """Tokens of some requests, each request's from a position on, within the pages that it has.
-
-        `cache`: the draft model's, for which the plan is to be; otherwise the engine's.
+        """Tokens of some requests, each request's from a position on, within the pages that it has; to be computed with
+        this cache, the engine's or a draft model's.
         """
         engine, page_size = self._engine, self._engine.layout.page_size
         rows = [self._row_of[key] for key in keys]
@@ -271,7 +269,7 @@ class DecodeBatch(Generic[K]):
             positions=positions,
             slot_pages=table[owners, positions // page_size],
             slot_offsets=positions % page_size,
-            plan=plan_verify((cache or engine.cache).layer(0), table, counts, contexts),
+            plan=plan_decode(cache.layer(0), table, counts, contexts),
         )
 
     def room(self, key: K) -> int:
@@ -287,7 +285,7 @@ class DecodeBatch(Generic[K]):
         rows, engine = len(self._keys), self._engine
         newest, positions = self._tokens[:rows].tolist(), self._positions[:rows].tolist()
         tokens = [[first, *draft] for first, draft in zip(newest, drafts, strict=True)]
-        batch = replace(self.pack(self._keys, positions, tokens), wants_logits=True)
+        batch = replace(self.pack(self._keys, positions, tokens, engine.cache), wants_logits=True)
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         firsts = list(itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0))
         if self._matchers:

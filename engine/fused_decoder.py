@@ -12,7 +12,6 @@ from headrace.engine.base import OnLayer
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.kv_cache import PagedLayers
 from headrace.engine.model_config import ModelConfig
-from headrace.engine.parallel import ParallelGroup
 from headrace.engine.weights import DecoderWeights, LayerWeights
 from headrace.kernels.cache_write import write_cache
 from headrace.kernels.gated_activation import gated_activation
@@ -32,15 +31,12 @@ class FusedDecoder:
     prompt_tokens: int | None = None
     cache_dtype: torch.dtype | None = None
 
-    def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, group: ParallelGroup, *, norms_are_folded: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, *, norms_are_folded: bool = False) -> None:
         self.weights = weights
         self.norms_are_folded = norms_are_folded
         self.feature_layers: tuple[int, ...] = ()
         self.features = weights.embedding.new_empty(0, 0)
         self._config = config
-        self._group = group
         self._inverse_frequencies = config.rope.inverse_frequencies().to(weights.embedding.device)
         self._scale = config.head_dim**-0.5
 
@@ -61,12 +57,12 @@ class FusedDecoder:
             queries = write(layer, qkv, pages)
             if on_layer is not None:
                 on_layer(index)
-            hidden = self._group.all_reduce(layer.output(batch.attend(queries, pages, self._scale, qkv)))
+            hidden = layer.output(batch.attend(queries, pages, self._scale, qkv))
             hidden = add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), config.activation))
             last = index + 1 == len(weights.layers)
             next_norm = weights.norm if last else weights.layers[index + 1].input_norm
-            hidden = add_rms_norm(self._group.all_reduce(hidden), residual, next_norm, config.norm_eps)
+            hidden = add_rms_norm(hidden, residual, next_norm, config.norm_eps)
         if features:
             self.features = torch.cat(features, -1)
         return hidden

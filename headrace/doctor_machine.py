@@ -14,6 +14,7 @@ from pathlib import Path
 
 from headrace.doctor import Finding
 from headrace.models.errors import ModelError
+from headrace.models.gguf_folder import cache_folder
 from headrace.models.locate import BUILT_IN, built_in_file
 from headrace.settings import Settings
 
@@ -86,20 +87,17 @@ def _package(name: str) -> Finding:
     return Finding(name, "fail", found, f"at least {'.'.join(map(str, oldest))} is needed: {INSTALL_WORKER}")
 
 
-def check_numba_cache(settings: Settings) -> list[Finding]:
-    """Where compiled CPU kernels are kept; without it each start compiles them, or fails."""
-    spec = importlib.util.find_spec("headrace.kernels") if importlib.util.find_spec("numba") else None
-    if spec is None or spec.origin is None:
-        return []
-    places = [Path(spec.origin).resolve().parent, Path.home() / ".cache"]
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        places = [Path(chosen)]
-    for place in places:
-        nearest = next(folder for folder in (place, *place.parents) if folder.exists())
-        if os.access(nearest, os.W_OK):
-            return [Finding("numba cache", "ok", str(place))]
-    fix = "set NUMBA_CACHE_DIR to a folder that this user may write to"
-    return [Finding("numba cache", "fail", f"can't write to {' nor '.join(map(str, places))}", fix)]
+def check_cache(settings: Settings) -> list[Finding]:
+    """Where converted models and compiled CPU kernels are kept; without it a worker can't start on either."""
+    place = cache_folder()
+    nearest = next(folder for folder in (place, *place.parents) if folder.exists())
+    if os.access(nearest, os.W_OK):
+        return [Finding("cache", "ok", str(place))]
+    return [
+        Finding(
+            "cache", "fail", f"can't write to {place}", "set HEADRACE_CACHE to a folder that this user may write to"
+        )
+    ]
 
 
 def check_model(settings: Settings) -> list[Finding]:
@@ -167,7 +165,7 @@ def check_limits(settings: Settings) -> list[Finding]:
 CHECKS = {
     "python": check_python,
     "torch": check_torch,
-    "numba cache": check_numba_cache,
+    "cache": check_cache,
     "model": check_model,
     "memory": check_memory,
     "open files": check_limits,

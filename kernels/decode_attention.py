@@ -136,51 +136,6 @@ def fused_decode_attention(
     )  # fmt: skip
 
 
-def fused_decode_attention_reference(
-    qkv: torch.Tensor,
-    layer_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    positions: torch.Tensor,
-    rope: RopeTables,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-    out: torch.Tensor,
-    shape: HeadShape,
-    drafted: DraftRows | None = None,
-) -> None:
-    """The same in plain torch, row by row, in float64."""
-    heads, kv_heads, page_size = shape.kv_heads * shape.group, shape.kv_heads, layer_pages.shape[3]
-    rows = range(len(positions))
-    owners, firsts = (rows, rows) if drafted is None else (drafted.owners.tolist(), drafted.firsts.tolist())
-    at = positions.tolist()
-    for row, (owner_row, first, position) in enumerate(zip(owners, firsts, at, strict=True)):
-        if position < 0:
-            continue
-        queries, key, value = qkv[row].double().view(-1, shape.head_dim).split((heads, kv_heads, kv_heads))
-        if norms is not None:
-            queries, key = (
-                x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.double()
-                for x, norm in zip((queries, key), norms, strict=True)
-            )
-        queries, key = (_rotate(x, rope, position, shape.rotary_dim) for x in (queries, key))
-        slot = at[first] + row - first
-        page, offset = int(block_table[owner_row, slot // page_size]), slot % page_size
-        layer_pages[page, 0, :, offset] = key.to(layer_pages.dtype)
-        layer_pages[page, 1, :, offset] = value.to(layer_pages.dtype)
-        pages = layer_pages[block_table[owner_row, : slot // page_size + 1].long()].double()
-        chain = [other for other in range(first, row) if at[other] == at[first] + other - first < position]
-        seen = [*range(at[first]), *(at[first] + other - first for other in chain), slot]
-        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, seen]
-        scores = queries.view(kv_heads, shape.group, -1) @ keys.transpose(1, 2) * shape.head_dim**-0.5
-        out[row] = (scores.softmax(-1) @ values).flatten()
-
-
-def _rotate(x: torch.Tensor, rope: RopeTables, position: int, rotary_dim: int) -> torch.Tensor:
-    cos, sin = rope.cos[position].double(), rope.sin[position].double()
-    first, second, rest = x.split((rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
-
-
 @triton.jit(do_not_specialize=["batch"])
 def _plan_kernel(
     positions_ptr, firsts_ptr, first_units_ptr, batch,

@@ -26,15 +26,6 @@ def begin_decode(
     )  # fmt: skip
 
 
-def begin_decode_reference(
-    tokens: torch.Tensor, embedding: torch.Tensor, scale: float, residual: torch.Tensor, squares: torch.Tensor
-) -> None:
-    """The same in plain torch."""
-    residual.copy_(embedding[tokens] * scale)
-    squares.zero_()
-    squares[0] = (residual.double().square().sum(1) * SQUARES_SCALE).long()
-
-
 @triton.jit(do_not_specialize=["batch"])
 def _begin_kernel(
     tokens_ptr, embedding_ptr, residual_ptr, squares_ptr, batch, scale, squares_stride,

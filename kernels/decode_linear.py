@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
-from headrace.kernels.gated_activation import activated, gated_activation
+from headrace.kernels.gated_activation import activated
 from headrace.kernels.launch import dependent_launch, is_hopper, power_of_two
 from headrace.kernels.stream_linear import stream_linear
 
@@ -39,25 +39,6 @@ def decode_linear(
         ring_linear(x, weight, out, epilogue, workspace)
     else:
         stream_linear(x, weight, out, epilogue, workspace)
-
-
-def decode_linear_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
-    """The same in plain torch."""
-    y = x.double() @ weight.double().T
-    if epilogue.weight_scale is not None:
-        y *= epilogue.weight_scale
-    if epilogue.x_scale is not None:
-        y *= epilogue.x_scale.unsqueeze(1)
-    if epilogue.squares is not None:
-        mean = epilogue.squares.double() / SQUARES_SCALE / x.shape[1]
-        y *= torch.rsqrt(mean + epilogue.eps).unsqueeze(1)
-    if epilogue.bias is not None:
-        y += epilogue.bias
-    if epilogue.activation is not None:
-        y = gated_activation(y, epilogue.activation)
-    out.copy_(y + out if epilogue.residual else y)
-    if epilogue.squares_out is not None:
-        epilogue.squares_out.add_((out.double().square().sum(1) * SQUARES_SCALE).long())
 
 
 def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:

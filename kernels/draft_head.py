@@ -30,14 +30,6 @@ def begin_guess(
     )  # fmt: skip
 
 
-def begin_guess_reference(
-    tokens: torch.Tensor, embedding: torch.Tensor, states: torch.Tensor, eps: float, inputs: torch.Tensor
-) -> None:
-    """The same in plain torch."""
-    pairs = torch.stack((embedding[tokens], states), 1).double()
-    inputs.copy_((pairs * torch.rsqrt(pairs.square().mean(-1, keepdim=True) + eps)).flatten(1))
-
-
 def take_last(
     rows: tuple[torch.Tensor, torch.Tensor],
     last: torch.Tensor,
@@ -59,21 +51,6 @@ def take_last(
         HIDDEN=hidden, HIDDEN_PADDED=power_of_two(hidden), WIDTH=width, WIDTH_PADDED=power_of_two(width),
         NORMS=squares.shape[0], num_warps=4, **dependent_launch(),
     )  # fmt: skip
-
-
-def take_last_reference(
-    rows: tuple[torch.Tensor, torch.Tensor],
-    last: torch.Tensor,
-    positions: torch.Tensor,
-    requests: tuple[torch.Tensor, torch.Tensor],
-    squares: torch.Tensor,
-    own_positions: torch.Tensor,
-) -> None:
-    """The same in plain torch."""
-    for source, target in zip(rows, requests, strict=True):
-        target.copy_(source[last[: len(target)].long()])
-    squares.zero_()
-    own_positions.copy_((positions[: len(own_positions)] - 1).clamp(min=-1))
 
 
 def pick_guess(
@@ -99,27 +76,6 @@ def pick_guess(
         VOCABULARY=logits.shape[1], STRIDE=logits.stride(0), GUESSES=guesses.shape[1], CHOICES=CHOICES,
         NORMS=squares.shape[0], BLOCK=min(PICK_BLOCK, power_of_two(logits.shape[1])), num_warps=8, **dependent_launch(),
     )  # fmt: skip
-
-
-def pick_guess_reference(
-    logits: torch.Tensor,
-    vocabulary: torch.Tensor,
-    positions: torch.Tensor,
-    limits: torch.Tensor,
-    guesses: torch.Tensor,
-    own_positions: torch.Tensor,
-    own_tokens: torch.Tensor,
-    squares: torch.Tensor,
-) -> None:
-    """The same in plain torch."""
-    tokens = vocabulary[logits.sort(stable=True, dim=-1, descending=True).indices[:, :CHOICES]]
-    for row, own in enumerate(own_positions.tolist()):
-        if own >= 0:
-            place = (own + 1 - int(positions[row])) * CHOICES
-            guesses[row, place : place + CHOICES] = tokens[row]
-            own_tokens[row] = tokens[row, 0]
-            own_positions[row] = own + 1 if own + 1 < int(limits[row]) else -1
-    squares.zero_()
 
 
 @triton.jit

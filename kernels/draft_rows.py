@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.decode_attention import MAX_STEP_ROWS, DraftRows
-from headrace.kernels.draft_tree import CHOICES, standing_row
+from headrace.kernels.draft_tree import CHOICES
 from headrace.kernels.launch import power_of_two
 from headrace.kernels.launcher import Launcher
 
@@ -84,16 +84,6 @@ def expand_rows(state: RequestState, rows: StepRows) -> None:
     )
 
 
-def expand_rows_reference(state: RequestState, rows: StepRows) -> None:
-    """The same in plain torch."""
-    owners, _, drafts, depths = rows.layout.long()
-    guessed = (owners >= 0) & (depths > 0) & (drafts < 0)
-    drafts[guessed] = state.guesses[owners[guessed], -1 - drafts[guessed]]
-    rows.tokens.copy_(torch.where(depths == 0, state.tokens[owners], drafts).where(owners >= 0, 0))
-    rows.positions.copy_((state.positions[owners] + depths).where(owners >= 0, -1))
-    rows.generated.copy_((state.generated[owners] + depths).where(owners >= 0, 0))
-
-
 def accept_rows(sampled: torch.Tensor, rows: StepRows, state: RequestState, report: torch.Tensor) -> None:
     """Bring the requests up to date with what was drawn after each of the first R rows; `sampled` [R] int64.
 
@@ -103,20 +93,6 @@ def accept_rows(sampled: torch.Tensor, rows: StepRows, state: RequestState, repo
     sizes = (len(sampled), rows.layout.shape[1])
     tensors = (sampled, rows.layout, rows.tokens, *state.columns, rows.followers, report, rows.last)
     _launch_accept((sizes[0], 1, 1), (*tensors, *sizes), (MAX_STEP_ROWS,), num_warps=1)
-
-
-def accept_rows_reference(sampled: torch.Tensor, rows: StepRows, state: RequestState, report: torch.Tensor) -> None:
-    """The same in plain torch, request by request."""
-    owners, firsts, _, depths = rows.layout[:, : len(sampled)].tolist()
-    drafts, drawn = rows.tokens.tolist(), sampled.tolist()
-    rows.followers[: len(sampled)] = sampled
-    report.copy_(torch.stack((sampled, rows.tokens[: len(sampled)]), 1))
-    for owner, first in {(o, f) for o, f in zip(owners, firsts, strict=True) if o >= 0}:
-        last = standing_row(first, firsts.count(first), drafts, depths, drawn)
-        state.tokens[owner] = drawn[last]
-        state.positions[owner] += depths[last] + 1
-        state.generated[owner] += depths[last] + 1
-        rows.last[owner] = last
 
 
 def move_leaf(pages: torch.Tensor, block_table: torch.Tensor, rows: StepRows, state: RequestState, count: int) -> None:
@@ -133,19 +109,6 @@ def move_leaf(pages: torch.Tensor, block_table: torch.Tensor, rows: StepRows, st
         ),
         num_warps=4,
     )  # fmt: skip
-
-
-def move_leaf_reference(
-    pages: torch.Tensor, block_table: torch.Tensor, rows: StepRows, state: RequestState, count: int
-) -> None:
-    """The same in plain torch."""
-    size = pages.shape[4]
-    for request in range(count):
-        last, position = int(rows.last[request]), int(state.positions[request]) - 1
-        if position >= 0:
-            slot = position - int(rows.layout[3, last]) + last - int(rows.layout[1, last])
-            source, target = (int(block_table[request, at // size]) for at in (slot, position))
-            pages[:, target, :, :, position % size] = pages[:, source, :, :, slot % size]
 
 
 @triton.jit(do_not_specialize=["size"])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from headrace.kernels.launch import is_hopper, power_of_two
 from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import TensorDescriptor, tl, triton
-from headrace.kernels.paged_attention import gather_rows, page_rows, soften
+from headrace.kernels.paged_attention import gather_rows, page_rows
 from headrace.kernels.upload import upload
 
 if is_hopper():
@@ -34,7 +34,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut; `loadtest/kernel_bench.py` finds the fastest."""
+    """How the work is cut."""
 
     block_m: int
     """Rows of a tile: tokens times query heads a KV head."""
@@ -112,15 +112,11 @@ def plan_prefill(
     query_lengths: Sequence[int],
     context_lengths: Sequence[int],
     num_heads: int,
-    window: int | None = None,
 ) -> TorchPlan | TilePlan:
-    """Plan for requests whose queries lie one after the other; block_table int64 [B, max_pages].
-
-    `window` bounds how far back a query sees, itself included; the Triton kernel knows none.
-    """
+    """Plan for requests whose queries lie one after the other; block_table int64 [B, max_pages]."""
     kv_heads, head_dim = layer_pages.shape[2], layer_pages.shape[4]
     group = num_heads // kv_heads
-    if layer_pages.is_cuda and window is None and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP:
+    if layer_pages.is_cuda and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP:
         has_prefix = list(query_lengths) != list(context_lengths)
         tiling = choose_tiling(head_dim, layer_pages.dtype, has_prefix, sum(query_lengths))
         return plan_tiles(block_table, query_lengths, context_lengths, group, tiling)
@@ -130,8 +126,7 @@ def plan_prefill(
         requests.append(PrefillRequest(row, queries, context, gather))
         row += queries
     block = min(QUERY_BLOCK, max(query_lengths, default=0))
-    mask = _mask(block, max(context_lengths, default=0), window, layer_pages)
-    return TorchPlan(requests, mask)
+    return TorchPlan(requests, _mask(block, max(context_lengths, default=0), layer_pages))
 
 
 def plan_tiles(
@@ -171,19 +166,15 @@ def prefill_attention(
     layer_pages: torch.Tensor,
     plan: TorchPlan | TilePlan,
     scaling: float,
-    softcap: float | None = None,
     qkv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from queries [T, heads, head_dim] over each request's pages, which hold its new tokens already.
 
     layer_pages: [pages, 2, kv_heads, page_size, head_dim]. Returns [T, heads * head_dim]. `qkv`: the packed projection
-    with rotated keys (`rope_cache`), which is read instead of pages where no request has a prefix. Raises `ValueError`
-    where the plan is for the Triton kernel and scores are capped.
+    with rotated keys (`rope_cache`), which is read instead of pages where no request has a prefix.
     """
     if isinstance(plan, TorchPlan):
-        return _reference(queries, layer_pages, plan, scaling, softcap)
-    if softcap is not None:
-        raise ValueError("the Triton kernel caps no scores: plan with a window, which plans for torch")
+        return _reference(queries, layer_pages, plan, scaling)
     if qkv is not None and not plan.has_prefix:
         return attend_packed(queries, qkv, plan, scaling, layer_pages.shape[2])
     return attend_paged(queries, layer_pages, plan, scaling)
@@ -357,19 +348,14 @@ def _attention_kernel(
 _launch_attention = Launcher(_attention_kernel)
 
 
-def _mask(block: int, width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+def _mask(block: int, width: int, like: torch.Tensor) -> torch.Tensor:
     width = max(width, block)
     query = torch.arange(width - block, width, device=like.device).unsqueeze(1)
     key = torch.arange(width, device=like.device)
-    visible = key <= query
-    if window is not None:
-        visible &= key > query - window
-    return torch.zeros(block, width, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(block, width, dtype=like.dtype, device=like.device).masked_fill_(key > query, float("-inf"))
 
 
-def _reference(
-    queries: torch.Tensor, layer_pages: torch.Tensor, plan: TorchPlan, scaling: float, softcap: float | None
-) -> torch.Tensor:
+def _reference(queries: torch.Tensor, layer_pages: torch.Tensor, plan: TorchPlan, scaling: float) -> torch.Tensor:
     _, _, kv_heads, _, head_dim = layer_pages.shape
     rows = page_rows(layer_pages)
     group = queries.shape[1] // kv_heads
@@ -384,21 +370,7 @@ def _reference(
             at = slice(request.first_row + start, request.first_row + start + count)
             mask = plan.mask[-count:, -context:].repeat_interleave(group, dim=0)
             folded = by_head[at].transpose(0, 1).reshape(kv_heads, count * group, head_dim)
-            attended = _attend(folded, keys[:, :context], values[:, :context], mask, scaling, softcap)
+            seen = (keys[:, :context].unsqueeze(0), values[:, :context].unsqueeze(0))
+            attended = F.scaled_dot_product_attention(folded.unsqueeze(0), *seen, attn_mask=mask, scale=scaling)
             out_by_head[at] = attended.view(kv_heads, count, group, head_dim).transpose(0, 1)
     return out.flatten(1)
-
-
-def _attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    if softcap is None:
-        batched = (queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
-        return F.scaled_dot_product_attention(*batched, attn_mask=mask, scale=scaling).squeeze(0)
-    scores = soften(torch.bmm(queries, keys.transpose(1, 2)) * scaling, softcap) + mask
-    return torch.bmm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype), values)

@@ -7,18 +7,18 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from headrace.loadtest.keyed_kv import undisturbed
+from headrace.loadtest.keyed_model import undisturbed
 from headrace.mesh import PeerGone
-from headrace.messages.control import Cancel
+from headrace.messages.control import Cancel, Flushed
 from headrace.messages.request import QueueEntry, SamplingParams
-from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, TokenBatch, TokenEvent
+from headrace.messages.stream import Flush, Moved, PrefillReport, RequestFailed, ToGateway, TokenBatch, TokenEvent
 from headrace.node import Node
 from headrace.queue import DELIVERIES_PER_ATTEMPT
 from headrace.registry import Member
 from headrace.tasks import run_beside
-from headrace.wire import Decoder
+from headrace.wire import Decoder, Message
 
-SAMPLING = SamplingParams(max_tokens=2)
+SAMPLING = SamplingParams(max_tokens=2, temperature=0)
 SILENCE_SECONDS = 15.0
 """After which a request is asked anew: its worker died with the news of it."""
 TIMEOUT_SECONDS = 120.0
@@ -31,6 +31,8 @@ class _Question:
     request_id: str
     token_ids: list[int]
     answer: asyncio.Future[list[int]]
+    tokens: dict[int, int] = field(default_factory=dict)
+    """By position."""
     asked_at: float = 0.0
     attempt: int = 0
     entry_id: str = ""
@@ -49,7 +51,8 @@ class BareGateway:
 
     def __post_init__(self) -> None:
         self._open: dict[str, _Question] = {}
-        self._prompts: dict[str, list[int]] = {}
+        self._expected: dict[str, list[int]] = {}
+        """The undisturbed answers, of all that was asked."""
         self._again: asyncio.Queue[tuple[_Question, int]] = asyncio.Queue()
         """Questions to be asked once more, as this attempt."""
         self._decode: Decoder[ToGateway] = Decoder(ToGateway)
@@ -63,7 +66,7 @@ class BareGateway:
         """The output tokens of a prompt. Raises `TimeoutError`, and `CancelledError` where `cancel` came first."""
         question = _Question(request_id, token_ids, asyncio.get_running_loop().create_future())
         self._open[request_id] = question
-        self._prompts[request_id] = token_ids
+        self._expected[request_id] = undisturbed(token_ids)
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 await self._put(question)
@@ -99,15 +102,22 @@ class BareGateway:
 
     def _tell_to_stop(self, request_id: str, attempt: int) -> None:
         for member in [*self.node.registry.tier("prefill"), *self.node.registry.tier("decode")]:
-            try:
-                self.node.mesh.post(member.id, Cancel(request_id=request_id, attempt=attempt))
-            except PeerGone:
-                pass  # and with it what it held
+            self._post(member.id, Cancel(request_id=request_id, attempt=attempt))
+
+    def _post(self, worker: str, message: Message) -> None:
+        try:
+            self.node.mesh.post(worker, message)
+        except PeerGone:
+            pass  # and with it what it held
 
     async def _mailbox_loop(self) -> None:
         while True:
-            _, message = await self.node.mesh.receive_as(self._decode)
+            inbound, message = await self.node.mesh.receive_as(self._decode)
             match message:
+                case Flush():
+                    self._post(inbound.sender.id, Flushed())
+                case Moved() if question := self._open.get(message.request_id):
+                    question.decode_worker = message.decode_worker
                 case TokenBatch():
                     for event in message.events:
                         self._tokens(event)
@@ -120,13 +130,16 @@ class BareGateway:
                         self._retry(question, "failed")
 
     def _tokens(self, event: TokenEvent) -> None:
-        prompt = self._prompts[event.request_id]
-        self.wrong += event.token_ids != undisturbed(prompt)
+        expected = self._expected[event.request_id]
+        self.wrong += event.token_ids != expected[event.position : event.position + len(event.token_ids)]
         question = self._open.get(event.request_id)
         if question is None:  # answered or cancelled before: whoever works on it is told
-            self._tell_to_stop(event.request_id, event.attempt)
-        elif not question.answer.done():
-            question.answer.set_result(event.token_ids)
+            if event.finish_reason is None:
+                self._tell_to_stop(event.request_id, event.attempt)
+            return
+        question.tokens |= enumerate(event.token_ids, event.position)
+        if event.finish_reason is not None and not question.answer.done():
+            question.answer.set_result([token_id for _, token_id in sorted(question.tokens.items())])
 
     def _member_left(self, member: Member) -> None:
         for question in self._open.values():

@@ -165,7 +165,7 @@ class Faults:
         self._mesh = mesh
         self._random = random.Random(seed)
         self._under_way: set[asyncio.Task[None]] = set()
-        self._well = set(mesh.workers)
+        self._well = set(mesh.workers.processes)
         self.had_all = asyncio.Event()
         """Everything has befallen the network once."""
 
@@ -195,7 +195,7 @@ class Faults:
             try:
                 await fault
             finally:
-                self._well |= {name} & set(self._mesh.workers)
+                self._well |= {name} & set(self._mesh.workers.processes)
 
         task = asyncio.create_task(run())
         self._under_way.add(task)
@@ -208,15 +208,15 @@ class Faults:
 
     async def _kill(self, name: str) -> None:
         self.counts[f"{name.partition('-')[0]} workers killed"] += 1
-        await self._mesh.kill(name)
+        await self._mesh.workers.kill(name)
         await asyncio.sleep(RESTART_SECONDS)
         self._mesh.start(name)
 
     async def _stop(self, name: str) -> None:
         self.counts[f"{name.partition('-')[0]} workers stopped for {STOP_SECONDS:.0f} s"] += 1
-        self._mesh.signal(name, signal.SIGSTOP)
+        self._mesh.workers.signal(name, signal.SIGSTOP)
         await asyncio.sleep(STOP_SECONDS)
-        self._mesh.signal(name, signal.SIGCONT)
+        self._mesh.workers.signal(name, signal.SIGCONT)
 
     async def empty_redis(self) -> None:
         """Kill it; it comes back with nothing in it."""

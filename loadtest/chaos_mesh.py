@@ -1,23 +1,16 @@
-"""A mesh of real processes around a tiny model, whose parts can be killed, stopped and cut off from each other.
-
-Workers are forked from a server that has imported everything, so that one is back a moment after it was killed.
-"""
+"""A mesh of real processes around a tiny model, whose parts can be killed, stopped and cut off from each other."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +21,7 @@ import uvloop
 from headrace.kvtransfer import transports
 from headrace.kvtransfer.messages import Host
 from headrace.loadtest.fault_proxy import FaultProxy
+from headrace.loadtest.forked_workers import STOP_SECONDS, ForkedWorkers, end_with_parent
 from headrace.loadtest.local_mesh import LocalMesh
 from headrace.loadtest.loopback import free_port
 from headrace.loadtest.redis_servers import RedisServer, redis_server
@@ -43,16 +37,12 @@ NAMESPACE = "chaos"
 VOCABULARY = 2048
 MODEL = {**TINY, "vocab_size": VOCABULARY, "eos_token_id": 255}
 START_SECONDS = 120.0
-STOP_SECONDS = 10.0
 PRELOADED = ["headrace.loadtest.chaos_mesh", "headrace.prefill.main", "headrace.decode.main"]
 
 
 def serve(name: str, environment: dict[str, str], log: str, apart: bool) -> None:
     """A worker process's life; `name` begins with its tier. `apart`: it takes itself for alone on its machine."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is the parent's to handle
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     with open(log, "a") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     if apart:
@@ -67,20 +57,16 @@ def serve(name: str, environment: dict[str, str], log: str, apart: bool) -> None
 Serve = Callable[[str, dict[str, str], str, bool], None]
 
 
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
 @dataclass
 class ChaosMesh:
-    """The processes; `workers` by id."""
+    """The processes."""
 
     folder: Path
     redis: RedisServer
     local: LocalMesh
     model: str
-    workers: dict[str, ForkServerProcess] = field(default_factory=dict)
+    workers: ForkedWorkers = field(default_factory=lambda: ForkedWorkers(PRELOADED))
+    """By id."""
     proxies: dict[str, list[FaultProxy]] = field(default_factory=dict)
     """In front of each process, by its id, where there are any."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -91,30 +77,13 @@ class ChaosMesh:
 
     def start(self, name: str) -> None:
         """Start a worker, or start it again."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         own: dict[str, Any] = {**self.settings, "worker_id": name}
         if self.proxied:
             self.starts += 1
             own["advertise"] = _own_address(self.starts)
         environment = {f"HEADRACE_{key.upper()}": str(value) for key, value in own.items()}
         log = str(self.folder / f"{name}.log")
-        process = context.Process(
-            target=self.serve, args=(name, environment, log, self.proxied), name=name, daemon=True
-        )
-        process.start()
-        self.workers[name] = process
-
-    async def kill(self, name: str) -> None:
-        """SIGKILL a worker."""
-        self.workers[name].kill()
-        await asyncio.to_thread(self.workers[name].join, STOP_SECONDS)
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        """Stop or continue a worker."""
-        pid = self.workers[name].pid
-        assert pid is not None
-        os.kill(pid, number)
+        self.workers.start(name, self.serve, environment, log, self.proxied)
 
     async def until_ready(self) -> None:
         """Wait for the gateway's warm-up through both tiers and for all workers. Raises `TimeoutError`."""
@@ -123,22 +92,12 @@ class ChaosMesh:
                 try:
                     async with session.get(f"{self.local.url}/ready") as response:
                         ready = response.status == 200
-                    if ready and len(await self.local.metrics("headrace_kv_pages_total")) == len(self.workers):
+                    workers = await self.local.metrics("headrace_kv_pages_total")
+                    if ready and len(workers) == len(self.workers.processes):
                         return
                 except aiohttp.ClientError:
                     pass
                 await asyncio.sleep(0.1)
-
-    async def stop(self) -> None:
-        """SIGTERM all workers, and SIGKILL what does not go."""
-        for name, process in self.workers.items():
-            if process.is_alive():
-                self.signal(name, signal.SIGCONT)
-                process.terminate()
-        for process in self.workers.values():
-            await asyncio.to_thread(process.join, STOP_SECONDS)
-            process.kill()
-            await asyncio.to_thread(process.join)
 
 
 def _own_address(number: int) -> str:
@@ -183,7 +142,7 @@ async def chaos_mesh(
             common | {"port": port, **({"advertise": _own_address(0)} if proxied else {})}, folder
         )
         stack.push_async_callback(end_process, gateway, signal.SIGTERM, STOP_SECONDS)
-        stack.push_async_callback(mesh.stop)
+        stack.push_async_callback(mesh.workers.stop)
         for tier, count in (("prefill", prefill), ("decode", decode)):
             for number in range(count):
                 mesh.start(f"{tier}-{number}")

@@ -12,7 +12,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
+from headrace.grammar import Matcher
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import LLAMA_8B, SMOLLM2_135M, TINY, model_folder
 from headrace.messages.request import SamplingParams
@@ -33,6 +34,7 @@ PRODUCT_FLOPS = 720e12
 INPUT, OUTPUT = 512, 256
 STEPS_BEFORE = 4
 """That are not timed."""
+GREEDY = SamplingParams(max_tokens=9999, temperature=0)
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,18 @@ def load(shape: Shape, largest_batch: int, device: str, longest: int = INPUT + O
     return engine, time.perf_counter() - started
 
 
-def decode_step_seconds(engine: Engine, contexts: Sequence[int], steps: int) -> float:
+def decode_step_seconds(
+    engine: Engine,
+    contexts: Sequence[int],
+    steps: int,
+    sampling: SamplingParams = GREEDY,
+    new_matcher: Callable[[], Matcher | None] = lambda: None,
+) -> float:
     """Mean time of `steps` steps of requests that have so many tokens before the first of them."""
     batch = new_batch(engine)
-    params = SamplingParams(max_tokens=steps + 1, temperature=0)
     held = [engine.pool.allocate(engine.pool.pages_for(context + steps + 8)) for context in contexts]
     for key, (pages, context) in enumerate(zip(held, contexts, strict=True)):
-        batch.join(key, [1] * (context - STEPS_BEFORE), 1, pages, params)
+        batch.join(key, [1] * (context - STEPS_BEFORE), 0, pages, sampling, new_matcher())
     for _ in range(STEPS_BEFORE):  # the first one sends all rows to the device
         batch.start()
         if batch.in_flight > batch.lookahead:

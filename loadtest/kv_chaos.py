@@ -1,181 +1,38 @@
 """`make chaos-kv`: ten thousand handoffs between processes that are killed, abort, and lose and damage messages.
 
-Prefill and decode workers are processes of their own, without a model: what a page must hold follows from its tokens,
-and the second token of each answer from every byte that arrived. So a page that is wrong, stale or another prompt's
-gives a wrong token. Queue, registry, sockets, handoff and page pools are the real ones.
+Prefill and decode workers are the real ones, in processes of their own, around a `KeyedModel`: a page that is wrong,
+stale or another prompt's gives a wrong token.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
-import multiprocessing
 import random
-import signal
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from headrace.data_line import Make
-from headrace.data_lines import DataLines, data_listener
-from headrace.kvtransfer.departures import Lines
-from headrace.kvtransfer.handoff import HandoffFailed
-from headrace.kvtransfer.messages import Grant
 from headrace.loadtest.bare_gateway import BareGateway
-from headrace.loadtest.bare_workers import BareDecode, BarePrefill
-from headrace.loadtest.keyed_kv import PAGE_SIZE, undisturbed
+from headrace.loadtest.chaos_worker import LEASE_SECONDS, MODEL, PAGES, serve, settings
+from headrace.loadtest.forked_workers import ForkedWorkers
+from headrace.loadtest.keyed_model import PAGE_SIZE, undisturbed
 from headrace.loadtest.report import Figure, conclude
-from headrace.messages.stream import TokenBatch
-from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
+from headrace.node import Node, join_mesh
 from headrace.redis_server import private_redis
-from headrace.registry import Tier
-from headrace.settings import Settings
 from headrace.tasks import end_task, run_beside
-from headrace.wire import Message
 
-MODEL = ModelIdentity("keyed", "keyed", 4096)
-NAMESPACE = "chaos"
-LEASE_SECONDS = 0.5
-RENEW_SECONDS = 0.5
-HOLD_SECONDS = 0.02
 WORKERS_A_TIER = 3
-PAGES = 96
-"""Of each worker: fewer than the requests at once want."""
 AT_ONCE = 48
 MEAN_LIFE_SECONDS = 0.7
 CANCELLED = 0.05
 """Share of the requests whose client goes away."""
-STOP_SECONDS = 10.0
 SETTLE_SECONDS = 40.0
 """Longer than a lease of the handoff, which is what a lost Abort waits for."""
-MISTAKEN = 3
-"""Exit status of a worker that still held pages when it stopped."""
-
-
-class Accidents:
-    """What goes wrong in one worker short of its death."""
-
-    LOST = 0.0005
-    REPEATED = 0.002
-    DAMAGED = 0.002
-    ABORTED = 0.01
-
-    def __init__(self, node: Node, seed: int) -> None:
-        self._node = node
-        self._random = random.Random(seed)
-
-    def befall_prefill(self, worker: BarePrefill) -> None:
-        """Its messages, and its computing."""
-        worker.send = self._send
-        worker.accident = self._fail
-
-    def lines(self, lines: DataLines) -> Lines:
-        """The same lines, which lose, repeat and damage frames."""
-        self._lines = lines
-        return self
-
-    def befall_decode(self, worker: BareDecode) -> None:
-        """Its answers, and its patience."""
-
-        def post(peer: str, message: Message) -> None:
-            if not self._happens(self.LOST) or isinstance(message, TokenBatch):
-                self._node.mesh.post(peer, message)
-            if isinstance(message, Grant) and self._happens(self.ABORTED):
-                asyncio.get_running_loop().call_soon(worker.receiver.cancel, message.request_id, message.attempt)
-
-        worker.post = post
-
-    def _happens(self, chance: float) -> bool:
-        return self._random.random() < chance
-
-    def _times(self) -> int:
-        """How often a message arrives."""
-        return 0 if self._happens(self.LOST) else 2 if self._happens(self.REPEATED) else 1
-
-    async def _send(self, peer: str, message: Message) -> None:
-        for _ in range(self._times()):
-            await self._node.mesh.send(peer, message)
-
-    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool) -> None:
-        """See `Lines`."""
-        for _ in range(self._times()):
-            damaged = functools.partial(self._damage, make) if self._happens(self.DAMAGED) else make
-            self._lines.submit(peer_id, damaged, failed, now)
-
-    def reconnect(self, peer_id: str) -> None:
-        """See `Lines`."""
-        self._lines.reconnect(peer_id)
-
-    def _damage(self, make: Make) -> tuple[bytes, Sequence[memoryview]]:
-        """Flip a bit anywhere in header or payload."""
-        header, payload = make()
-        frame = bytearray(header + b"".join(payload))
-        frame[self._random.randrange(len(frame))] ^= 1 << self._random.randrange(8)
-        return bytes(frame[: len(header)]), [memoryview(frame)[len(header) :]]
-
-    def _fail(self) -> None:
-        if self._happens(self.ABORTED / 10):
-            raise HandoffFailed("accident")
-
-
-def settings(url: str, name: str) -> Settings:
-    """Of one process of this mesh."""
-    return Settings(redis=url, namespace=NAMESPACE, worker_id=name, lease_seconds=LEASE_SECONDS)
-
-
-def serve(name: str, url: str, seed: int) -> None:
-    """A worker process's life. `name` begins with its tier."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is the parent's to handle
-    sys.exit(asyncio.run(_serve(name, url, seed)))
-
-
-async def _serve(name: str, url: str, seed: int) -> int:
-    tier: Tier = "prefill" if name.startswith("prefill") else "decode"
-    async with (
-        data_listener("127.0.0.1", None) as listener,
-        join_mesh(settings(url, name), tier, MODEL, listener.address if tier == "decode" else "") as node,
-        DataLines(node.registry, None) as lines,
-    ):
-        accidents = Accidents(node, seed)
-        worker: BarePrefill | BareDecode
-        if tier == "prefill":
-            by_tcp = name.endswith("0")
-            worker = BarePrefill(node, accidents.lines(lines), PAGES, LEASE_SECONDS, RENEW_SECONDS, not by_tcp)
-            accidents.befall_prefill(worker)
-        else:
-            worker = BareDecode(node, listener, PAGES, HOLD_SECONDS)
-            accidents.befall_decode(worker)
-        running = asyncio.create_task(worker.run())
-        stopped = asyncio.create_task(until_stopped())
-        orphaned = asyncio.create_task(_until_orphaned())
-        await asyncio.wait([running, stopped, orphaned], return_when=asyncio.FIRST_COMPLETED)
-        pages = worker.pool.num_in_use
-        for task in (running, stopped, orphaned):
-            await end_task(task)
-        worker.pool.check_integrity()
-        if not running.cancelled():
-            running.result()
-        return MISTAKEN if pages else 0
-
-
-async def _until_orphaned() -> None:
-    """Return when the process that started this one is gone."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    gone = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(parent.sentinel, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(parent.sentinel)
 
 
 class Workers:
@@ -189,31 +46,21 @@ class Workers:
         """Workers that ended by themselves, or held pages at their end."""
         self._url = url
         self._random = random.Random(seed)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__ if __name__ != "__main__" else "headrace.loadtest.kv_chaos"])
-        self._processes: dict[str, ForkServerProcess] = {}
+        self._forked = ForkedWorkers([serve.__module__])
+        self.started: dict[str, int] = {}
+        """Unix nanoseconds, by name: what registered before is an earlier life's."""
         for tier in ("prefill", "decode"):
             for number in range(WORKERS_A_TIER):
                 self._start(f"{tier}-{number}")
 
     def _start(self, name: str) -> None:
-        arguments = (name, self._url, self._random.getrandbits(32))
-        process = self._context.Process(target=serve, args=arguments, name=name, daemon=True)
-        process.start()
-        self._processes[name] = process
-
-    @property
-    def names(self) -> list[str]:
-        """Of all, the dead ones too."""
-        return list(self._processes)
+        self.started[name] = time.time_ns()
+        self._forked.start(name, serve, self._url, self._random.getrandbits(32))
 
     async def kill(self, name: str) -> None:
         """SIGKILL one and start it again under its name, at once or after its lease."""
-        process = self._processes[name]
-        if process.exitcode is not None:
-            self.broken.append(f"{name} ended with {process.exitcode}")
-        process.kill()
-        await self._join(process)
+        if (ended := await self._forked.kill(name)) is not None:
+            self.broken.append(f"{name} ended with {ended}")
         self.kills[name.partition("-")[0]] += 1
         if self._random.random() < 0.5:
             await asyncio.sleep(2 * LEASE_SECONDS * self._random.random())
@@ -221,17 +68,8 @@ class Workers:
 
     async def stop(self) -> None:
         """SIGTERM all; each says by its exit status whether its pages were all free."""
-        for process in self._processes.values():
-            process.terminate()
-        for name, process in self._processes.items():
-            await self._join(process)
-            if process.exitcode != 0:
-                self.broken.append(f"{name} ended with {process.exitcode}")
-                process.kill()
-        self._processes.clear()
-
-    async def _join(self, process: ForkServerProcess) -> None:
-        await asyncio.to_thread(process.join, STOP_SECONDS)
+        codes = await self._forked.stop()
+        self.broken += [f"{name} ended with {code}" for name, code in codes.items() if code != 0]
 
 
 @dataclass
@@ -276,7 +114,6 @@ async def chaos(requests: int, mean_life_seconds: float, seed: int, folder: Path
         )
         findings.wrong += gateway.wrong
         findings.retries = gateway.retries
-        await processes.stop()
         findings.kills, findings.broken = processes.kills, processes.broken
     return findings
 
@@ -285,7 +122,7 @@ async def _ask_and_settle(
     gateway: BareGateway, processes: Workers, requests: int, mean_life_seconds: float, seed: int, findings: Findings
 ) -> None:
     started = time.monotonic()
-    killing = [asyncio.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.names]
+    killing = [asyncio.create_task(_keep_killing(processes, name, mean_life_seconds)) for name in processes.started]
     try:
         await _ask_all(gateway, requests, seed, findings)
         findings.seconds = time.monotonic() - started
@@ -294,8 +131,9 @@ async def _ask_and_settle(
     finally:
         for killer in killing:
             await end_task(killer)
-    findings.leaked = await _until_no_page_is_used(gateway.node)
+    findings.leaked = await _until_no_page_is_used(gateway.node, processes)
     findings.queued = await gateway.node.queue.depth()
+    await processes.stop()
 
 
 async def _keep_killing(processes: Workers, name: str, mean_life_seconds: float) -> None:
@@ -336,13 +174,14 @@ async def _ask(
         findings.wrong += asking.result() != undisturbed(prompt)
 
 
-async def _until_no_page_is_used(node: Node) -> dict[str, float]:
+async def _until_no_page_is_used(node: Node, processes: Workers) -> dict[str, float]:
     """Pages still in use when nothing changes any more."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         await node.registry.refresh()
-        members = [*node.registry.tier("prefill"), *node.registry.tier("decode")]
-        used = {member.id: member.stats.get("kv_pages_in_use", PAGES) for member in members}
+        members = [node.registry.members.get(name) for name in processes.started]
+        alive = [member for member in members if member is not None and member.epoch > processes.started[member.id]]
+        used = {member.id: member.stats.get("kv_pages_in_use", PAGES) for member in alive}
         if len(used) == 2 * WORKERS_A_TIER and not any(used.values()) and not await node.queue.depth():
             return {}
         if time.monotonic() > deadline:

@@ -1,9 +1,9 @@
 """`make fuzz-kv`: bad messages by the million for a receiver that serves real handoffs meanwhile.
 
-Everything is real but the model: a Redis, the registry, ZeroMQ mailboxes, data lines, the decoders, the receiver and
-its pages. The bad messages come from a registered prefill worker (which also opens handoffs, to spoil them), from one
-whose messages are repeated, from a registered gateway, and from strangers. Each must be counted as refused; every
-prompt that is handed over between them must arrive byte for byte.
+Everything is real but the model and the gateway: a Redis, the workers with their mailboxes and data lines. The bad
+messages come from a registered prefill worker (which also opens handoffs, to spoil them), from one whose messages are
+repeated, from a registered gateway, and from strangers. Each must be counted as refused; every prompt that is handed
+over between them must arrive byte for byte.
 """
 
 from __future__ import annotations
@@ -15,128 +15,45 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import zmq
 
-from headrace.data_line import Listener, Make
 from headrace.data_lines import DataLines, data_listener
-from headrace.kvtransfer.messages import Abort, Commit, Offer, OnDataLine
-from headrace.loadtest.bare_gateway import BareGateway
-from headrace.loadtest.bare_workers import BareDecode, BarePrefill
+from headrace.kvtransfer.messages import Abort
+from headrace.loadtest.fuzz_rig import HONEST_AT_ONCE, LEASE_SECONDS, Rig
 from headrace.loadtest.intruder import Intruder, RawDataLine, Socket, intruder
-from headrace.loadtest.keyed_kv import PAGE_BYTES, PAGE_SIZE, undisturbed
-from headrace.loadtest.kv_mutations import Frame, Mutations
+from headrace.loadtest.keyed_model import PAGE_BYTES, PAGE_SIZE
+from headrace.loadtest.kv_mutations import Frame
 from headrace.loadtest.report import Figure, conclude
-from headrace.node import ModelIdentity, Node, join_mesh
+from headrace.node import ModelIdentity, join_mesh
+from headrace.prefill import worker as prefill_worker
 from headrace.redis_client import Keys
 from headrace.redis_server import private_redis
 from headrace.registry import Tier
 from headrace.settings import Settings
 from headrace.tasks import end_task, run_beside
 from headrace.tcp_line import PREAMBLE
-from headrace.wire import Decoder, Message, encode
+from headrace.wire import encode
 
 MODEL = ModelIdentity("keyed", "keyed", 65536)
 NAMESPACE = "fuzz"
 TIERS: tuple[Tier, ...] = ("gateway", "prefill", "decode")
-LEASE_SECONDS = 10.0
-PREFILL_PAGES = 128
-DECODE_PAGES = 256
 BURST = 50
 MAX_OUTSTANDING = 600
 """Bad messages on the way."""
 OPEN_HANDOFFS = 8
 """Of the fuzzer's own, granted and waiting to be spoiled."""
-HONEST_AT_ONCE = 4
 SETTLE_SECONDS = 20.0
 JUNK_SHARE = 0.005
 """Of the bursts, after which a connection is opened that does not speak ZeroMQ."""
 ZMTP_SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 MAY_CANCEL = {"changed field", "others' handoffs"}
 """Kinds of messages with good `Cancel`s among them, which a gateway may send."""
-
-
-class Rig:
-    """The mesh under fuzz, and the honest requests that it serves."""
-
-    def __init__(self, nodes: dict[Tier, Node], listener: Listener, lines: DataLines, seed: int) -> None:
-        self._prefill_node, self._decode_node = nodes["prefill"], nodes["decode"]
-        self._lines = lines
-        self.gateway = BareGateway(nodes["gateway"])
-        self.prefill = BarePrefill(
-            self._prefill_node, self, PREFILL_PAGES, LEASE_SECONDS, renew_seconds=3600.0, shares_memory=False
-        )
-        self.decode = BareDecode(self._decode_node, listener, DECODE_PAGES)
-        self.mutations = Mutations(seed)
-        self.answered = 0
-        self.stopping = False
-        self.data_address = listener.address
-        self._random = random.Random(seed)
-        self._offers: dict[str, Offer] = {}
-        self._decode: Decoder[Commit | Offer | OnDataLine] = Decoder(Commit | Offer | OnDataLine)
-        self.prefill.send = self._send_and_remember
-
-    @property
-    def address(self) -> str:
-        """Of the mailbox under fuzz."""
-        return self._decode_node.mesh.address
-
-    @property
-    def refused(self) -> int:
-        """Messages that the receiving side has counted as refused. Two causes are counted in two places."""
-        receiver, mesh = self.decode.receiver, self._decode_node.mesh
-        by_offer = receiver.refusals.total() - receiver.refusals["invalid"] - receiver.refusals["duplicate"]
-        return mesh.refused + receiver.late + receiver.arrivals.dropped + by_offer
-
-    async def _send_and_remember(self, peer: str, message: Message) -> None:
-        await self._prefill_node.mesh.send(peer, message)
-        if isinstance(message, Offer):
-            self._offers[message.request_id] = message
-            self.mutations.offered(message)
-        elif isinstance(message, Commit):
-            self.mutations.saw(encode(message))
-
-    def submit(self, peer_id: str, make: Make, failed: Callable[[str], None], now: bool) -> None:
-        """See `Lines`: what the honest worker sends is remembered."""
-
-        def remember() -> tuple[bytes, Sequence[memoryview]]:
-            header, payload = make()
-            self.mutations.saw(header, b"".join(payload))
-            return header, payload
-
-        self._lines.submit(peer_id, remember, failed, now)
-
-    def reconnect(self, peer_id: str) -> None:
-        """See `Lines`."""
-        self._lines.reconnect(peer_id)
-
-    async def keep_asking(self, number: int) -> None:
-        """One honest request after another. Some share a prefix, so that held pages are used."""
-        while not self.stopping:
-            shared = [self._random.randrange(3)] * PAGE_SIZE * self._random.randrange(4)
-            prompt = [*shared, *(self._random.randrange(1000) for _ in range(self._random.randrange(1, 24)))]
-            request_id = f"honest-{number}"
-            tokens = await self.gateway.ask(request_id, prompt)
-            self.answered += tokens == undisturbed(prompt)
-            self.mutations.is_over(self._offers.pop(request_id))
-            number += HONEST_AT_ONCE
-
-    async def repeat(self) -> bool:
-        """The honest prefill worker's lines deliver something twice. Returns whether there was anything."""
-        frame = self.mutations.replay()
-        if frame is None:
-            return False
-        header, payload = frame
-        message = self._decode(header)
-        if isinstance(message, Commit | Offer):
-            await self._prefill_node.mesh.send(self._decode_node.id, message)
-        else:
-            self._lines.submit(self._decode_node.id, lambda: (header, [memoryview(payload)]), lambda reason: None)
-        return True
 
 
 class Attack:
@@ -322,13 +239,14 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
         keys = Keys(NAMESPACE)
         insider = await stack.enter_async_context(intruder(url, keys, "insider", "prefill", MODEL, LEASE_SECONDS))
         other_tier = await stack.enter_async_context(intruder(url, keys, "other-tier", "gateway", MODEL, LEASE_SECONDS))
-        rig = Rig(nodes, listener, lines, seed)
+        threads = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
+        # a lease that is renewed as its handoff ends would count as refused
+        stack.enter_context(patch.object(prefill_worker, "RENEW_SECONDS", 3600.0))
+        rig = Rig(nodes, listener, lines, threads, seed)
         attack = stack.enter_context(closing(Attack(rig, insider, other_tier, seed)))
         started = time.monotonic()
-        await run_beside(
-            _attack_and_ask(rig, attack, messages), [part.run() for part in (rig.gateway, rig.prefill, rig.decode)]
-        )
-        rig.decode.check_integrity()
+        await run_beside(_attack_and_ask(rig, attack, messages), [rig.run()])
+        rig.check_integrity()
         return Findings(
             sent=attack.sent,
             seconds=time.monotonic() - started,
@@ -336,8 +254,8 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
             answered=rig.answered,
             wrong=rig.gateway.wrong,
             disturbed=rig.gateway.retries.total(),
-            accepted=rig.decode.received - rig.answered + insider.answers["Ack"] + insider.answers["Credit"],
-            pages_in_use=rig.decode.pool.num_in_use + rig.prefill.pool.num_in_use,
+            accepted=rig.decoded - rig.answered + insider.answers["Ack"] + insider.answers["Credit"],
+            pages_in_use=sum(engine.pool.num_in_use for engine in rig.engines),
         )
 
 

@@ -11,7 +11,7 @@ import msgspec
 import xxhash
 
 from headrace.kvtransfer.messages import Abort, Commit, Offer, OnDataLine, Pages, PagesInPlace, Renew, ToReceiver
-from headrace.loadtest.keyed_kv import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, VOCABULARY
+from headrace.loadtest.keyed_model import LAYOUT, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE, VOCABULARY
 from headrace.messages.control import Cancel
 from headrace.messages.request import SamplingParams
 from headrace.wire import HEAD_BYTES, WIRE_VERSION, Decoder, Message, WireError, encode, seal

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -69,7 +69,9 @@ class LocalMesh:
 
 
 @asynccontextmanager
-async def local_mesh(*flags: str, api_key: str | None = None) -> AsyncIterator[LocalMesh]:
+async def local_mesh(
+    *flags: str, api_key: str | None = None, environment: Mapping[str, str] = os.environ
+) -> AsyncIterator[LocalMesh]:
     """Run `headrace up FLAGS` inside the block; yields once it says that it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "headrace", "up", "--port", str(port), *flags]
@@ -78,6 +80,7 @@ async def local_mesh(*flags: str, api_key: str | None = None) -> AsyncIterator[L
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
+        env=environment,
     )
     mesh = LocalMesh(f"http://127.0.0.1:{port}", api_key)
     ready = asyncio.Event()

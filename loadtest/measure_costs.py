@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from headrace.cli import build_parser
-from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.engine import Engine, PrefillChunk
 from headrace.engine.startup import loaded_model
+from headrace.loadtest.engine_bench import decode_step_seconds
 from headrace.loadtest.prompts import unique_tokens
 from headrace.loadtest.report import machine
 from headrace.messages.request import SamplingParams
@@ -39,7 +39,7 @@ def measure(engine: Engine, settings: Settings) -> StepCosts:
     chunks = {size: _median(_prefill, engine, 0, size) for size in CHUNKS if size <= longest}
     largest = max(chunks)
     behind = _median(_prefill, engine, largest, largest)
-    room = min(settings.max_num_seqs, engine.pool.num_pages // engine.pool.pages_for(SHORT + STEPS + 2))
+    room = min(settings.max_num_seqs, engine.pool.num_pages // engine.pool.pages_for(SHORT + STEPS + 8))
     steps = {rows: _median(_decode, engine, rows, SHORT) for rows in ROWS if rows <= room}
     some = min(LONG_ROWS, max(steps))
     far = _median(_decode, engine, some, LONG)
@@ -91,21 +91,7 @@ def _prefill(engine: Engine, start: int, length: int) -> float:
 
 def _decode(engine: Engine, rows: int, context: int) -> float:
     """Seconds of one of some steps."""
-    batch: RunningBatch[int] = new_batch(engine)
-    held = [engine.pool.allocate(engine.pool.pages_for(context + STEPS + 2)) for _ in range(rows)]
-    for row, pages in enumerate(held):
-        batch.join(row, unique_tokens(context, row), 1, pages, GREEDY)
-    batch.start()
-    batch.collect()
-    began = time.perf_counter()
-    for _ in range(STEPS):
-        batch.start()
-        batch.collect()
-    took = (time.perf_counter() - began) / STEPS
-    for row, pages in enumerate(held):
-        batch.leave(row)
-        engine.pool.release(pages)
-    return took
+    return decode_step_seconds(engine, [context] * rows, STEPS)
 
 
 async def measured(settings: Settings) -> StepCosts:

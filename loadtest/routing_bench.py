@@ -42,14 +42,6 @@ SHAPE: dict[str, Any] = TINY | {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 2048,
 }
-ON_GPU: dict[str, Any] = SHAPE | {
-    "num_hidden_layers": 16,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-"""That of Llama 3.2 1B, but for the vocabulary. All workers share the GPU."""
 OF_WORKERS: dict[str, Any] = {"kv_cache_memory_bytes": 512 * 2**20, "max_model_len": 2048}
 CONVERSATIONS = 6
 TURNS = 3
@@ -106,9 +98,9 @@ def _nothing(*arguments: object) -> None:
 
 async def have_choose(mesh: ChaosMesh, chooses: bool) -> None:
     """Have all workers of the prefill tier choose from now on, or not."""
-    for name in mesh.workers:
+    for name in mesh.workers.processes:
         if name.startswith("prefill"):
-            mesh.signal(name, signal.SIGUSR1 if chooses else signal.SIGUSR2)
+            mesh.workers.signal(name, signal.SIGUSR1 if chooses else signal.SIGUSR2)
     await asyncio.sleep(SETTLE_SECONDS)
 
 
@@ -173,23 +165,21 @@ async def ask_short(
 
 
 @asynccontextmanager
-async def mesh_on(device: str, prefill: int, compared: type) -> AsyncIterator[tuple[ChaosMesh, aiohttp.ClientSession]]:
+async def mesh_of(prefill: int, compared: type) -> AsyncIterator[tuple[ChaosMesh, aiohttp.ClientSession]]:
     """So many prefill workers and a decode worker inside the block, and who asks them."""
     life = functools.partial(serve_either_way, compared)
-    of_workers = OF_WORKERS | ({} if device == "cpu" else {"device": device, "dtype": "bfloat16"})
-    shape = SHAPE if device == "cpu" else ON_GPU
     with tempfile.TemporaryDirectory() as folder:
         async with (
-            chaos_mesh(Path(folder), prefill, 1, shape=shape, serve=life, of_workers=of_workers) as mesh,
+            chaos_mesh(Path(folder), prefill, 1, shape=SHAPE, serve=life, of_workers=OF_WORKERS) as mesh,
             aiohttp.ClientSession(mesh.local.url) as session,
         ):
             yield mesh, session
 
 
-async def measure_steering(device: str, rounds: int) -> list[Figure]:
+async def measure_steering(rounds: int) -> list[Figure]:
     """The first part."""
     steered, unsteered = Side(), Side()
-    async with mesh_on(device, 2, Steering) as (mesh, session):
+    async with mesh_of(2, Steering) as (mesh, session):
         await converse(mesh, session, range(CONVERSATIONS), Side())
         for turn, chooses in enumerate([True, False] * rounds, start=1):
             await have_choose(mesh, chooses)
@@ -209,10 +199,10 @@ async def measure_steering(device: str, rounds: int) -> list[Figure]:
     ]
 
 
-async def measure_in_place(device: str, rounds: int, shorts: int) -> list[Figure]:
+async def measure_in_place(rounds: int, shorts: int) -> list[Figure]:
     """The second part."""
     chosen, handed_over = Side(), Side()
-    async with mesh_on(device, 1, InPlaceChoice) as (mesh, session):
+    async with mesh_of(1, InPlaceChoice) as (mesh, session):
         numbers = itertools.count()
         await ask_short(mesh, session, numbers, 2, Side())
         for chooses in [True, False] * rounds:
@@ -238,13 +228,10 @@ def main() -> None:
     """Run both parts, print, write; exit with 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of each way instead of three")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
-    rounds, shorts = (1, 5) if options.quick else (3, 10)
-    figures = asyncio.run(measure_steering(options.device, rounds))
-    figures += asyncio.run(measure_in_place(options.device, rounds, shorts))
-    name = "routing" if options.device == "cpu" else "routing_gpu"
-    conclude(name, figures)
+    rounds, shorts = (1, 5) if parser.parse_args().quick else (3, 10)
+    figures = asyncio.run(measure_steering(rounds))
+    figures += asyncio.run(measure_in_place(rounds, shorts))
+    conclude("routing", figures)
 
 
 if __name__ == "__main__":

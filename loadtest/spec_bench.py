@@ -24,10 +24,9 @@ from headrace.decode.speculator import Speculator
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.step_timing import time_steps
 from headrace.kvtransfer.layout import layout_of
-from headrace.kvtransfer.messages import Offer
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.spec_prompts import KINDS, chat_messages
-from headrace.loadtest.spec_side import Side, Step
+from headrace.loadtest.spec_side import Side, Step, new_request
 from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
@@ -73,17 +72,7 @@ class Prompts:
         pages = engine.pool.allocate(len(source))
         for layer in range(engine.layout.num_layers):
             engine.cache.write_pages(layer, pages, engine.cache.read_pages(layer, source))
-        offer = Offer(
-            request_id=f"{next(self._names)}",
-            attempt=0,
-            gateway="bench",
-            layout=self._layout,
-            token_ids=tokens,
-            generated=0,
-            sampling=sampling,
-            deadline=0,
-        )
-        return Sequence(offer, [*tokens, first], pages, 1)
+        return new_request(f"{next(self._names)}", self._layout, [*tokens, first], pages, sampling)
 
     def speculator(self) -> Speculator:
         """A decode worker's, at its start."""

@@ -29,13 +29,12 @@ from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.step_timing import StepSeconds, time_steps
 from headrace.kvtransfer.layout import layout_of
-from headrace.kvtransfer.messages import Offer
 from headrace.loadtest.emulated_head import EmulatedHead, write_random_head
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import LLAMA_8B, TINY, model_folder
 from headrace.loadtest.spec_bench import Prompts, tokens_a_second
 from headrace.loadtest.spec_prompts import KINDS, chat_messages
-from headrace.loadtest.spec_side import Side, Step
+from headrace.loadtest.spec_side import Side, Step, new_request
 from headrace.messages.request import SamplingParams
 from headrace.models.errors import ModelError
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
@@ -112,20 +111,12 @@ def random_requests(engine: Engine, count: int, input_tokens: int, output_tokens
     """Requests with prompts of which nothing was computed: what their pages hold changes no kernel's time."""
     rng = random.Random(0)
     layout = layout_of("random", engine.layout, engine.model_config.vocab_size)
+    sampling = SamplingParams(max_tokens=output_tokens, temperature=0)
     found = []
     for _ in range(count):
         tokens = [rng.randrange(engine.model_config.vocab_size) for _ in range(input_tokens)]
-        offer = Offer(
-            request_id=f"{next(_names)}",
-            attempt=0,
-            gateway="bench",
-            layout=layout,
-            token_ids=tokens[:-1],
-            generated=0,
-            sampling=SamplingParams(max_tokens=output_tokens, temperature=0),
-            deadline=0,
-        )
-        found.append(Request(offer, tokens, engine.pool.allocate(engine.pool.pages_for(input_tokens)), 1))
+        pages = engine.pool.allocate(engine.pool.pages_for(input_tokens))
+        found.append(new_request(f"{next(_names)}", layout, tokens, pages, sampling))
     return found
 
 

@@ -40,11 +40,10 @@ from headrace.decode.training.main import save
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.sampler import BatchSampler
 from headrace.kvtransfer.layout import layout_of
-from headrace.kvtransfer.messages import Offer
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.spec_bench import Prompts
 from headrace.loadtest.spec_prompts import KINDS, chat_messages
-from headrace.loadtest.spec_side import Side
+from headrace.loadtest.spec_side import Side, new_request
 from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN_HEAD, locate_model
 
@@ -262,11 +261,7 @@ def _drawn_requests(
     requests = []
     for seed, one, token in zip(seeds, params, tokens, strict=True):
         engine.pool.share(pages)
-        offer = Offer(
-            request_id=f"{seed}", attempt=0, gateway="bench", layout=layout, token_ids=prompt, generated=0,
-            sampling=one, deadline=0,
-        )  # fmt: skip
-        requests.append(Sequence(offer, [*prompt, token], list(pages), 1))
+        requests.append(new_request(f"{seed}", layout, [*prompt, token], list(pages), one))
     return requests
 
 

@@ -15,10 +15,29 @@ from headrace.decode.speculator import Speculator
 from headrace.decode.step import plan_step, run_step
 from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine
+from headrace.kvtransfer.messages import Layout, Offer
+from headrace.messages.request import SamplingParams
 
 DISTURBED = 4.0
 """Steps that take so many times their side's median are left out, on both sides: a step with the longest drafts takes
 two to three times one without."""
+
+
+def new_request(
+    name: str, layout: Layout, token_ids: list[int], pages: list[int], sampling: SamplingParams
+) -> Sequence:
+    """As the receiver hands it over: a prompt, and the first token of its answer."""
+    offer = Offer(
+        request_id=name,
+        attempt=0,
+        gateway="bench",
+        layout=layout,
+        token_ids=token_ids[:-1],
+        generated=0,
+        sampling=sampling,
+        deadline=0,
+    )
+    return Sequence(offer, token_ids, pages, 1)
 
 
 @dataclass(frozen=True)

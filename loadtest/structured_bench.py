@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from headrace.engine.decode_batch import new_batch
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.grammar import Matcher, of_json_schema
-from headrace.loadtest.prompts import unique_tokens
+from headrace.loadtest.engine_bench import STEPS_BEFORE, decode_step_seconds
 from headrace.loadtest.report import Figure, publish
 from headrace.loadtest.shapes import LLAMA_8B, servable_folder
 from headrace.messages.request import SamplingParams
 from headrace.models.locate import BUILT_IN, locate_model
 
-STREAMS, TOKENS_IN, STEPS_BEFORE = 8, 64, 8
+STREAMS, TOKENS_IN = 8, 64
 PERSON = {
     "type": "object",
     "properties": {
@@ -65,23 +64,11 @@ class TimedMatcher(Matcher):
 
 def step_seconds(engine: Engine, sampling: SamplingParams, steps: int) -> float:
     """The mean time of a step."""
-    batch = new_batch(engine)
-    pages = engine.pool.allocate(STREAMS * engine.pool.pages_for(TOKENS_IN + STEPS_BEFORE + steps + 2))
-    for key in range(STREAMS):
-        matcher = None if sampling.grammar is None else TimedMatcher(engine.grammars, sampling.grammar, sampling)
-        batch.join(key, unique_tokens(TOKENS_IN, key), 0, pages[key::STREAMS], sampling, matcher)
-    started = 0.0
-    for step in range(STEPS_BEFORE + steps):
-        if step == STEPS_BEFORE:
-            started = time.perf_counter()
-        batch.start()
-        if batch.in_flight > batch.lookahead:
-            batch.collect()
-    while batch.in_flight:
-        batch.collect()
-    elapsed = time.perf_counter() - started
-    engine.pool.release(pages)
-    return elapsed / steps
+
+    def new_matcher() -> Matcher | None:
+        return None if sampling.grammar is None else TimedMatcher(engine.grammars, sampling.grammar, sampling)
+
+    return decode_step_seconds(engine, [TOKENS_IN] * STREAMS, steps, sampling, new_matcher)
 
 
 def main() -> None:

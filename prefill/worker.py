@@ -8,10 +8,9 @@ import logging
 import time
 from collections.abc import Awaitable
 
-from headrace.data_lines import DataLines
 from headrace.engine.engine import Engine
 from headrace.farewell import Farewell
-from headrace.kvtransfer.departures import LineDepartures
+from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.messages import Layout, ToSender, WireDtype
 from headrace.kvtransfer.nixl import NixlEndpoint
 from headrace.kvtransfer.placement import Placement
@@ -35,6 +34,7 @@ from headrace.wire import Decoder, Message
 
 log = logging.getLogger(__name__)
 
+Inbound = ToSender | Cancel | Flushed | GivenBack | Holds | PassedOn
 STOP_TAKING_SECONDS = 2.0
 HOLDS_SECONDS = 0.1
 """Between two `Holds`: what is computed meanwhile goes with the next one."""
@@ -53,7 +53,7 @@ class PrefillWorker:
         turns: Turns,
         max_jobs: int,
         lease_seconds: float,
-        lines: DataLines,
+        lines: Lines,
         wire_dtype: WireDtype,
         beside: str | None = None,
         nixl: NixlEndpoint | None = None,
@@ -92,9 +92,7 @@ class PrefillWorker:
         self._next_holds: asyncio.TimerHandle | None = None
         self._stopping = False
         self._farewell = Farewell(node)
-        self._decode: Decoder[ToSender | Cancel | Flushed | GivenBack | Holds | PassedOn] = Decoder(
-            ToSender | Cancel | Flushed | GivenBack | Holds | PassedOn
-        )
+        self._decode: Decoder[Inbound] = Decoder(Inbound)
         node.registry.on_leave.append(self._member_left)
 
     async def run(self, stopped: Awaitable[None], drain_timeout: float) -> None:

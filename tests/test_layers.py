@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "colocate": FOLDERS - {"gateway", "loadtest"} | {BASE},
     "loadtest": {BASE, "engine", "kernels", "kvtransfer", "prefill", "decode"},
 }
-HEAVY = {"torch", "transformers", "triton", "accelerate"}
+HEAVY = {"torch", "transformers", "triton"}
 FREE_OF_HEAVY = {BASE, "gateway", "kvtransfer"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec"}

@@ -45,7 +45,7 @@ class PlainDecoder:
         assert (positions >= 0).all()
         table, page_size = self.block_table[:rows].long(), engine.layout.page_size
         pages = table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1)
-        plan = plan_decode(engine.cache.layer(0), table, (positions + 1).tolist())
+        plan = plan_decode(engine.cache.layer(0), table, [1] * len(positions), (positions + 1).tolist())
         batch = ForwardBatch(self.state.tokens[:rows].clone(), positions, pages, positions % page_size, plan)
         return engine.model.logits(engine.model.forward(batch, engine.cache, None))
 

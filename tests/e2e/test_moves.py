@@ -59,7 +59,7 @@ async def until_arriving(mesh: TinyMesh, name: str, count: int) -> None:
     worker = mesh.workers[name]
     assert isinstance(worker, DecodeWorker)
     async with asyncio.timeout(30):
-        while worker._receiver.num_open - worker._receiver.num_waiting < count:  # noqa: ASYNC110 (nothing tells)
+        while worker.receiver.num_open - worker.receiver.num_waiting < count:  # noqa: ASYNC110 (nothing tells)
             await asyncio.sleep(0)
 
 

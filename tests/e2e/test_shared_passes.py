@@ -42,7 +42,7 @@ async def test_requests_that_join_early_say_what_others_say(redis_url: str, tmp_
 
     def join(worker: DecodeWorker, sender: str, commit: Commit) -> None:
         joined.append(commit)
-        worker._receiver.handle(sender, commit)
+        worker.receiver.handle(sender, commit)
 
     with mock.patch.object(DecodeWorker, "join", join):
         async with tiny_mesh(redis_url, tmp_path, colocate_pages=[300], shares_passes=True) as mesh:

@@ -12,10 +12,11 @@ import torch
 from headrace.engine import graph_batch
 from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.sampler import SamplingRow
-from headrace.kernels.draft_rows import RequestState, StepRows, accept_rows_reference, expand_rows_reference
+from headrace.kernels.draft_rows import RequestState, StepRows
 from headrace.kernels.draft_tree import CHOICES, chain, guess_at
 from headrace.messages.request import SamplingParams
 from tests.engine.every_third import EveryThird
+from tests.kernels.references import accept_rows_reference, expand_rows_reference
 
 VOCABULARY, CAPACITY, WIDTH, PAGE = 97, 5, 6, 4
 

@@ -17,7 +17,6 @@ from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.graph_decoder import GraphDecoder, batch_sizes
 from headrace.engine.kv_cache import CacheLayout, KVCache
 from headrace.engine.model_config import ModelConfig, RopeConfig
-from headrace.engine.parallel import ParallelGroup
 from headrace.engine.prompt_rows import lay_out
 from headrace.engine.sampler import SampledToken, SamplingRow
 from headrace.engine.weights import DecoderWeights, LayerWeights
@@ -74,7 +73,7 @@ def test_a_step_gives_the_logits_of_the_plain_decoder(batch: int) -> None:
     layout = CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE)
     cache = KVCache(layout, batch * 4 + 1, torch.device("cpu"))
     cache.pages.normal_()
-    model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
+    model = FusedDecoder(config(), weights(), norms_are_folded=True)
     decoder = GraphDecoder(config(), model.weights, cache, batch, 64)
     positions = torch.randint(0, 60, (batch,))
     decoder.state.tokens.copy_(torch.randint(VOCABULARY, (batch,)))
@@ -86,7 +85,7 @@ def test_a_step_gives_the_logits_of_the_plain_decoder(batch: int) -> None:
     after, cache.pages = cache.pages.clone(), before
     forward = ForwardBatch(
         decoder.state.tokens, positions, table.gather(1, (positions // PAGE).unsqueeze(1)).squeeze(1), positions % PAGE,
-        plan_decode(cache.layer(0), table, (positions + 1).tolist()),
+        plan_decode(cache.layer(0), table, [1] * len(positions), (positions + 1).tolist()),
     )  # fmt: skip
     expected = model.logits(model.forward(forward, cache, None))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -191,7 +190,7 @@ def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
     torch.manual_seed(1)
     cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 36, torch.device("cpu"))
     cache.pages.normal_()
-    model = FusedDecoder(config(), weights(), ParallelGroup(), norms_are_folded=True)
+    model = FusedDecoder(config(), weights(), norms_are_folded=True)
     decoder = GraphDecoder(config(), model.weights, cache, 5, 96)
     decoder.state.tokens.copy_(torch.tensor([5, 17, 80, 1, 2]))
     decoder.state.positions.copy_(torch.tensor([40, 0, 15, 23, -1]))

@@ -15,7 +15,6 @@ from headrace.engine.graph_batch import GraphBatch
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.graph_head import GraphHead
 from headrace.engine.kv_cache import CacheLayout, KVCache
-from headrace.engine.parallel import ParallelGroup
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.draft_tree import CHOICES, chain, guess_at
 from headrace.kernels.prefill_attention import plan_prefill
@@ -68,7 +67,7 @@ class Fixture:
     def __init__(self) -> None:
         torch.manual_seed(3)
         head_config = replace(config(), embedding_scale=1.0)
-        self.model = FusedDecoder(head_config, weights(), ParallelGroup(), norms_are_folded=True)
+        self.model = FusedDecoder(head_config, weights(), norms_are_folded=True)
         self.model.feature_layers = FEATURE_LAYERS
         self.head = TorchHead(head_config, head_weights(), self.model.weights.embedding)
         layout = CacheLayout("float32", LAYERS + 1, KV_HEADS, DIM, PAGE)

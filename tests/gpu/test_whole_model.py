@@ -10,7 +10,6 @@ import torch
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
-from headrace.engine.parallel import ParallelGroup
 from headrace.engine.weights import DecoderWeights, LayerWeights
 from headrace.kernels.linear import Linear
 from headrace.loadtest.shapes import LLAMA_8B, model_folder
@@ -48,7 +47,7 @@ def exact(engine: Engine) -> torch.Tensor:
     weights = engine.model.weights
     layers = [LayerWeights(**{name: wide(value) for name, value in vars(layer).items()}) for layer in weights.layers]  # type: ignore[arg-type]
     embedding, norm, head = (wide(x) for x in (weights.embedding, weights.norm, weights.head))
-    model = FusedDecoder(engine.model_config, DecoderWeights(embedding, layers, norm, head), ParallelGroup())  # type: ignore[arg-type]
+    model = FusedDecoder(engine.model_config, DecoderWeights(embedding, layers, norm, head))  # type: ignore[arg-type]
     layout = CacheLayout("float64", 4, engine.layout.num_kv_heads, engine.layout.head_dim, engine.layout.page_size)
     cache = KVCache(layout, 8, torch.device("cpu"))
     config = EngineConfig(engine.config.model_folder, device="cpu")

@@ -66,6 +66,14 @@ async def test_a_key_that_others_can_read_is_a_warning(tmp_path: Path) -> None:
     assert [finding.fix for finding in await _of("mesh key", settings)] == [f"chmod 600 {path}"]
 
 
+async def test_the_cache_is_that_of_models_and_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is said of it is of the folder that is used."""
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
+    assert [(finding.verdict, finding.found) for finding in await _of("cache", Settings(port=0))] == [
+        ("ok", str(tmp_path))
+    ]
+
+
 async def test_torch_that_can_not_be_imported_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other checks go on."""
     monkeypatch.setattr(doctor_machine, "PROBE", "raise ImportError('libcudart.so.12 is missing')")

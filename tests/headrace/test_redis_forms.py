@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from headrace.loadtest.redis_servers import RedisServer, cluster_of_three, redis_server, watched_by_sentinels
+from headrace.loadtest.redis_servers import RedisServer, redis_server
 from headrace.node import ModelIdentity, join_mesh
 from headrace.queue import RequestQueue
 from headrace.redis_client import Keys, RedisError, connect
 from headrace.redis_url import RedisUrl, without_password
 from headrace.settings import Settings, SettingsError
+from tests.headrace.redis_forms import cluster_of_three, watched_by_sentinels
 from tests.headrace.test_queue import entry
 
 MODEL = ModelIdentity("m", "f" * 32, 128)

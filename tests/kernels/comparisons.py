@@ -9,34 +9,38 @@ from headrace.kernels.decode_attention import (
     DraftRows,
     HeadShape,
     fused_decode_attention,
-    fused_decode_attention_reference,
     plan_decode_attention,
 )
-from headrace.kernels.decode_begin import begin_decode, begin_decode_reference
-from headrace.kernels.decode_linear import decode_linear, decode_linear_reference
+from headrace.kernels.decode_begin import begin_decode
+from headrace.kernels.decode_linear import decode_linear
 from headrace.kernels.draft_head import (
     begin_guess,
-    begin_guess_reference,
     pick_guess,
-    pick_guess_reference,
     take_last,
-    take_last_reference,
 )
 from headrace.kernels.draft_rows import (
     RequestState,
     StepRows,
     accept_rows,
-    accept_rows_reference,
     expand_rows,
-    expand_rows_reference,
     move_leaf,
-    move_leaf_reference,
 )
 from headrace.kernels.draft_tree import CHOICES, chain, depths_of, guess_at
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.mask_logits import launch_mask_logits, mask_logits_reference
 from headrace.kernels.rope import RopeTables
+from tests.kernels.references import (
+    accept_rows_reference,
+    begin_decode_reference,
+    begin_guess_reference,
+    decode_linear_reference,
+    expand_rows_reference,
+    fused_decode_attention_reference,
+    move_leaf_reference,
+    pick_guess_reference,
+    take_last_reference,
+)
 
 
 def compare_decode_linear(

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from headrace.kernels import paged_attention, prefill_attention
-from headrace.kernels import verify_attention as verify
 from headrace.kernels.paged_attention import decode_attention, plan_decode
 from headrace.kernels.prefill_attention import plan_prefill
-from headrace.kernels.verify_attention import plan_verify, verify_attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 6, 2, 8, 4
 SCALE = 0.3
@@ -29,7 +27,7 @@ class Requests:
         for row, count in enumerate(counts):
             self.table[row, :count] = torch.tensor([ids.pop() for _ in range(count)])
 
-    def naive(self, window: int | None, softcap: float | None) -> torch.Tensor:
+    def naive(self) -> torch.Tensor:
         """One query and one head at a time."""
         rows, first = [], 0
         for index, (context, count) in enumerate(zip(self.contexts, self.query_lengths, strict=True)):
@@ -37,54 +35,48 @@ class Requests:
             keys, values = pages.permute(1, 0, 3, 2, 4).reshape(2, -1, KV_HEADS, HEAD_DIM)[:, :context]
             for query in range(count):
                 end = context - count + query + 1
-                start = 0 if window is None else max(0, end - window)
                 for head in range(HEADS):
                     kv = head // (HEADS // KV_HEADS)
-                    scores = keys[start:end, kv] @ self.queries[first + query, head] * SCALE
-                    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
-                    rows.append(scores.softmax(0) @ values[start:end, kv])
+                    scores = keys[:end, kv] @ self.queries[first + query, head] * SCALE
+                    rows.append(scores.softmax(0) @ values[:end, kv])
             first += count
         return torch.stack(rows).view(-1, HEADS * HEAD_DIM)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (3, 2.0)])
-def test_decode_equals_naive_attention(window: int | None, softcap: float | None) -> None:
+def test_decode_equals_naive_attention() -> None:
     """Unsorted lengths, some equal, one of a single token."""
     requests = Requests([9, 1, 16, 9, 4], [1] * 5)
-    plan = plan_decode(requests.pages, requests.table, requests.contexts, window)
-    got = decode_attention(requests.queries, requests.pages, plan, SCALE, softcap)
-    torch.testing.assert_close(got, requests.naive(window, softcap), atol=1e-5, rtol=1e-5)
+    plan = plan_decode(requests.pages, requests.table, requests.query_lengths, requests.contexts)
+    got = decode_attention(requests.queries, requests.pages, plan, SCALE)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
 
 def test_decode_in_several_groups_equals_naive_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gather budget of one short request makes a group of almost every request."""
     monkeypatch.setattr(paged_attention, "GATHER_BYTES", 2000)
     requests = Requests([30, 2, 7, 5, 31, 2], [1] * 6)
-    plan = plan_decode(requests.pages, requests.table, requests.contexts)
+    plan = plan_decode(requests.pages, requests.table, requests.query_lengths, requests.contexts)
     assert len(plan.groups) > 2
     got = decode_attention(requests.queries, requests.pages, plan, SCALE)
-    torch.testing.assert_close(got, requests.naive(None, None), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0)])
 @pytest.mark.parametrize("block", [3, 256])
-def test_prefill_equals_naive_attention(
-    block: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefill_equals_naive_attention(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole prompt, a chunk after a prefix, a single token, and blocks smaller and larger than the prompts."""
     monkeypatch.setattr(prefill_attention, "QUERY_BLOCK", block)
     requests = Requests([7, 13, 5, 8], [7, 4, 1, 8])
-    plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, HEADS, window)
-    got = prefill_attention.prefill_attention(requests.queries, requests.pages, plan, SCALE, softcap)
-    torch.testing.assert_close(got, requests.naive(window, softcap), atol=1e-5, rtol=1e-5)
+    plan = plan_prefill(requests.pages, requests.table, requests.query_lengths, requests.contexts, HEADS)
+    got = prefill_attention.prefill_attention(requests.queries, requests.pages, plan, SCALE)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("budget", [2000, 2**22])
 def test_drafts_of_different_lengths_attend_like_prompts(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     """One to nine queries a request, in one group a size class and in almost one a request."""
-    monkeypatch.setattr(verify, "GATHER_BYTES", budget)
+    monkeypatch.setattr(paged_attention, "GATHER_BYTES", budget)
     requests = Requests([30, 2, 7, 5, 31, 2, 9, 16], [9, 1, 4, 3, 1, 2, 9, 5])
-    plan = plan_verify(requests.pages, requests.table, requests.query_lengths, requests.contexts)
+    plan = plan_decode(requests.pages, requests.table, requests.query_lengths, requests.contexts)
     assert len(plan.groups) == {2000: 7, 2**22: 5}[budget]
-    got = verify_attention(requests.queries, requests.pages, plan, SCALE)
-    torch.testing.assert_close(got, requests.naive(None, None), atol=1e-5, rtol=1e-5)
+    got = decode_attention(requests.queries, requests.pages, plan, SCALE)
+    torch.testing.assert_close(got, requests.naive(), atol=1e-5, rtol=1e-5)
