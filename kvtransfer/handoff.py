@@ -36,6 +36,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from headrace.data_line import STRIPES
 from headrace.kvtransfer.base import PageId, PageStore
 from headrace.kvtransfer.messages import (
     MAX_PAGES_PER_MESSAGE,
@@ -118,6 +119,7 @@ class Handoff:
         """Why it failed, in a word."""
         self.timings = Timings()
         self.pages = pages
+        self._page_bytes = store.page_bytes
         self._segments = Segments(store.page_bytes)
         self._sequence = 0
         self._on_the_way = OnTheWay(clock)
@@ -240,8 +242,13 @@ class Handoff:
             except ValueError as error:
                 self.fail(f"{self.receiver} {error}")
                 return
-        most = self._staging.num_blocks if self._staging is not None else MAX_PAGES_PER_MESSAGE
-        self._segments.bound(min(grant.window_bytes // 4, MESSAGE_BYTES[grant.transport]), most)
+        message_bytes, most = MESSAGE_BYTES[grant.transport], MAX_PAGES_PER_MESSAGE
+        if self._staging is not None:
+            most = self._staging.num_blocks
+        elif grant.transport == "shm":  # names travel, and each of the receiver's threads had best copy all its part
+            num_pages = (len(self.pages) - self.held_pages) * self.offer.layout.num_layers
+            message_bytes = max(message_bytes, num_pages * self._page_bytes // STRIPES)
+        self._segments.bound(min(grant.window_bytes // 4, message_bytes), most)
 
     def _free_staged(self, landed: list[Outgoing]) -> None:
         for outgoing in landed:

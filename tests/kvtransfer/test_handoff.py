@@ -6,6 +6,7 @@ import msgspec
 import pytest
 import xxhash
 
+from headrace.kvtransfer import handoff as module
 from headrace.kvtransfer.handoff import Handoff, HandoffFailed, State
 from headrace.kvtransfer.messages import (
     Abort,
@@ -182,6 +183,21 @@ def test_layers_that_wait_with_the_same_pages_leave_in_one_message() -> None:
         (range(2, 3), 3, [3]),
     ]
     assert (sender.sent_pages, sender.sent_bytes) == (11, 11 * PAGE_BYTES)
+
+
+def test_pages_read_in_place_are_named_in_as_many_messages_as_there_are_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of the receiver's copies its part at once, however large; over TCP messages stay small."""
+    monkeypatch.setattr(module, "MESSAGE_BYTES", {"shm": PAGE_BYTES, "tcp": PAGE_BYTES})
+    monkeypatch.setattr(module, "STRIPES", NUM_LAYERS)
+    for transport, messages in (("shm", NUM_LAYERS), ("tcp", 3 * NUM_LAYERS)):
+        sender = handoff()
+        sender.offer_to("decode-1")
+        for layer in range(NUM_LAYERS):
+            sender.layer_ready(Segment(layer, 0, 3))
+        sender.handle(Grant(**R, held_pages=0, window_bytes=BIG, transport=transport))  # type: ignore[arg-type]
+        assert len(sequences(sender)) == messages
 
 
 class Computing:
