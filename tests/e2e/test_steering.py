@@ -101,7 +101,7 @@ async def test_an_emptied_redis_and_a_worker_that_stops_change_no_text(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Entries that were passed on are given back like others, and a new worker holds nothing of the old one's."""
-    for name in ("FIRST_LOOK_SECONDS", "SECOND_LOOK_SECONDS", "TICK_SECONDS"):
+    for name in ("LOOK_SECONDS", "SECOND_LOOK_SECONDS", "TICK_SECONDS"):
         monkeypatch.setattr(audit, name, 0.3)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[400, 400], decode_pages=[400]) as mesh:
         texts = await converse(mesh, range(CONVERSATIONS))
