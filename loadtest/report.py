@@ -52,7 +52,8 @@ def publish(name: str, figures: list[Figure], card: str | None = None) -> None:
     Console(width=120).print(table)
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", "-m", _main_module(), *sys.argv[1:]])
+    given = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]  # others have other folders
+    command = " ".join(["python", "-m", _main_module(), *given])
     path.write_text(json.dumps(as_report(name, figures, card=card, command=command), indent=2) + "\n")
     print(f"written to {path}")
 
