@@ -47,6 +47,17 @@ class Blocks:
         self._reader = None if use is None else CallReader(use.most_calls)
         self._open: Block | None = None
 
+    @property
+    def told(self) -> bool:
+        """Whether all of the answer has been read."""
+        return self.finish_reason is not None
+
+    def read(self) -> list[Block]:
+        """All that have begun, with what is new."""
+        for _ in self.news():
+            pass
+        return self.all
+
     def news(self) -> Iterator[Step]:
         """What happened since the last call; to be read to its end."""
         choice = self._choice

@@ -27,12 +27,10 @@ class MessagesShape:
 
     @property
     def told(self) -> bool:
-        return self._blocks.finish_reason is not None
+        return self._blocks.told
 
     def whole(self) -> dict[str, Any]:
-        for _ in self._blocks.news():
-            pass
-        content = [_content(block) for block in self._blocks.all]
+        content = [_content(block) for block in self._blocks.read()]
         return self._message() | {"content": content, **self._stop()}
 
     def events(self) -> bytes:

@@ -43,11 +43,10 @@ class ResponsesShape:
 
     @property
     def told(self) -> bool:
-        return self._blocks.finish_reason is not None
+        return self._blocks.told
 
     def whole(self) -> dict[str, Any]:
-        for _ in self._blocks.news():
-            pass
+        self._blocks.read()
         return self._ended()
 
     def events(self) -> bytes:
