@@ -119,7 +119,6 @@ class Handoff:
         """Why it failed, in a word."""
         self.timings = Timings()
         self.pages = pages
-        self._page_bytes = store.page_bytes
         self._segments = Segments(store.page_bytes)
         self._sequence = 0
         self._on_the_way = OnTheWay(clock)
@@ -247,7 +246,7 @@ class Handoff:
             most = self._staging.num_blocks
         elif grant.transport == "shm":  # names travel, and each of the receiver's threads had best copy all its part
             num_pages = (len(self.pages) - self.held_pages) * self.offer.layout.num_layers
-            message_bytes = max(message_bytes, num_pages * self._page_bytes // STRIPES)
+            message_bytes = max(message_bytes, num_pages * self._segments.page_bytes // STRIPES)
         self._segments.bound(min(grant.window_bytes // 4, message_bytes), most)
 
     def _free_staged(self, landed: list[Outgoing]) -> None:

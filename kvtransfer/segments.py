@@ -55,7 +55,8 @@ class Segments:
         """Of a whole page."""
         self.largest_message = page_bytes
         """In bytes."""
-        self._whole_page_bytes = page_bytes
+        self.page_bytes = page_bytes
+        """Of a whole page."""
         self._parts: list[Part] = []
         """Of each page; empty where pages travel whole."""
         self._page_bytes = [page_bytes]
@@ -83,7 +84,7 @@ class Segments:
             if part.rank >= layout.tensor_parallel_size or part.first_head + part.num_heads > heads:
                 raise ValueError(f"wants {part}, where {layout.tensor_parallel_size} ranks hold {heads} heads")
         self._parts = parts
-        self._page_bytes = [self._whole_page_bytes // heads * part.num_heads for part in parts]
+        self._page_bytes = [self.page_bytes // heads * part.num_heads for part in parts]
         self._waiting = deque(cut for segment in self._waiting for cut in self._by_part(segment))
 
     def bound(self, message_bytes: int, most_pages: int) -> None:
@@ -121,7 +122,7 @@ class Segments:
         return count
 
     def _heads_of(self, part: int) -> range | None:
-        if self._page_bytes[part] == self._whole_page_bytes:
+        if self._page_bytes[part] == self.page_bytes:
             return None
         first_head = self._parts[part].first_head
         return range(first_head, first_head + self._parts[part].num_heads)
