@@ -18,7 +18,14 @@ from headrace.kvtransfer.departures import Lines
 from headrace.kvtransfer.messages import Grant
 from headrace.kvtransfer.transports import Wanted
 from headrace.loadtest.forked_workers import end_with_parent
-from headrace.loadtest.keyed_model import LAYOUT, MAX_NUM_SEQS, PAGE_SIZE, KeyedModel, keyed_engine
+from headrace.loadtest.keyed_model import (
+    CHUNK_TOKENS,
+    LAYOUT,
+    MAX_NUM_SEQS,
+    PREFILLS_AT_ONCE,
+    KeyedModel,
+    keyed_engine,
+)
 from headrace.messages.stream import TokenBatch
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
 from headrace.prefill.turns import OwnDevice
@@ -32,8 +39,6 @@ NAMESPACE = "chaos"
 LEASE_SECONDS = 0.5
 PAGES = 96
 """Of each worker: fewer than the requests at once want."""
-CHUNK_TOKENS = 3 * PAGE_SIZE
-PREFILLS_AT_ONCE = 16
 DRAIN_SECONDS = 1.0
 MISTAKEN = 3
 """Exit status of a worker that still held pages when it stopped."""

@@ -12,7 +12,15 @@ from headrace.data_lines import DataLines
 from headrace.decode.worker import DecodeWorker
 from headrace.kvtransfer.messages import Commit, Offer, OnDataLine
 from headrace.loadtest.bare_gateway import BareGateway
-from headrace.loadtest.keyed_model import LAYOUT, MAX_NUM_SEQS, PAGE_SIZE, keyed_engine, undisturbed
+from headrace.loadtest.keyed_model import (
+    CHUNK_TOKENS,
+    LAYOUT,
+    MAX_NUM_SEQS,
+    PAGE_SIZE,
+    PREFILLS_AT_ONCE,
+    keyed_engine,
+    undisturbed,
+)
 from headrace.loadtest.kv_mutations import Mutations
 from headrace.messages.stream import TokenBatch
 from headrace.node import Node
@@ -24,8 +32,6 @@ from headrace.wire import Decoder, Message, encode
 LEASE_SECONDS = 10.0
 PREFILL_PAGES = 128
 DECODE_PAGES = 256
-CHUNK_TOKENS = 3 * PAGE_SIZE
-PREFILLS_AT_ONCE = 16
 HONEST_AT_ONCE = 4
 
 

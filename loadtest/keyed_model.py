@@ -33,6 +33,8 @@ TOKEN_BYTES = PAGE_BYTES // PAGE_SIZE
 VOCABULARY = 2**15
 LAYOUT = layout_of("keyed", CACHE_LAYOUT, VOCABULARY)
 MAX_NUM_SEQS = 64
+CHUNK_TOKENS = 3 * PAGE_SIZE
+PREFILLS_AT_ONCE = 16
 
 
 def keyed_engine(num_pages: int) -> Engine:
