@@ -4,8 +4,11 @@ What Triton's own language can't say: weights come before the wait for the input
 with weights while the kernel ahead is still at work (programmatic dependent launch), asks for the input once that has
 ended, and keeps the ring full across the borders of tiles.
 
-A tile of weights has all of K, or where there are few tiles, `split` programs share one: each then adds up its part of
-the outputs out of what all of them left in memory, always in the same order, so that results don't depend on timing.
+A tile of weights has all of K, or where there are few tiles, `split` programs share one: each then adds up some
+columns of it out of what all of them left in memory, always in the same order, so that results don't depend on timing.
+
+The weights come at the memory's speed, so what is left to save is the time between a program's last product and its
+end: what the epilogue needs is loaded before the products, and what it stores are 16 bytes a thread.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from headrace.kernels.launch import num_processors, power_of_two
 
 ROWS = 64
 """Of the weights, in a tile: as many as one instruction of the tensor cores takes."""
-EARLY_ROWS = 16
-"""Of the input, padded: with so few, what the epilogue reads is in registers before the products are made."""
+PIECE = 8192
+"""Bytes of a tile's results that change hands in shared memory at once."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ def ring_linear(
 ) -> None:
     """See `decode_linear`; x has at most 128 rows, and the dtype of the weight, of 16 or 8 bits."""
     dtype, n, k = _DTYPES[x.dtype], out.shape[1], x.shape[1]
-    rows = max(16, power_of_two(x.shape[0]))
-    ring = _RINGS[rows]
+    columns = max(16, power_of_two(x.shape[0]))
+    ring = _RINGS[columns]
     block_k = ring.line // x.element_size()
     tiles, steps = triton.cdiv(weight.shape[0], ROWS), triton.cdiv(k, block_k)
     if epilogue.activation is not None:  # eight rows of the gate, then eight of up: in a tile, each gate meets its up
@@ -61,12 +64,15 @@ def ring_linear(
     processors = num_processors(x.device)
     split = _split(tiles, steps, ring, processors) if epilogue.activation is None else 1
     _ring_kernel[(min(tiles * split, processors),)](
-        TensorDescriptor.from_tensor(x, [rows, block_k], gl.NVMMASharedLayout.get_default_for([rows, block_k], dtype)),
+        TensorDescriptor.from_tensor(
+            x, [columns, block_k], gl.NVMMASharedLayout.get_default_for([columns, block_k], dtype)
+        ),
         TensorDescriptor(weight, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype)),
         out, epilogue.weight_scale, epilogue.x_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
-        workspace.partial, workspace.counters, x.shape[0], n, tiles, steps, 1 / k, epilogue.eps,
-        ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE, STAGES=ring.stages,
-        SPLIT=split, ROWS=ROWS, EARLY_ROWS=EARLY_ROWS, MAX_SHARED_TILES=MAX_SHARED_TILES, num_warps=4, launch_pdl=True,
+        workspace.partial, workspace.counters, x.shape[0], tiles, steps, 1 / k, epilogue.eps,
+        N=n, ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE, STAGES=ring.stages,
+        SPLIT=split, ROWS=ROWS, PIECE=PIECE, MAX_SHARED_TILES=MAX_SHARED_TILES,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -80,17 +86,17 @@ def _split(tiles: int, steps: int, ring: _Ring, processors: int) -> int:
 
 @gluon.constexpr_function
 def _accumulator_layout(block_m, element_bits, num_warps):
-    """Of [64 rows of the weights, BLOCK_M]: warps one below the other, each instruction as wide as the tile."""
+    """Of [rows of the weights, BLOCK_M]: warps one below the other, each instruction as wide as the tile."""
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, block_m, 256 // element_bits]
     )
 
 
 @gluon.constexpr_function
-def _slice_layout(rows, num_warps):
-    """Of [rows, BLOCK_M], neighbours along the first dimension."""
-    lanes = min(rows // 2, 32)
-    return gl.BlockedLayout([2, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
+def _neighbours_layout(rows, num_warps):
+    """Of [rows, columns]: a thread has 8 of the first dimension, which are neighbours in memory."""
+    lanes = min(rows // 8, 32)
+    return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
 
 
 @gluon.jit
@@ -121,27 +127,51 @@ def _norm(squares_ptr, m, M, inverse_k, eps, SCALE: gl.constexpr):
 
 
 @gluon.jit
+def _cells(n0, m0, M, N: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Where in out the rows of the weights from n0 and of x from m0 on are, and whether they are there."""
+    n = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    m = m0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    return m[None, :] * N + n[:, None], (m < M)[None, :] & (n < N)[:, None]
+
+
+@gluon.jit
+def _store(stored, n0, m0, out_ptr, M, N: gl.constexpr, PIECE: gl.constexpr, num_warps: gl.constexpr):
+    """Through shared memory, piece by piece, so that a thread has neighbours."""
+    ROWS: gl.constexpr = stored.shape[0]
+    COLUMNS: gl.constexpr = stored.shape[1]
+    if ROWS * COLUMNS * stored.dtype.primitive_bitwidth > PIECE * 8:
+        left, right = stored.reshape([ROWS, 2, COLUMNS // 2]).permute((0, 2, 1)).split()
+        _store(left, n0, m0, out_ptr, M, N, PIECE, num_warps)
+        _store(right, n0, m0 + COLUMNS // 2, out_ptr, M, N, PIECE, num_warps)
+    else:
+        layout: gl.constexpr = _neighbours_layout(ROWS, num_warps)
+        at, inside = _cells(n0, m0, M, N, ROWS, COLUMNS, layout)
+        gl.store(out_ptr + at, gl.convert_layout(stored, layout), mask=inside)
+
+
+@gluon.jit
 def _finish(
-    sums, row0, before, norm, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
-    M, N, inverse_k, eps, ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr,
+    sums, row0, m0, before, norm, out_ptr, weight_scale_ptr, x_scale_ptr, bias_ptr, squares_out_ptr,
+    M, N: gl.constexpr, ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr, PIECE: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of [rows of the weights from row0 on, rows of x]; `before`: of the residual sum, and `norm`: of x,
-    where they have been loaded.
+    """The epilogue of [rows of the weights from row0 on, rows of x from m0 on]; `before`: of the residual sum, where
+    it has been loaded.
     """
     ROWS: gl.constexpr = sums.shape[0]
-    BLOCK_M: gl.constexpr = sums.shape[1]
+    COLUMNS: gl.constexpr = sums.shape[1]
     if ACTIVATION is not None:
-        halves = sums.reshape([ROWS // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1))
+        halves = sums.reshape([ROWS // 16, 2, 8, COLUMNS]).permute((0, 2, 3, 1))
         value, up = halves.split()
-        value = value.reshape([ROWS // 2, BLOCK_M])
-        up = up.reshape([ROWS // 2, BLOCK_M])
+        value = value.reshape([ROWS // 2, COLUMNS])
+        up = up.reshape([ROWS // 2, COLUMNS])
         n0 = row0 // 2
     else:
         value = sums
         n0 = row0
     layout: gl.constexpr = value.type.layout
     n = n0 + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, layout))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    m = m0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     if weight_scale_ptr is not None:
         value *= gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
         if ACTIVATION is not None:
@@ -152,24 +182,21 @@ def _finish(
         if ACTIVATION is not None:
             up *= x_scale
     if norm is not None:
-        value *= norm[None, :]
-    elif squares_ptr is not None:
-        norm = _norm(squares_ptr, m, M, inverse_k, eps, SCALE)
-        value *= norm[None, :]
+        factor = gl.convert_layout(norm, gl.SliceLayout(0, layout))[None, :]
+        value *= factor
         if ACTIVATION is not None:
-            up *= norm[None, :]
+            up *= factor
     if bias_ptr is not None:
         value += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
     if ACTIVATION is not None:
         value = activated(value, up, ACTIVATION == "silu")
-    at = out_ptr + m[None, :].to(gl.int64) * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
+    at, inside = _cells(n0, m0, M, N, value.shape[0], COLUMNS, layout)
     if before is not None:
         value += before.to(gl.float32)
     elif RESIDUAL:
-        value += gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        value += gl.load(out_ptr + at, mask=inside, other=0.0).to(gl.float32)
     stored = value.to(out_ptr.dtype.element_ty)
-    gl.store(at, stored, mask=inside)
+    _store(stored, n0, m0, out_ptr, M, N, PIECE, num_warps)
     if squares_out_ptr is not None:
         kept = gl.where(inside, stored.to(gl.float32), 0.0)
         squares_out = (gl.sum(kept * kept, 0) * SCALE).to(gl.int64)
@@ -188,12 +215,32 @@ def _meet(counter_ptr, PROGRAMS: gl.constexpr):
     debug_barrier()
 
 
-@gluon.jit(do_not_specialize=["M", "N", "tiles", "steps"])
+@gluon.jit
+def _gather(sums, partial_ptr, counter_ptr, SPLIT: gl.constexpr, layout: gl.constexpr):
+    """Some columns of a tile, added up from what all programs that share it have."""
+    ROWS: gl.constexpr = sums.shape[0]
+    BLOCK_M: gl.constexpr = sums.shape[1]
+    COLUMNS: gl.constexpr = BLOCK_M // SPLIT
+    size: gl.constexpr = ROWS * BLOCK_M
+    sums_layout: gl.constexpr = sums.type.layout
+    pid = gl.program_id(0)
+    at, _ = _cells(0, 0, BLOCK_M, ROWS, ROWS, BLOCK_M, sums_layout)
+    gl.store(partial_ptr + pid * size + at, sums, cache_modifier=".cg")
+    _meet(counter_ptr, SPLIT)
+    at, _ = _cells(0, pid % SPLIT * COLUMNS, BLOCK_M, ROWS, ROWS, COLUMNS, layout)
+    cells = partial_ptr + pid // SPLIT * SPLIT * size + at
+    total = gl.load(cells, cache_modifier=".cg")
+    for part in gl.static_range(1, SPLIT):
+        total += gl.load(cells + part * size, cache_modifier=".cg")
+    return total
+
+
+@gluon.jit(do_not_specialize=["M", "tiles", "steps"])
 def _ring_kernel(
     x, weight, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
-    partial_ptr, counters_ptr, M, N, tiles, steps, inverse_k, eps,
+    partial_ptr, counters_ptr, M, tiles, steps, inverse_k, eps, N: gl.constexpr,
     ACTIVATION: gl.constexpr, RESIDUAL: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    ROWS: gl.constexpr, EARLY_ROWS: gl.constexpr, MAX_SHARED_TILES: gl.constexpr, num_warps: gl.constexpr,
+    ROWS: gl.constexpr, PIECE: gl.constexpr, MAX_SHARED_TILES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x.block_type.shape[0]
     BLOCK_K: gl.constexpr = x.block_type.shape[1]
@@ -227,21 +274,22 @@ def _ring_kernel(
             async_load(x, [0, head * BLOCK_K], bars.index(slot), inputs.index(slot))
         head_tile, head = _advance(head_tile, head, first, last, programs)
 
+    # what the epilogue needs is on its way while products are made
+    COLUMNS: gl.constexpr = BLOCK_M // SPLIT
+    end_layout: gl.constexpr = layout if SPLIT == 1 else _neighbours_layout(ROWS, num_warps)
+    m0 = pid % SPLIT * COLUMNS
+    m = m0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, end_layout))
+    norm = None
+    if squares_ptr is not None:
+        norm = _norm(squares_ptr, m, M, inverse_k, eps, SCALE)
     slot = 0
     parity = 0
     while tile < tiles:
-        sums = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
-        # few rows: what the epilogue needs is on its way while products are made
         before = None
-        norm = None
-        if BLOCK_M == EARLY_ROWS and SPLIT == 1 and ACTIVATION is None:
-            n = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-            m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
-            if RESIDUAL:
-                at = out_ptr + m[None, :].to(gl.int64) * N + n[:, None]
-                before = gl.load(at, mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
-            if squares_ptr is not None:
-                norm = _norm(squares_ptr, m, M, inverse_k, eps, SCALE)
+        if RESIDUAL and ACTIVATION is None:
+            at, inside = _cells(tile * ROWS, m0, M, N, ROWS, COLUMNS, end_layout)
+            before = gl.load(out_ptr + at, mask=inside, other=0.0)
+        sums = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
         for _ in range(first, last):
             mbarrier.wait(bars.index(slot), parity)
             sums = warpgroup_mma(weights.index(slot), inputs.index(slot).permute((1, 0)), sums, is_async=True)
@@ -256,26 +304,12 @@ def _ring_kernel(
             parity = gl.where(slot == STAGES, parity ^ 1, parity)
             slot = gl.where(slot == STAGES, 0, slot)
         sums = warpgroup_mma_wait(0, deps=(sums,))
+        total = sums
         if SPLIT > 1:
-            size: gl.constexpr = ROWS * BLOCK_M
-            n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-            m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
-            gl.store(partial_ptr + pid * size + m[None, :] * ROWS + n[:, None], sums, cache_modifier=".cg")
-            _meet(counters_ptr + SPLIT * MAX_SHARED_TILES + tile, SPLIT)
-            mine: gl.constexpr = ROWS // SPLIT
-            slice_layout: gl.constexpr = _slice_layout(mine, num_warps)
-            n = pid % SPLIT * mine + gl.arange(0, mine, layout=gl.SliceLayout(1, slice_layout))
-            m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, slice_layout))
-            cells = partial_ptr + tile * SPLIT * size + m[None, :] * ROWS + n[:, None]
-            total = gl.load(cells, cache_modifier=".cg")
-            for part in gl.static_range(1, SPLIT):
-                total += gl.load(cells + part * size, cache_modifier=".cg")
-            row0 = tile * ROWS + pid % SPLIT * mine
-        else:
-            total = sums
-            row0 = tile * ROWS
+            counter_ptr = counters_ptr + SPLIT * MAX_SHARED_TILES + tile
+            total = _gather(sums, partial_ptr, counter_ptr, SPLIT, end_layout)
         _finish(
-            total, row0, before, norm, out_ptr, weight_scale_ptr, x_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr,
-            M, N, inverse_k, eps, ACTIVATION, RESIDUAL, SCALE,
+            total, tile * ROWS, m0, before, norm, out_ptr, weight_scale_ptr, x_scale_ptr, bias_ptr, squares_out_ptr,
+            M, N, ACTIVATION, RESIDUAL, SCALE, PIECE, num_warps,
         )  # fmt: skip
         tile += programs

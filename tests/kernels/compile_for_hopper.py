@@ -46,11 +46,11 @@ def compile_ring(rows: int, gated: bool, split: int, dtype: str) -> int:
     }
     types["weight"] = descriptor(dtype, [4, 2, 8, block_k] if gated else [64, block_k])
     types |= {"squares_ptr": "*i64", "squares_out_ptr": "*i64", "bias_ptr": "*bf16", "inverse_k": "fp32", "eps": "fp32"}
-    types |= dict.fromkeys(("M", "N", "tiles", "steps"), "i32")
+    types |= dict.fromkeys(("M", "tiles", "steps"), "i32")
     types |= {} if dtype == "bf16" else {"weight_scale_ptr": "*fp32", "x_scale_ptr": "*fp32"}
-    constants = {"ACTIVATION": "silu" if gated else None, "RESIDUAL": not gated, "SCALE": SQUARES_SCALE, "ROWS": 64}
-    constants |= {"STAGES": ring.stages, "SPLIT": split, "MAX_SHARED_TILES": MAX_SHARED_TILES, "num_warps": 4}
-    constants["EARLY_ROWS"] = ring_linear.EARLY_ROWS
+    constants = {"N": 4096, "ACTIVATION": "silu" if gated else None, "RESIDUAL": not gated, "SCALE": SQUARES_SCALE}
+    constants |= {"STAGES": ring.stages, "SPLIT": split, "ROWS": 64, "PIECE": ring_linear.PIECE}
+    constants |= {"MAX_SHARED_TILES": MAX_SHARED_TILES, "num_warps": 4}
     return compile_for_hopper(ring_linear._ring_kernel, types, constants, num_warps=4, launch_pdl=True)
 
 
