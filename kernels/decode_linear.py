@@ -20,6 +20,11 @@ from headrace.kernels.stream_linear import stream_linear
 if is_hopper():
     from headrace.kernels.ring_linear import ring_linear
 
+EARLY_STEPS = 4
+"""Of one row's weights, in registers before the wait for the input."""
+VECTOR = 8
+"""Neighbours along K that a thread has of one row: 16 bytes of 16-bit inputs."""
+
 
 def max_rows(device: torch.device) -> int:
     """With more, a projection is bound by arithmetic, which cuBLAS does best."""
@@ -44,15 +49,15 @@ def decode_linear(
 def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
     gated = epilogue.activation is not None
     n, k = out.shape[1], x.shape[1]
-    block_k = min(power_of_two(k), 4096 if gated and k <= 4096 else 2048)
-    block_n = 2 if gated else 8 if k > 8192 else 4
-    warps = 8 if block_k >= 2048 and block_n * block_k < 2**14 else 4
+    block_k = min(power_of_two(k), 4096 if k <= 4096 else 2048)
+    steps = triton.cdiv(k, block_k)
+    block_n = max(1, (2 if gated else 4) // (weight.element_size() if block_k >= 2048 else 1))
     _one_row_kernel[(triton.cdiv(n, block_n),)](
         x, weight, out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
         n, k, epilogue.eps,
         ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE,
-        BLOCK_N=block_n, BLOCK_K=block_k, STEPS=triton.cdiv(k, block_k), num_warps=warps,
-        **dependent_launch(),
+        BLOCK_N=block_n, BLOCK_K=block_k, STEPS=steps, EARLY=min(steps, EARLY_STEPS), VECTOR=VECTOR,
+        num_warps=8 if block_k >= 2048 else 4, **dependent_launch(),
     )  # fmt: skip
 
 
@@ -60,52 +65,69 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue:
 def _one_row_kernel(
     x_ptr, weight_ptr, out_ptr, weight_scale_ptr, squares_ptr, bias_ptr, squares_out_ptr, N, K, eps,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr, VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    # a thread has the same neighbours of x as of the weights, also of those of 8 bits: nothing is exchanged
+    k = tl.max_contiguous(tl.arange(0, BLOCK_K), VECTOR)
     rows = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
     rows_up = rows + N.to(tl.int64) * K
-    inside = (n < N)[:, None] & (k < K)[None, :]
-    gate = tl.load(rows, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    up = gate
-    if ACTIVATION is not None:
-        up = tl.load(rows_up, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    gates = ()
+    ups = ()
+    for step in tl.static_range(EARLY):
+        gates += (_load_weights(rows, n, k, step, N, K, BLOCK_K),)  # type: ignore[assignment]
+        if ACTIVATION is not None:
+            ups += (_load_weights(rows_up, n, k, step, N, K, BLOCK_K),)  # type: ignore[assignment]
+    if weight_scale_ptr is not None:
+        weight_scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
+        if ACTIVATION is not None:
+            up_scale = tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    gate *= x
-    if ACTIVATION is not None:
-        up *= x
-    for step in tl.static_range(1, STEPS):
-        here = step * BLOCK_K + k
-        inside = (n < N)[:, None] & (here < K)[None, :]
-        x = tl.load(x_ptr + here, mask=here < K, other=0.0).to(tl.float32)[None, :]
-        gate += tl.load(rows + step * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * x
-        if ACTIVATION is not None:
-            more = tl.load(rows_up + step * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first")
-            up += more.to(tl.float32) * x
-    y = tl.sum(gate, 1)
-    z = y
-    if ACTIVATION is not None:
-        z = tl.sum(up, 1)
-    if weight_scale_ptr is not None:
-        y *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-        if ACTIVATION is not None:
-            z *= tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)
     if squares_ptr is not None:
-        scale = tl.rsqrt(tl.load(squares_ptr).to(tl.float32) / SCALE / K + eps)
-        y *= scale
-        z *= scale
+        norm = tl.rsqrt(tl.load(squares_ptr).to(tl.float32) / SCALE / K + eps)
+    if RESIDUAL:
+        before = tl.load(out_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    y = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), tl.float32)
+    z = y
+    for step in tl.static_range(STEPS):
+        x = tl.load(x_ptr + step * BLOCK_K + k, mask=step * BLOCK_K + k < K, other=0.0).to(tl.float32)
+        if squares_ptr is not None:
+            x *= norm
+        gate = gates[step] if step < EARLY else _load_weights(rows, n, k, step, N, K, BLOCK_K)
+        y += _products(gate, x, VECTOR)
+        if ACTIVATION is not None:
+            up = ups[step] if step < EARLY else _load_weights(rows_up, n, k, step, N, K, BLOCK_K)
+            z += _products(up, x, VECTOR)
+    y = tl.sum(y, 1)
+    z = tl.sum(z, 1)
+    if weight_scale_ptr is not None:
+        y *= weight_scale
+        if ACTIVATION is not None:
+            z *= up_scale
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
         y = activated(y, z, ACTIVATION == "silu")
     if RESIDUAL:
-        y += tl.load(out_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        y += before
     stored = y.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + n, stored, mask=n < N)
     if squares_out_ptr is not None:
         value = tl.where(n < N, stored.to(tl.float32), 0.0)
         tl.atomic_add(squares_out_ptr, (tl.sum(value * value, 0) * SCALE).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _load_weights(rows, n, k, step, N, K, BLOCK_K: tl.constexpr):
+    inside = (n < N)[:, None] & (step * BLOCK_K + k < K)[None, :]
+    return tl.load(rows + step * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _products(weights, x, VECTOR: tl.constexpr):
+    """[rows, K / VECTOR]: what one thread has is added up before anything is kept, so that few registers are needed."""
+    products = weights.to(tl.float32) * x[None, :]
+    return tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // VECTOR, VECTOR)), 2)

@@ -10,7 +10,9 @@ from tests.kernels.comparisons import compare_decode_linear
 
 @pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("surrounded", [False, True])
-@pytest.mark.parametrize("shape", [(1, 52, 96), (1, 10, 5000), (3, 192, 320), (17, 70, 520), (64, 128, 200)])
+@pytest.mark.parametrize(
+    "shape", [(1, 52, 96), (1, 10, 5000), (1, 5, 9000), (3, 192, 320), (17, 70, 520), (64, 128, 200)]
+)
 def test_a_projection_equals_its_reference(
     shape: tuple[int, int, int], activation: str | None, surrounded: bool
 ) -> None:
