@@ -18,6 +18,7 @@ from headrace.kernels.launch import dependent_launch, is_hopper, power_of_two
 from headrace.kernels.stream_linear import stream_linear
 
 if is_hopper():
+    from headrace.kernels.register_linear import fits_registers, register_linear
     from headrace.kernels.ring_linear import ring_linear
 
 
@@ -33,6 +34,11 @@ def decode_linear(
 
     Two 8-bit operands are multiplied as they are; an 8-bit weight alone becomes what x is.
     """
+    if is_hopper() and fits_registers(x, weight):
+        register_linear(x, weight, out, epilogue)
+        return
+    if epilogue.keep is not None:
+        epilogue.keep.copy_(x)
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
     elif is_hopper() and x.dtype == weight.dtype != torch.float32 and x.shape[1] % 16 == out.shape[1] % 8 == 0:
@@ -72,8 +78,14 @@ def _one_row_kernel(
     if ACTIVATION is not None:
         up = tl.load(rows_up, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if squares_ptr is not None:
+        squares = tl.load(squares_ptr)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
+    if RESIDUAL:
+        before = tl.load(out_ptr + n, mask=n < N, other=0.0)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     gate *= x
     if ACTIVATION is not None:
@@ -95,15 +107,15 @@ def _one_row_kernel(
         if ACTIVATION is not None:
             z *= tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)
     if squares_ptr is not None:
-        scale = tl.rsqrt(tl.load(squares_ptr).to(tl.float32) / SCALE / K + eps)
+        scale = tl.rsqrt(squares.to(tl.float32) / SCALE / K + eps)
         y *= scale
         z *= scale
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        y += bias.to(tl.float32)
     if ACTIVATION is not None:
         y = activated(y, z, ACTIVATION == "silu")
     if RESIDUAL:
-        y += tl.load(out_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        y += before.to(tl.float32)
     stored = y.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + n, stored, mask=n < N)
     if squares_out_ptr is not None:
