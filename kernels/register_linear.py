@@ -1,4 +1,4 @@
-"""Small projections of up to 16 rows on a Hopper GPU, in Gluon: all weights lie in registers before the input is there.
+"""Small projections of up to 32 rows on a Hopper GPU, in Gluon: all weights lie in registers before the input is there.
 
 Nothing but latency counts here: a small model's layer is read in two microseconds and takes six times as long, for its
 kernels wait for one another. Each program loads its rows of the weights, straight as the operand that the tensor cores
@@ -17,11 +17,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue
 from headrace.kernels.gated_activation import activated
+from headrace.kernels.launch import power_of_two
 
-MAX_ROWS = 16
+MAX_ROWS, MAX_K = 32, 2048
 MAX_BYTES = 2**25
 """Of the weights: the registers of all processors hold no more."""
-MAX_K = 2048
+MAX_TRAFFIC = 2**26
+"""Bytes of the weights times rows of x, which each program reads anew: with more, the L2 cache is what it waits for."""
 MAX_REGISTERS = 168
 """Of a thread. Not told, the compiler takes few, and has some loads wait for others."""
 BLOCK_K = 32
@@ -30,8 +32,9 @@ BLOCK_K = 32
 
 def fits_registers(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether this is the kernel for such a projection on a Hopper GPU."""
-    (rows, k), small = x.shape, weight.nbytes <= MAX_BYTES
-    return small and rows <= MAX_ROWS and k <= MAX_K and k % 8 == 0 and x.dtype == weight.dtype and x.itemsize == 2
+    (rows, k), size = x.shape, weight.nbytes
+    small = rows <= MAX_ROWS and k <= MAX_K and size <= MAX_BYTES and size * rows <= MAX_TRAFFIC
+    return small and k % 8 == 0 and x.dtype == weight.dtype and x.itemsize == 2
 
 
 def register_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
@@ -48,11 +51,11 @@ def register_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, ep
 
 def tiling(rows: int, k: int, gated: bool) -> dict[str, int]:
     """Of so many rows of x: the kernel's constants."""
-    warps = 4 if k <= 640 else 8
+    warps = 4 if k <= 640 and rows <= 16 else 8
     return {
-        "BLOCK_M": 8 if rows <= 8 else 16,
+        "BLOCK_M": max(8, power_of_two(rows)),
         # of the weights in a tile: one instruction of the tensor cores takes 16
-        "ROWS": 32 if gated and rows > 8 else 16,
+        "ROWS": 32 if gated and 8 < rows <= 16 else 16,
         "BLOCK_K": BLOCK_K,
         "STEPS": triton.cdiv(k, warps * BLOCK_K),
         "num_warps": warps,
@@ -72,7 +75,7 @@ def _sums_layout(num_warps, gated):
     """
     if gated:
         return gl.BlockedLayout([num_warps, 1, 1, 2], [1, 8, 4, 1], [1, 1, num_warps, 1], [3, 0, 1, 2])
-    return gl.BlockedLayout([num_warps, 1, 1], [1, 16, 2], [1, 1, num_warps], [0, 1, 2])
+    return gl.BlockedLayout([num_warps, 2, 1], [1, 8, 4], [1, 1, num_warps], [0, 1, 2])
 
 
 @gluon.constexpr_function
