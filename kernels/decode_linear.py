@@ -3,7 +3,8 @@
 What surrounds a projection in a decoder happens while its result is in registers, see `Epilogue`. One row has a kernel
 of its own, below: each program multiplies a few rows of the weights, held in registers, by the input. Its weights are
 on their way before it waits for the input, so that the memory never rests between one projection and the next. More
-rows take tensor cores: `ring_linear` on a Hopper GPU, `stream_linear` elsewhere.
+rows take tensor cores: `ring_linear` on a Hopper GPU, `stream_linear` elsewhere. A Hopper GPU multiplies few weights
+and up to 32 rows by `register_linear`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def decode_linear(
 
     Two 8-bit operands are multiplied as they are; an 8-bit weight alone becomes what x is.
     """
-    if is_hopper() and fits_registers(x, weight):
+    if is_hopper() and fits_registers(x, weight, epilogue.activation is not None):
         register_linear(x, weight, out, epilogue)
         return
     if epilogue.keep is not None:

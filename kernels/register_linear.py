@@ -19,47 +19,44 @@ from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue
 from headrace.kernels.gated_activation import activated
 from headrace.kernels.launch import power_of_two
 
-MAX_ROWS, MAX_K = 32, 2048
-MAX_BYTES = 2**25
-"""Of the weights: the registers of all processors hold no more."""
+ROWS = 16
+"""Of the weights, in a tile: as many as one instruction of the tensor cores takes."""
+# By sweeps on an H100, see docs/log.md: beyond these, `ring_linear` is as fast or faster.
+MAX_ROWS, MAX_GATED_ROWS, MAX_K = 32, 8, 2048
+MAX_BYTES = 2**24
+"""Of the weights."""
 MAX_TRAFFIC = 2**26
-"""Bytes of the weights times rows of x, which each program reads anew: with more, the L2 cache is what it waits for."""
+"""Bytes of the weights times rows of x: all programs read all of x out of the L2 cache."""
 MAX_REGISTERS = 168
 """Of a thread. Not told, the compiler takes few, and has some loads wait for others."""
 BLOCK_K = 32
 """Of a warp's part of K: a thread loads 16 bytes of it."""
 
 
-def fits_registers(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def fits_registers(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> bool:
     """Whether this is the kernel for such a projection on a Hopper GPU."""
     (rows, k), size = x.shape, weight.nbytes
-    small = rows <= MAX_ROWS and k <= MAX_K and size <= MAX_BYTES and size * rows <= MAX_TRAFFIC
-    return small and k % 8 == 0 and x.dtype == weight.dtype and x.itemsize == 2
+    few = rows <= (MAX_GATED_ROWS if gated else MAX_ROWS) and k <= MAX_K
+    small = size <= MAX_BYTES and size * rows <= MAX_TRAFFIC
+    return few and small and k % 8 == 0 and x.dtype == weight.dtype and x.itemsize == 2
 
 
 def register_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
     """See `decode_linear`, where it `fits_registers`."""
     (rows, k), n, keep = x.shape, out.shape[1], epilogue.keep
-    constants = tiling(rows, k, epilogue.activation is not None)
-    _register_kernel[(triton.cdiv(weight.shape[0], constants["ROWS"]),)](
+    _register_kernel[(triton.cdiv(weight.shape[0], ROWS),)](
         x, weight, out, epilogue.squares, epilogue.bias, epilogue.squares_out, keep, rows, n, k, 1 / k, epilogue.eps,
         0 if keep is None else keep.stride(0),
-        ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE, **constants,
-        maxnreg=MAX_REGISTERS, launch_pdl=True,
+        ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE, ROWS=ROWS, BLOCK_K=BLOCK_K,
+        **tiling(rows, k), maxnreg=MAX_REGISTERS, launch_pdl=True,
     )  # fmt: skip
 
 
-def tiling(rows: int, k: int, gated: bool) -> dict[str, int]:
-    """Of so many rows of x: the kernel's constants."""
+def tiling(rows: int, k: int) -> dict[str, int]:
+    """The kernel's constants for x of such a shape."""
     warps = 4 if k <= 640 and rows <= 16 else 8
-    return {
-        "BLOCK_M": max(8, power_of_two(rows)),
-        # of the weights in a tile: one instruction of the tensor cores takes 16
-        "ROWS": 32 if gated and 8 < rows <= 16 else 16,
-        "BLOCK_K": BLOCK_K,
-        "STEPS": triton.cdiv(k, warps * BLOCK_K),
-        "num_warps": warps,
-    }
+    steps = triton.cdiv(k, warps * BLOCK_K)
+    return {"BLOCK_M": max(8, power_of_two(rows)), "STEPS": steps, "num_warps": warps}
 
 
 @gluon.constexpr_function
@@ -114,9 +111,9 @@ def _register_kernel(
         + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, gl.SliceLayout(1, weights_layout)))[None, None, :]
     )
     if ACTIVATION is not None:  # eight rows of the gate, then eight of up
-        n = tile * (ROWS // 2) + row // 16 * 8 + row % 8
+        n = tile * (ROWS // 2) + row % (ROWS // 2)
         there = n < N
-        n += row // 8 % 2 * N
+        n += row // (ROWS // 2) * N
     else:
         n = tile * ROWS + row
         there = n < N
@@ -159,8 +156,7 @@ def _register_kernel(
             others = mma_v2(weights[step], inputs[step], others)
     sums += others
     if ACTIVATION is not None:
-        sums = sums.reshape([num_warps, ROWS // 16, 2, 8, BLOCK_M]).permute((0, 1, 3, 4, 2))
-        sums = sums.reshape([num_warps, ROWS // 2, BLOCK_M, 2])
+        sums = sums.reshape([num_warps, 2, ROWS // 2, BLOCK_M]).permute((0, 2, 3, 1))
         value, up = gl.sum(gl.convert_layout(sums, sums_layout), 0).split()
     else:
         value = gl.sum(gl.convert_layout(sums, sums_layout), 0)
