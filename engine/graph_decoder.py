@@ -43,7 +43,7 @@ Kind = Literal["plain", "drafted", "shared"]
 """Of a step: one row a request, or with drafts, or with rows of prompts."""
 MAX_DRAFTED_ROWS = 256
 """Of a step with drafts: their logits take memory, and further rows never paid."""
-DRAFTED_SIZES = (16, 32, 64, 128, 192, 256)
+DRAFTED_SIZES = (8, 16, 32, 64, 128, 192, 256)
 """Captured numbers of rows of steps with drafts. Fewer rows than these cost projections as much."""
 SHARED_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Captured numbers of rows of steps with prompts, those of running requests among them."""
@@ -255,8 +255,8 @@ class GraphDecoder:
         squares = iter(self._squares[:, :size])
         sums = next(squares)
         for index, layer in enumerate(self._weights.layers):
-            self._keep_features(step, index)
-            self._project(residual, layer.qkv, qkv, squares=sums, eps=eps, bias=layer.qkv.bias)
+            keep = self._features_of(step, index)
+            self._project(residual, layer.qkv, qkv, keep, squares=sums, eps=eps, bias=layer.qkv.bias)
             attended = self._attend(step, index, qkv)
             sums = next(squares)
             self._project(attended, layer.output, residual, bias=layer.output.bias, residual=True, squares_out=sums)
@@ -266,17 +266,28 @@ class GraphDecoder:
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
         return rms_norm(residual, self._weights.norm, eps)
 
-    def _keep_features(self, step: StepInputs, index: int) -> None:
-        if step.drafted is not None and index in self._feature_layers:
-            place, hidden = self._feature_layers.index(index), self._config.hidden_size
-            self.features[: step.size, place * hidden : (place + 1) * hidden] = self._residual[: step.size]
+    def _features_of(self, step: StepInputs, index: int) -> torch.Tensor | None:
+        """Where a draft head finds the input of this layer, if it wants it."""
+        if step.drafted is None or index not in self._feature_layers:
+            return None
+        place, hidden = self._feature_layers.index(index), self._config.hidden_size
+        return self.features[: step.size, place * hidden : (place + 1) * hidden]
 
-    def _project(self, x: torch.Tensor, projection: Projection, out: torch.Tensor, **epilogue: Any) -> None:
+    def _project(
+        self,
+        x: torch.Tensor,
+        projection: Projection,
+        out: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        **epilogue: Any,
+    ) -> None:
         """One projection with its surroundings, see `Epilogue`."""
         x_scale = None
         if projection.weight_scale is not None and len(x) > 1:
-            x, x_scale = quantize_rows(x)
-        surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, **epilogue)
+            if keep is not None:
+                keep.copy_(x)
+            x, x_scale, keep = *quantize_rows(x), None
+        surroundings = Epilogue(weight_scale=projection.weight_scale, x_scale=x_scale, keep=keep, **epilogue)
         decode_linear(x, projection.weight, out, surroundings, self.linear_workspace)
 
     def _attend(self, step: StepInputs, index: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -315,7 +326,8 @@ class GraphDecoder:
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            self._keep_features(step, index)
+            if (keep := self._features_of(step, index)) is not None:
+                keep.copy_(residual)
             attended = self._attend(step, index, layer.qkv(hidden))
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))

@@ -82,11 +82,10 @@ class GraphHead:
         self._decoder.graphs.run(("guess", size, depth), partial(self._guess, size, depth))
 
     def _read(self, size: int) -> None:
-        """All rows of the step, up to attention: K and V go to the cache."""
+        """All rows of the step, up to attention, which the step has planned: K and V go to the cache."""
         decoder, step = self._decoder, self._decoder.inputs(size, "drafted")
         states = self._states[:size]
         self._project_rows(decoder.features[:size], self._weights.fc, states)
-        plan_decode_attention(step.positions, step.workspace, step.drafted)
         begin_guess(decoder.rows.followers[:size], self._embedding, states, self._config.norm_eps, self._inputs[:size])
         self._project_rows(self._inputs[:size], self._weights.qkv, self._qkv[:size])
         self._attend(step, self._qkv[:size], self._attended[:size])

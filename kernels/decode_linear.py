@@ -3,7 +3,8 @@
 What surrounds a projection in a decoder happens while its result is in registers, see `Epilogue`. One row has a kernel
 of its own, below: each program multiplies a few rows of the weights, held in registers, by the input. Its weights are
 on their way before it waits for the input, so that the memory never rests between one projection and the next. More
-rows take tensor cores: `ring_linear` on a Hopper GPU, `stream_linear` elsewhere.
+rows take tensor cores: `ring_linear` on a Hopper GPU, `stream_linear` elsewhere. A Hopper GPU multiplies few weights
+and up to 32 rows by `register_linear`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from headrace.kernels.launch import dependent_launch, is_hopper, power_of_two
 from headrace.kernels.stream_linear import stream_linear
 
 if is_hopper():
+    from headrace.kernels.register_linear import fits_registers, register_linear
     from headrace.kernels.ring_linear import ring_linear
 
 EARLY_STEPS = 4
@@ -38,6 +40,11 @@ def decode_linear(
 
     Two 8-bit operands are multiplied as they are; an 8-bit weight alone becomes what x is.
     """
+    if is_hopper() and fits_registers(x, weight, epilogue.activation is not None):
+        register_linear(x, weight, out, epilogue)
+        return
+    if epilogue.keep is not None:
+        epilogue.keep.copy_(x)
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
     elif is_hopper() and x.dtype == weight.dtype != torch.float32 and x.shape[1] % 16 == out.shape[1] % 8 == 0:
@@ -84,10 +91,12 @@ def _one_row_kernel(
         if ACTIVATION is not None:
             up_scale = tl.load(weight_scale_ptr + N + n, mask=n < N, other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if squares_ptr is not None:
         norm = tl.rsqrt(tl.load(squares_ptr).to(tl.float32) / SCALE / K + eps)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
     if RESIDUAL:
         before = tl.load(out_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     y = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), tl.float32)
@@ -108,7 +117,7 @@ def _one_row_kernel(
         if ACTIVATION is not None:
             z *= up_scale
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        y += bias.to(tl.float32)
     if ACTIVATION is not None:
         y = activated(y, z, ACTIVATION == "silu")
     if RESIDUAL:

@@ -122,6 +122,14 @@ def _take_last_kernel(
 
 
 @triton.jit
+def _keys(logits, at):
+    """int64 in the order of the logits, and of equal ones the first is the highest; its low half is 2**31 - 1 - at."""
+    bits = logits.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
+
+
+@triton.jit
 def _pick_kernel(
     logits_ptr, vocabulary_ptr, positions_ptr, limits_ptr, guesses_ptr, own_positions_ptr, own_tokens_ptr, squares_ptr,
     squares_stride, VOCABULARY: tl.constexpr, STRIDE: tl.constexpr, GUESSES: tl.constexpr, CHOICES: tl.constexpr,
@@ -131,25 +139,25 @@ def _pick_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     request = tl.program_id(0)
+    own_position = tl.load(own_positions_ptr + request)
+    position = tl.load(positions_ptr + request)
+    limit = tl.load(limits_ptr + request)
     at = tl.arange(0, BLOCK)
     logits_ptr += request.to(tl.int64) * STRIDE
-    highest = tl.load(logits_ptr + at, mask=at < VOCABULARY, other=float("-inf"))
-    best = at
-    for start in range(BLOCK, VOCABULARY, BLOCK):
+    highest = _keys(tl.load(logits_ptr + at, mask=at < VOCABULARY, other=float("-inf")), at)
+    for start in tl.range(BLOCK, VOCABULARY, BLOCK, loop_unroll_factor=4):
         x = tl.load(logits_ptr + start + at, mask=start + at < VOCABULARY, other=float("-inf"))
-        best = tl.where(x > highest, start + at, best)
-        highest = tl.maximum(highest, x)
-    own_position = tl.load(own_positions_ptr + request)
+        highest = tl.maximum(highest, _keys(x, start + at))
     if own_position >= 0:
-        place = own_position + 1 - tl.load(positions_ptr + request)
+        place = own_position + 1 - position
         for choice in tl.static_range(CHOICES):
-            winner = tl.min(tl.where(highest == tl.max(highest, 0), best, VOCABULARY - 1), 0)
-            token = tl.load(vocabulary_ptr + winner)
+            winner = tl.max(highest, 0)
+            token = tl.load(vocabulary_ptr + tl.minimum(0x7FFFFFFF - (winner & 0x7FFFFFFF), VOCABULARY - 1))
             tl.store(guesses_ptr + request * GUESSES + place * CHOICES + choice, token)
             if choice == 0:
                 tl.store(own_tokens_ptr + request, token)
-            highest = tl.where(best == winner, float("-inf"), highest)
-        has_room = own_position + 1 < tl.load(limits_ptr + request)
+            highest = tl.where(highest == winner, -(2**63), highest)
+        has_room = own_position + 1 < limit
         tl.store(own_positions_ptr + request, tl.where(has_room, own_position + 1, -1))
     for norm in tl.static_range(NORMS):
         tl.store(squares_ptr + norm * squares_stride + request, 0)

@@ -32,6 +32,8 @@ class Epilogue:
     """The result is added to `out`."""
     squares_out: torch.Tensor | None = None
     """[M] int64: the new sums of squares of `out` are added here."""
+    keep: torch.Tensor | None = None
+    """[M, K], whose rows may lie apart: x is copied here."""
 
 
 LARGEST_SPLIT = 8

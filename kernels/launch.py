@@ -20,7 +20,8 @@ def dependent_launch() -> dict[str, Any]:
 
     Such a kernel starts while the one ahead of it ends, may read weights and whatever is older than that kernel, and
     waits (`gdc_wait`) before it reads or writes anything else. It lets its own successor start after that wait only, so
-    that what is older than the kernel ahead is always complete.
+    that what is older than the kernel ahead is always complete. Kernels that read nothing but weights before the wait
+    let theirs start at once: it may read before its own wait what is older than the last kernel ahead that does not.
     """
     return {"PDL": True, "launch_pdl": True} if _has_dependent_launch() else {"PDL": False}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headrace.kernels.launch import power_of_two
+from headrace.kernels.launch import dependent_launch, power_of_two
 from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import tl, triton
 
@@ -34,12 +34,13 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
     if x.numel() == 0:
         return out
     rows = x if x.dim() == 2 else x.reshape(-1, size)
-    padded = power_of_two(size)
+    padded, options = power_of_two(size), dependent_launch()
     _launch_rms_norm(
         (rows.shape[0], 1, 1),
         (rows, residual, weight, out, eps),
-        (rows.stride(0), 0 if residual is None else residual.stride(-2), size, padded),
+        (rows.stride(0), 0 if residual is None else residual.stride(-2), size, padded, options.pop("PDL")),
         num_warps=min(max(padded // 512, 1), 16),
+        **options,
     )
     return out
 
@@ -48,13 +49,16 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, eps,
     X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row; every product is rounded where the reference rounds it."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE_PADDED)
     there = column < SIZE
     weight = tl.load(weight_ptr + column, mask=there, other=0.0)
-    # all loads below are of what the kernel ahead has made
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * X_STRIDE + column, mask=there, other=0.0)
     if residual_ptr is not None:
         at = residual_ptr + row * RESIDUAL_STRIDE + column

@@ -63,6 +63,7 @@ def compare_decode_linear(
     squares = (x.double().square().sum(1) * SQUARES_SCALE).long()
     sums = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2)]
     bias = None if activation else torch.randn(out_size, device=device, dtype=dtype)
+    kept = torch.zeros(rows, 2, in_size, device=device, dtype=x.dtype)
     epilogues = [
         Epilogue(
             squares if surrounded else None,
@@ -73,6 +74,7 @@ def compare_decode_linear(
             activation=activation,  # type: ignore[arg-type]
             residual=surrounded,
             squares_out=total if surrounded else None,
+            keep=kept[:, 1] if surrounded and x_scale is None else None,
         )
         for total in sums
     ]
@@ -83,6 +85,8 @@ def compare_decode_linear(
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(sums[0].double(), sums[1].double(), rtol=1e-2, atol=rows * SQUARES_SCALE)
         expected.copy_(got)
+    assert torch.equal(kept[:, 1], x) or epilogues[0].keep is None
+    assert not kept[:, 0].any()
     assert not workspace.arrivals.any()
 
 

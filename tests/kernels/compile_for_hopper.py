@@ -54,6 +54,20 @@ def compile_ring(rows: int, gated: bool, split: int, dtype: str) -> int:
     return compile_for_hopper(ring_linear._ring_kernel, types, constants, num_warps=4, launch_pdl=True)
 
 
+def compile_register(rows: int, gated: bool, k: int) -> int:
+    """The same where weights lie in registers."""
+    from headrace.kernels import register_linear
+    from headrace.kernels.epilogue import SQUARES_SCALE
+
+    pointers = ("x_ptr", "weight_ptr", "out_ptr", "bias_ptr", "keep_ptr")
+    types = dict.fromkeys(pointers, "*bf16") | {"squares_ptr": "*i64", "squares_out_ptr": "*i64"}
+    types |= dict.fromkeys(("M", "N", "K", "keep_stride"), "i32") | {"inverse_k": "fp32", "eps": "fp32"}
+    constants: dict[str, Any] = {"ACTIVATION": "silu" if gated else None, "RESIDUAL": not gated, "SCALE": SQUARES_SCALE}
+    constants |= {"ROWS": register_linear.ROWS, "BLOCK_K": register_linear.BLOCK_K, **register_linear.tiling(rows, k)}
+    options = {"num_warps": constants["num_warps"], "maxnreg": register_linear.MAX_REGISTERS, "launch_pdl": True}
+    return compile_for_hopper(register_linear._register_kernel, types, constants, **options)
+
+
 def compile_attention(dim: int, group: int) -> int:
     """Heads of one size."""
     from headrace.kernels import hopper_attention as attention
@@ -77,6 +91,7 @@ def main() -> None:
             compile_ring(16, False, 1, "bf16"),
             compile_ring(64, False, 2, "bf16"),
         ]
+        found += [compile_register(4, True, 576), compile_register(32, False, 1536)]
         found += [compile_ring(128, True, 1, "fp8e4nv"), compile_attention(128, 4), compile_attention(64, 1)]
     assert max(found) <= SHARED_MEMORY, found
     print(f"{len(found)} kernels compiled")
