@@ -15,14 +15,14 @@ ALIGNMENT = 16
 """Bytes: kernels load faster from, and are compiled once for, tensors that start at a multiple of it."""
 
 
-def dependent_launch() -> dict[str, Any]:
+def dependent_launch(wanted: bool = True) -> dict[str, Any]:
     """Arguments for a kernel with a `PDL` flag: programmatic dependent launch, where the device has it.
 
     Such a kernel starts while the one ahead of it ends, may read weights and whatever is older than that kernel, and
     waits (`gdc_wait`) before it reads or writes anything else. It lets its own successor start after that wait only, so
     that what is older than the kernel ahead is always complete.
     """
-    return {"PDL": True, "launch_pdl": True} if _has_dependent_launch() else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if wanted and _has_dependent_launch() else {"PDL": False}
 
 
 @cache
