@@ -16,14 +16,14 @@ from headrace.engine.kv_cache import KVCache
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.prompt_rows import MAX_PROMPTS, PromptRows
 from headrace.engine.weights import DecoderWeights, Progress
-from headrace.kernels.decode_attention import (
+from headrace.kernels.attention_plan import (
     MAX_STEP_ROWS,
     AttentionWorkspace,
     DraftRows,
     HeadShape,
-    fused_decode_attention,
     plan_decode_attention,
 )
+from headrace.kernels.decode_attention import fused_decode_attention
 from headrace.kernels.decode_begin import begin_decode
 from headrace.kernels.decode_linear import decode_linear, max_rows
 from headrace.kernels.draft_rows import RequestState, StepRows, expand_rows
@@ -119,11 +119,10 @@ class GraphDecoder:
         self.linear_workspace = Workspace(device)
         decoded = min(max_batch * MAX_STEP_ROWS, max(MAX_DRAFTED_ROWS, max_batch)) if drafts else max_batch
         most = max(decoded, SHARED_SIZES[-1])
-        self.attention_workspace = AttentionWorkspace(self.heads, max_batch, device)
-        self.drafted_workspace = AttentionWorkspace(self.heads, decoded, device, drafted=True)
-        width = -(-max_model_len // cache.layout.page_size)
-        # one page more than the longest request has: kernels look up whole blocks of tokens
-        width += -(-self.attention_workspace.block // cache.layout.page_size)
+        self.attention_workspace = AttentionWorkspace(self.heads, max_batch, dtype, device)
+        self.drafted_workspace = AttentionWorkspace(self.heads, decoded, dtype, device, drafted=True)
+        # a step looks up slots for all of its rows, also for drafts past the end of the longest request
+        width = -(-(max_model_len + MAX_STEP_ROWS) // cache.layout.page_size)
         self.state = RequestState.empty(max_batch, MAX_HEAD_DEPTH, device)
         self.rows = StepRows(decoded, device)
         """Of a step with drafts, see `step_drafted`."""
@@ -315,6 +314,7 @@ class GraphDecoder:
             self.heads,
             step.workspace,
             step.drafted,
+            fresh=prompts is not None,
         )
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)

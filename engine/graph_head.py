@@ -16,7 +16,8 @@ from headrace.engine.draft_head import MAX_HEAD_DEPTH, HeadWeights
 from headrace.engine.graph_decoder import GraphDecoder, StepInputs
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.weights import Progress
-from headrace.kernels.decode_attention import fused_decode_attention, plan_decode_attention
+from headrace.kernels.attention_plan import plan_decode_attention
+from headrace.kernels.decode_attention import fused_decode_attention
 from headrace.kernels.decode_linear import decode_linear
 from headrace.kernels.draft_head import begin_guess, pick_guess, take_last
 from headrace.kernels.epilogue import Epilogue

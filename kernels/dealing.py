@@ -8,9 +8,9 @@ from headrace.kernels.optional_triton import tl, triton
 
 
 @triton.jit
-def share_of(program, total):
+def share_of(program, programs, total):
     """The first unit of a program, the end of its units, and how many programs have any."""
-    programs = tl.minimum(tl.num_programs(0), total)
+    programs = tl.minimum(programs, total)
     dealt = tl.maximum(programs, 1)
     return tl.minimum(program * total // dealt, total), tl.minimum((program + 1) * total // dealt, total), programs
 

@@ -1,8 +1,7 @@
 """Attention of a decode step straight from the packed projections: rotation, cache write and attention in one kernel.
 
-The work is cut into units of `BLOCK` cached tokens of one request and one KV head, and the units are dealt out evenly
-to the programs, long and short requests alike (stream-K, as in `decode_linear`). A KV head's query heads are the rows
-of one tile, so that each key is read once. Where several programs share a request's head, the last to arrive merges
+The work is cut and dealt out by `attention_plan`. A KV head's query heads are the rows of one tile, so that each key is
+read once. Where several programs share a request's head, the last to arrive merges
 their parts (flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The newest token's K and V are
 taken from the projections, and go to the cache on the way.
 
@@ -11,93 +10,34 @@ costs tensor cores nothing: their 16 rows are there anyway. K and V of its own s
 takes from the projections, for others write them to the cache in the same launch. Drafts may be trees: a request's
 first rows are a chain, each at the position after the one before it, and further ones are leaves, which see themselves
 and what lies before them in the chain. Each row has a slot of its own in the cache, in the order of the rows.
-
-`plan_decode_attention` runs once a step, before all layers.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from headrace.kernels.attention_plan import (
+    MAX_STEP_ROWS,
+    TILE_ROWS,
+    AttentionWorkspace,
+    DraftRows,
+    HeadShape,
+    rotated,
+    rotation,
+)
 from headrace.kernels.dealing import owner, share_of
-from headrace.kernels.launch import dependent_launch, num_processors, power_of_two
+from headrace.kernels.launch import dependent_launch, is_hopper, power_of_two
 from headrace.kernels.rope import RopeTables
 
-PROGRAMS_A_PROCESSOR = 4
-WARPS, STAGES = 2, 2
-MERGED_AT_ONCE = 8
+if is_hopper():
+    from headrace.kernels.hopper_decode_attention import hopper_decode_attention
+
+STAGES = 2
 LINE_BYTES = 128
-TILE_ROWS = 16
-"""That tensor cores take at least."""
-EARLY_ROWS, EARLY_DIM = 16, 64
-"""With so few rows most programs have one unit, and time is what counts: its cached K and V are in registers before the
-wait for the projections, where heads are no larger."""
-MAX_STEP_ROWS = 16
-"""Rows of one request in a step: its newest token's and its draft's."""
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads of one layer; `rotary_dim` of a head's `head_dim` numbers are rotated."""
-
-    kv_heads: int
-    group: int
-    """Query heads a KV head."""
-    head_dim: int
-    rotary_dim: int
-
-
-@dataclass(frozen=True)
-class DraftRows:
-    """Which rows are whose in a step with drafts; all tensors int32 [R]. Rows of a request are neighbours, and a row
-    whose position is not that of the first one plus the rows between them is a leaf.
-    """
-
-    owners: torch.Tensor
-    """Each row's request: its row of the block table. -1: no request's."""
-    firsts: torch.Tensor
-    """The first row of the same request; -1: no request's."""
-
-    def up_to(self, size: int) -> DraftRows:
-        """The first `size` rows."""
-        return DraftRows(self.owners[:size], self.firsts[:size])
-
-
-class AttentionWorkspace:
-    """Memory that all layers share; `first_units` [max_rows + 1] int32 is the plan of the current step.
-
-    `drafted`: of steps with `DraftRows`.
-    """
-
-    def __init__(self, shape: HeadShape, max_rows: int, device: torch.device, *, drafted: bool = False) -> None:
-        programs = PROGRAMS_A_PROCESSOR * num_processors(device)
-        group = power_of_two(shape.group)
-        self.queries = max(TILE_ROWS // group, 1) if drafted else 1
-        cell = self.queries * group * (power_of_two(shape.head_dim) + 2)
-        self.first_units = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        self.partial = torch.empty(programs * 2 * cell, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(max_rows * shape.kv_heads, dtype=torch.int32, device=device)
-        self.padded_rows = power_of_two(max_rows)
-        self.block = 64 if shape.head_dim <= 128 else 32
-        self.programs = programs
-
-
-def plan_decode_attention(
-    positions: torch.Tensor, workspace: AttentionWorkspace, drafted: DraftRows | None = None
-) -> None:
-    """Count the units of each row; positions [B] int32 of the rows' tokens, -1 in rows without a request.
-
-    The first row of a tile has the units of all of the tile.
-    """
-    _plan_kernel[(1,)](
-        positions, None if drafted is None else drafted.firsts, workspace.first_units, positions.shape[0],
-        QUERIES=workspace.queries, BLOCK=workspace.block, BATCH=workspace.padded_rows, num_warps=4,
-        **dependent_launch(),
-    )  # fmt: skip
+MERGE_REGISTERS = 64
+"""A thread, for parts that are merged at once."""
 
 
 def fused_decode_attention(
@@ -112,48 +52,40 @@ def fused_decode_attention(
     shape: HeadShape,
     workspace: AttentionWorkspace,
     drafted: DraftRows | None = None,
+    *,
+    fresh: bool = False,
 ) -> None:
     """Rotate, write to the cache and attend, for one new token a row.
 
     qkv [B, (heads + 2 kv_heads) * head_dim] as projected; layer_pages [pages, 2, kv_heads, page_size, head_dim], of
     qkv's type or float8_e4m3fn; block_table int32 [B, width], positions int32 [B] (-1: the row is left alone); norms:
     weights [head_dim] of the RMS norms of Q and K (Qwen 3); out [B, heads * head_dim]. `drafted`: rows of one request
-    see those before them; the workspace must have been made for that.
+    see those before them; the workspace must have been made for that. `fresh`: the kernel ahead has written to these
+    pages what this one reads.
     """
+    tiling = workspace.tiling(len(positions))
+    if tiling.first == "shared":
+        hopper_decode_attention(
+            qkv, layer_pages, block_table, positions, rope, norms, eps, out, shape, workspace, fresh
+        )
+        return
     line = LINE_BYTES // layer_pages.element_size()
     batch, group = positions.shape[0], power_of_two(shape.group)
-    _attention_kernel[(workspace.programs,)](
+    stored = workspace.queries * group
+    _attention_kernel[(tiling.programs * workspace.processors,)](
         qkv, layer_pages, block_table, positions, workspace.first_units,
         None if drafted is None else drafted.owners, None if drafted is None else drafted.firsts, rope.cos, rope.sin,
         norms[0] if norms else None, norms[1] if norms else None, out, workspace.partial, workspace.arrivals,
         batch, block_table.stride(0), shape.head_dim**-0.5, eps,
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
         PAGE=layer_pages.shape[3], GROUP_PADDED=group, QUERIES=workspace.queries, TILE=max(TILE_ROWS, group),
-        DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_rows, BLOCK=workspace.block,
-        STEP_ROWS=MAX_STEP_ROWS, EARLY=batch <= EARLY_ROWS and shape.head_dim <= EARLY_DIM, STAGES=STAGES,
-        MERGED=max(MERGED_AT_ONCE // workspace.queries, 1), LINE=line,
-        LINES=power_of_two(max(shape.head_dim // line, 1)), num_warps=WARPS, **dependent_launch(),
+        DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_rows, BLOCK=tiling.block,
+        STEP_ROWS=MAX_STEP_ROWS, EARLY=tiling.first == "registers", STAGES=STAGES,
+        MERGED=min(max(MERGE_REGISTERS * 32 * tiling.warps // (stored * power_of_two(shape.head_dim)), 1), 8),
+        LINE=line,
+        LINES=power_of_two(max(shape.head_dim // line, 1)), num_warps=tiling.warps,
+        **dependent_launch(not fresh),
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _plan_kernel(
-    positions_ptr, firsts_ptr, first_units_ptr, batch,
-    QUERIES: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.arange(0, BATCH)
-    position = tl.load(positions_ptr + row, mask=row < batch, other=-1)
-    has_units = position >= 0
-    if firsts_ptr is not None:
-        first = tl.load(firsts_ptr + row, mask=row < batch, other=-1)
-        position = tl.load(positions_ptr + first, mask=first >= 0, other=-1)
-        has_units = has_units & ((row - first) % QUERIES == 0)
-    blocks = tl.where(has_units, tl.maximum(tl.cdiv(position, BLOCK), 1), 0)
-    tl.store(first_units_ptr + 1 + row, tl.cumsum(blocks, 0), mask=row < batch)
-    tl.store(first_units_ptr, 0)
 
 
 @triton.jit
@@ -172,26 +104,6 @@ def _place(unit, first_units, first_units_ptr, KV_HEADS: tl.constexpr):
     blocks = tl.load(first_units_ptr + row + 1) - row_units
     head = (unit - row_units * KV_HEADS) // blocks
     return row, row_units, blocks, head, unit - row_units * KV_HEADS - head * blocks
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, position, d, ROTARY: tl.constexpr):
-    half: tl.constexpr = ROTARY // 2
-    at = position * half + tl.where(d < half, d, d - half)
-    return tl.load(cos_ptr + at, mask=d < ROTARY, other=1.0), tl.load(sin_ptr + at, mask=d < ROTARY, other=0.0)
-
-
-@triton.jit
-def _rotated(start, d, angles, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl.constexpr):
-    half: tl.constexpr = ROTARY // 2
-    partner = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
-    x = tl.load(start + d, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(start + partner, mask=mask, other=0.0).to(tl.float32)
-    if norm_ptr is not None:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        x *= scale * tl.load(norm_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)
-        y *= scale * tl.load(norm_ptr + partner, mask=d < DIM, other=0.0).to(tl.float32)
-    return x * angles[0] + y * tl.where(d < half, -angles[1], angles[1])
 
 
 @triton.jit
@@ -222,7 +134,7 @@ def _attention_kernel(
     rows = tl.arange(0, BATCH)
     first_units = tl.load(first_units_ptr + rows, mask=rows < batch, other=2**30 // KV_HEADS)
     total = tl.load(first_units_ptr + batch) * KV_HEADS
-    unit, end, programs = share_of(pid, total)
+    unit, end, programs = share_of(pid, tl.num_programs(0), total)
     # a tile's rows: the heads of its first query, those of its second one
     g = tl.arange(0, TILE)
     d = tl.arange(0, DIM_PADDED)[None, :]
@@ -237,7 +149,7 @@ def _attention_kernel(
             table = table_ptr + row * table_stride
             num_cached = position
             in_tile = g < GROUP
-            angles = _angles(cos_ptr, sin_ptr, position, d, ROTARY)
+            angles = rotation(cos_ptr, sin_ptr, position, d, ROTARY)
             q_at = qkv_ptr + row.to(tl.int64) * row_stride + (head * GROUP + g[:, None]) * DIM
             out = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM) + g[:, None] * DIM
             # all rows of the tile hold the same new key and value
@@ -252,7 +164,7 @@ def _attention_kernel(
             in_tile = (g % GROUP_PADDED < GROUP) & (g < stored) & (own_row < batch)
             in_tile = in_tile & (tl.load(firsts_ptr + own_row, mask=in_tile, other=-1) == first_row)
             own_position = tl.load(positions_ptr + own_row, mask=in_tile, other=0)
-            angles = _angles(cos_ptr, sin_ptr, own_position[:, None], d, ROTARY)
+            angles = rotation(cos_ptr, sin_ptr, own_position[:, None], d, ROTARY)
             own_head = (head * GROUP + g % GROUP_PADDED)[:, None] * DIM
             q_at = qkv_ptr + own_row[:, None].to(tl.int64) * row_stride + own_head
             out = out_ptr + own_row[:, None].to(tl.int64) * (KV_HEADS * GROUP * DIM) + own_head
@@ -263,19 +175,20 @@ def _attention_kernel(
             is_key = is_key & (tl.load(firsts_ptr + key_row, mask=is_key, other=-1) == first_row)
             key_at = num_cached + tl.where(is_key, offset, 0)
             key_position = tl.load(positions_ptr + key_row, mask=is_key, other=0)
-            key_angles = _angles(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
+            key_angles = rotation(cos_ptr, sin_ptr, key_position[:, None], d, ROTARY)
             key_page = tl.load(table + key_at // PAGE).to(tl.int64)
             is_cell = is_key[:, None] & (d < DIM)
         # what was loaded so far does not depend on the projections, nor do cached tokens
         first_at = first * BLOCK + token
         if EARLY:
-            early_page = tl.load(table + first_at // PAGE).to(tl.int64)
+            seen = first_at < num_cached
+            early_page = tl.load(table + first_at // PAGE, mask=seen, other=0).to(tl.int64)
             early = pages_ptr + (early_page * page_stride + head * (PAGE * DIM) + first_at % PAGE * DIM)[:, None] + d
-            early_k = tl.load(early, mask=d < DIM, other=0.0)
-            early_v = tl.load(early + values_at, mask=d < DIM, other=0.0)
+            early_k = tl.load(early, mask=seen[:, None] & (d < DIM), other=0.0)
+            early_v = tl.load(early + values_at, mask=seen[:, None] & (d < DIM), other=0.0)
         elif PDL:
             if unit == start + last - first:  # the first ones come into the L2 cache before the wait
-                page = tl.load(table + first_at // PAGE).to(tl.int64)
+                page = tl.load(table + first_at // PAGE, mask=first_at < num_cached, other=0).to(tl.int64)
                 lines = (tl.arange(0, LINES) * LINE)[None, :]
                 cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + first_at % PAGE * DIM)[:, None] + lines
                 _prefetch(cached)
@@ -284,7 +197,7 @@ def _attention_kernel(
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         is_query = in_tile[:, None] & (d < DIM)
-        q = _rotated(q_at, d, angles, q_norm_ptr, eps, is_query, DIM, ROTARY)
+        q = rotated(q_at, d, angles, q_norm_ptr, eps, is_query, DIM, ROTARY)
         q = (q * (scale * 1.4426950408889634)).to(qkv_ptr.dtype.element_ty)  # log2(e): exp2 is the faster one
         highest = tl.full((TILE,), -1e30, tl.float32)
         weight = tl.zeros((TILE,), tl.float32)
@@ -292,27 +205,30 @@ def _attention_kernel(
         k_at = qkv_ptr + key_row[:, None].to(tl.int64) * row_stride + (GROUP * KV_HEADS + head) * DIM
         if EARLY:
             is_new = is_cell & (d < tl.where(last == blocks, DIM, 0))
-            new_k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_new, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
-            new_v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_new, other=0.0).to(pages_ptr.dtype.element_ty)
-            seen = (first_at < num_cached)[None, :]
-            highest, weight, acc = _attend(q, early_k.to(q.dtype), early_v.to(q.dtype), seen, highest, weight, acc)
+            new_k = rotated(k_at, d, key_angles, k_norm_ptr, eps, is_new, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
+            new_v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_new, other=0.0).to(tl.float32)
+            new_v = new_v.to(pages_ptr.dtype.element_ty)  # by float32: Triton 3.6 garbles some bfloat16
+            early_k, early_v = early_k.to(q.dtype), early_v.to(q.dtype)
+            highest, weight, acc = _attend(q, early_k, early_v, seen[None, :], highest, weight, acc)
             first_left = first + 1
         else:
             first_left = first
         for block in tl.range(first_left, last, num_stages=STAGES):
             at = block * BLOCK + token
-            page = tl.load(table + at // PAGE).to(tl.int64)
+            seen = at < num_cached
+            page = tl.load(table + at // PAGE, mask=seen, other=0).to(tl.int64)
             cached = pages_ptr + (page * page_stride + head * (PAGE * DIM) + at % PAGE * DIM)[:, None] + d
-            k = tl.load(cached, mask=d < DIM, other=0.0).to(q.dtype)
-            v = tl.load(cached + values_at, mask=d < DIM, other=0.0).to(q.dtype)
-            highest, weight, acc = _attend(q, k, v, (at < num_cached)[None, :], highest, weight, acc)
+            k = tl.load(cached, mask=seen[:, None] & (d < DIM), other=0.0).to(q.dtype)
+            v = tl.load(cached + values_at, mask=seen[:, None] & (d < DIM), other=0.0).to(q.dtype)
+            highest, weight, acc = _attend(q, k, v, seen[None, :], highest, weight, acc)
         if last == blocks:
             if EARLY:
                 k = new_k
                 v = new_v
             else:
-                k = _rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
-                v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_cell, other=0.0).to(pages_ptr.dtype.element_ty)
+                k = rotated(k_at, d, key_angles, k_norm_ptr, eps, is_cell, DIM, ROTARY).to(pages_ptr.dtype.element_ty)
+                v = tl.load(k_at + KV_HEADS * DIM + d, mask=is_cell, other=0.0).to(tl.float32)
+                v = v.to(pages_ptr.dtype.element_ty)
             if firsts_ptr is None:
                 page = tl.load(table + position // PAGE).to(tl.int64)
                 cached = pages_ptr + page * page_stride + head * (PAGE * DIM) + position % PAGE * DIM + d
@@ -361,23 +277,26 @@ def _attention_kernel(
                 top = tl.full((stored,), -1e30, tl.float32)
                 denominator = tl.zeros((stored,), tl.float32)
                 numerator = tl.zeros((stored, DIM_PADDED), tl.float32)
-                for start in range(0, parts, MERGED):
-                    i = start + tl.arange(0, MERGED)
-                    place = partial_ptr + ((first_owner + i) * 2 + tl.where(i == 0, 1, 0)) * part_size
-                    there = (i < parts)[:, None] & is_stored[None, :]
-                    cells = place[:, None] + gs[None, :]
-                    part_top = tl.load(cells, mask=there, other=-1e30, cache_modifier=".cg")
-                    part_weight = tl.load(cells + stored, mask=there, other=0.0, cache_modifier=".cg")
-                    part_acc = tl.load(
-                        (place[:, None] + 2 * stored + gs[None, :] * DIM_PADDED)[:, :, None] + d[None, :, :],
-                        mask=there[:, :, None] & (d < DIM)[None, :, :], other=0.0, cache_modifier=".cg",
-                    )  # fmt: skip
-                    new_top = tl.maximum(top, tl.max(part_top, 0))
-                    factor = tl.exp2(part_top - new_top[None, :])
-                    shrink = tl.exp2(top - new_top)
-                    denominator = denominator * shrink + tl.sum(factor * part_weight, 0)
-                    numerator = numerator * shrink[:, None] + tl.sum(factor[:, :, None] * part_acc, 0)
-                    top = new_top
+                # part by part, since a sum over parts in one tile would cross warps; several are on their way at once
+                for begin in range(0, parts, MERGED):
+                    asked = ()
+                    for index in tl.static_range(MERGED):
+                        i = begin + index
+                        cells = partial_ptr + ((first_owner + i) * 2 + tl.where(i == 0, 1, 0)) * part_size
+                        there = is_stored & (i + gs * 0 < parts)
+                        acc_at = cells + 2 * stored + gs[:, None] * DIM_PADDED + d
+                        is_there = there[:, None] & (d < DIM)
+                        part_top = tl.load(cells + gs, mask=there, other=-1e30, cache_modifier=".cg")
+                        part_weight = tl.load(cells + stored + gs, mask=there, other=0.0, cache_modifier=".cg")
+                        part_acc = tl.load(acc_at, mask=is_there, other=0.0, cache_modifier=".cg")
+                        asked = asked + ((part_top, part_weight, part_acc),)  # type: ignore[assignment] # noqa: RUF005
+                    for index in tl.static_range(MERGED):
+                        new_top = tl.maximum(top, asked[index][0])
+                        factor = tl.exp2(asked[index][0] - new_top)
+                        shrink = tl.exp2(top - new_top)
+                        denominator = denominator * shrink + factor * asked[index][1]
+                        numerator = numerator * shrink[:, None] + factor[:, None] * asked[index][2]
+                        top = new_top
                 merged = numerator / tl.where(denominator > 0, denominator, 1.0)[:, None]
                 if firsts_ptr is None:
                     merged_at = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM) + gs[:, None] * DIM

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.decode_attention import MAX_STEP_ROWS, DraftRows
+from headrace.kernels.attention_plan import MAX_STEP_ROWS, DraftRows
 from headrace.kernels.draft_tree import CHOICES
 from headrace.kernels.launch import power_of_two
 from headrace.kernels.launcher import Launcher

@@ -15,7 +15,7 @@ ALIGNMENT = 16
 """Bytes: kernels load faster from, and are compiled once for, tensors that start at a multiple of it."""
 
 
-def dependent_launch() -> dict[str, Any]:
+def dependent_launch(wanted: bool = True) -> dict[str, Any]:
     """Arguments for a kernel with a `PDL` flag: programmatic dependent launch, where the device has it.
 
     Such a kernel starts while the one ahead of it ends, may read weights and whatever is older than that kernel, and
@@ -23,7 +23,7 @@ def dependent_launch() -> dict[str, Any]:
     that what is older than the kernel ahead is always complete. Kernels that read nothing but weights before the wait
     let theirs start at once: it may read before its own wait what is older than the last kernel ahead that does not.
     """
-    return {"PDL": True, "launch_pdl": True} if _has_dependent_launch() else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if wanted and _has_dependent_launch() else {"PDL": False}
 
 
 @cache

@@ -81,7 +81,7 @@ def _stream_kernel(
     pid = tl.program_id(0)
     steps = tl.cdiv(K, BLOCK_K)
     total = tl.cdiv(N, BLOCK_N) * steps
-    unit, end, programs = share_of(pid, total)
+    unit, end, programs = share_of(pid, tl.num_programs(0), total)
     m = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     if PDL:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.decode_attention import HeadShape
+from headrace.kernels.attention_plan import HeadShape
 from headrace.kernels.fp8_linear import Fp8Linear
 from tests.kernels.comparisons import (
     compare_begin_decode,
@@ -58,7 +58,8 @@ def test_attention_equals_its_reference(dim: int, group: int, page_size: int, no
     """Long, short, first-token and empty rows in one launch; one request alone; many that are alike."""
     shape = HeadShape(8, group, dim, dim)
     for positions in ([0, 5, 33, -1, 640, 17, 4000, 63, 64, 65], [700], [100] * 130):
-        compare_decode_attention("cuda", torch.bfloat16, positions, shape, page_size, normed)
+        for as_many in (False, True):
+            compare_decode_attention("cuda", torch.bfloat16, positions, shape, page_size, normed, as_many=as_many)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
@@ -84,11 +85,16 @@ def test_rows_of_drafts_and_what_stands_equal_their_reference(lengths: list[int]
     compare_draft_rows("cuda", lengths, rows + 5, rows)
 
 
-def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_a_cache_of_8_bits_holds_rounded_keys(dim: int, group: int, page_size: int) -> None:
     """What is written is what attention of later steps sees."""
-    shape = HeadShape(8, 4, 128, 128)
-    compare_decode_attention("cuda", torch.bfloat16, [0, 400], shape, 16, cache_dtype=torch.float8_e4m3fn)
-    compare_decode_attention("cuda", torch.bfloat16, [0, 40], shape, 16, cache_dtype=torch.float8_e4m3fn, drafts=[2, 6])
+    options = {"normed": dim == 64, "cache_dtype": torch.float8_e4m3fn}
+    shape = HeadShape(8, group, dim, dim)
+    for as_many in (False, True):
+        compare_decode_attention("cuda", torch.bfloat16, [0, 400, -1, 31], shape, page_size, as_many=as_many, **options)
+        compare_decode_attention("cuda", torch.bfloat16, [0, 40], shape, 16, drafts=[2, 6], as_many=as_many, **options)
 
 
 def test_a_step_begins_with_embeddings() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from headrace.kernels.decode_attention import (
+from headrace.kernels.attention_plan import (
     AttentionWorkspace,
     DraftRows,
     HeadShape,
-    fused_decode_attention,
     plan_decode_attention,
 )
+from headrace.kernels.decode_attention import fused_decode_attention
 from headrace.kernels.decode_begin import begin_decode
 from headrace.kernels.decode_linear import decode_linear
 from headrace.kernels.draft_head import (
@@ -112,9 +112,11 @@ def compare_decode_attention(
     cache_dtype: torch.dtype | None = None,
     drafts: list[int] | None = None,
     leaves: int = 0,
+    as_many: bool = False,
 ) -> None:
     """A new token of each request at each of `positions` (-1: none) against the reference, outputs and cache.
 
+    `as_many`: the way of steps of many rows.
     `drafts`: how many drafted tokens each has, and with them rows behind its own; one empty row comes last. Behind
     those that have some are `leaves` rows for places among them.
     """
@@ -147,9 +149,12 @@ def compare_decode_attention(
     got = torch.zeros(batch, shape.kv_heads * shape.group * shape.head_dim, device=device, dtype=dtype)
     expected, expected_pages = got.clone(), pages.clone()
     at = torch.tensor(positions, dtype=torch.int32, device=device)
-    workspace = AttentionWorkspace(shape, batch, torch.device(device), drafted=drafted is not None)
+    workspace = AttentionWorkspace(shape, batch, dtype, torch.device(device), drafted=drafted is not None)
+    if as_many:
+        workspace.few = workspace.many
     for _ in range(2):  # the second run finds what the first left in the workspace
         plan_decode_attention(at, workspace, drafted)
+        qkv = qkv.clone()  # a kernel ahead that is not the plan's, as projections are
         fused_decode_attention(qkv, pages, table, at, rope, norms, 1e-6, got, shape, workspace, drafted)
     fused_decode_attention_reference(qkv, expected_pages, table, at, rope, norms, 1e-6, expected, shape, drafted)
     tolerance = 0.13 if cache_dtype is not None else 1e-5 if dtype == torch.float32 else 2e-2  # 0.13: 3 bits' last one

@@ -17,7 +17,7 @@ SHARED_MEMORY = 232448
 
 def descriptor(dtype: str, block: list[int]) -> str:
     """The type of a tensor descriptor."""
-    element = gl.bfloat16 if dtype == "bf16" else gl.float8e4nv
+    element = {"bf16": gl.bfloat16, "i16": gl.int16}.get(dtype, gl.float8e4nv)
     return f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, element)!r}>"
 
 
@@ -82,6 +82,21 @@ def compile_attention(dim: int, group: int) -> int:
     return compile_for_hopper(attention._attention_kernel, types, constants, **options)
 
 
+def compile_decode_attention(cache: str, dim: int, group: int) -> int:
+    """Heads of one size; `cache`: the type of what is cached."""
+    from headrace.kernels import hopper_decode_attention as attention
+    from headrace.kernels.attention_plan import SHARED_BLOCK
+
+    units = descriptor("bf16", [SHARED_BLOCK, dim]) if cache == "bf16" else descriptor("i16", [SHARED_BLOCK, dim // 2])
+    types = {"cached": units, "qkv_ptr": "*bf16", "pages_ptr": f"*{cache}", "out_ptr": "*bf16", "partial_ptr": "*fp32"}
+    types |= dict.fromkeys(("table_ptr", "positions_ptr", "first_units_ptr", "arrivals_ptr"), "*i32")
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32") | dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), "*bf16")
+    types |= {"batch": "i32", "table_stride": "i32", "scale": "fp32", "eps": "fp32"}
+    constants = {"KV_HEADS": 8, "GROUP": group, "ROTARY": dim, "PAGE": 16, "BATCH": 256, "TILE": 16, "STORED": group}
+    constants |= {"MERGED": 4, "STAGES": attention.STAGES, "num_warps": 1}
+    return compile_for_hopper(attention._ring_kernel, types, constants, num_warps=1, launch_pdl=True)
+
+
 def main() -> None:
     """Raises what the compiler says, or `AssertionError` where shared memory does not suffice."""
     cuda = mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_capability=lambda *_: (9, 0))
@@ -93,6 +108,7 @@ def main() -> None:
         ]
         found += [compile_register(4, True, 576), compile_register(32, False, 1536)]
         found += [compile_ring(128, True, 1, "fp8e4nv"), compile_attention(128, 4), compile_attention(64, 1)]
+        found += [compile_decode_attention("bf16", 64, 4), compile_decode_attention("fp8e4nv", 128, 4)]
     assert max(found) <= SHARED_MEMORY, found
     print(f"{len(found)} kernels compiled")
 

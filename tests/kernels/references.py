@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headrace.kernels.decode_attention import DraftRows, HeadShape
+from headrace.kernels.attention_plan import DraftRows, HeadShape
 from headrace.kernels.draft_rows import RequestState, StepRows
 from headrace.kernels.draft_tree import CHOICES, standing_row
 from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue

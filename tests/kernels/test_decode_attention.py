@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.decode_attention import HeadShape
+from headrace.kernels.attention_plan import HeadShape
 from tests.kernels.comparisons import compare_begin_decode, compare_decode_attention
 
 SHAPES = [
@@ -16,13 +16,16 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "page_size"), [*SHAPES, (HeadShape(1, 2, 256, 128), 16)])
 def test_attention_equals_its_reference(shape: HeadShape, page_size: int) -> None:
     """Head sizes, group sizes and page sizes; long, short, first-token and empty rows in one launch."""
-    compare_decode_attention("cpu", torch.float32, [0, 5, 150, -1, 64, 17], shape, page_size)
+    for as_many in (False, True):
+        compare_decode_attention("cpu", torch.float32, [0, 5, 150, -1, 64, 17], shape, page_size, as_many=as_many)
 
 
-@pytest.mark.parametrize("positions", [[300], [63] * 7, [1]])
-def test_the_work_is_shared_whatever_the_batch(positions: list[int]) -> None:
+@pytest.mark.parametrize("as_many", [False, True])
+@pytest.mark.parametrize("positions", [[900], [63] * 7, [1]])
+def test_the_work_is_shared_whatever_the_batch(positions: list[int], as_many: bool) -> None:
     """One request over all programs, and several requests a program; with norms of Q and K."""
-    compare_decode_attention("cpu", torch.float32, positions, HeadShape(2, 2, 32, 16), 16, normed=True)
+    shape = HeadShape(2, 2, 32, 16)
+    compare_decode_attention("cpu", torch.float32, positions, shape, 16, normed=True, as_many=as_many)
 
 
 @pytest.mark.parametrize(("shape", "page_size"), [*SHAPES[:3], (HeadShape(1, 16, 32, 16), 16)])
@@ -30,7 +33,7 @@ def test_the_work_is_shared_whatever_the_batch(positions: list[int]) -> None:
 def test_drafts_see_the_rows_before_them(shape: HeadShape, page_size: int, normed: bool) -> None:
     """Drafts of less and more than a tile, across a page's end, without a cached token, and none, in one launch."""
     positions, drafts = [0, 5, 150, 63, 64, 17], [3, 0, 15, 4, 1, 7]
-    compare_decode_attention("cpu", torch.float32, positions, shape, page_size, normed, drafts=drafts)
+    compare_decode_attention("cpu", torch.float32, positions, shape, page_size, normed, drafts=drafts, as_many=normed)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0][0], HeadShape(1, 16, 32, 16)])
@@ -42,7 +45,7 @@ def test_leaves_see_themselves_and_the_chain_before_them(shape: HeadShape) -> No
 
 def test_one_draft_is_shared_by_all_programs() -> None:
     """And merged again."""
-    compare_decode_attention("cpu", torch.float32, [300], HeadShape(2, 3, 32, 32), 16, drafts=[5])
+    compare_decode_attention("cpu", torch.float32, [900], HeadShape(2, 3, 32, 32), 16, drafts=[5])
 
 
 def test_a_cache_of_8_bits_holds_rounded_keys() -> None:
