@@ -250,6 +250,7 @@ def save(
         "rope_theta": target.rope.theta,
         "vocab_size": target.vocab_size,
         "draft_vocab_size": len(vocabulary),
+        "draft_vocab_by_frequency": True,
         "tie_word_embeddings": True,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(layers), "use_aux_hidden_state": True},
         "dtype": "bfloat16",
