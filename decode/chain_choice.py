@@ -27,7 +27,7 @@ from headrace.kernels.draft_tree import chain
 
 DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
 """As far as is ever guessed."""
-DEPTH_STEPS = 8
+DEPTH_STEPS = 16
 """On a thread it is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a token is guessed, to see whether guesses have become good."""
