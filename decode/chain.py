@@ -23,8 +23,9 @@ from headrace.engine.engine import Engine
 from headrace.engine.kv_cache import PagedLayers
 from headrace.messages.request import SamplingParams
 
-DOUBTFUL = 0.2
-"""A draft whose tokens are all right with so little probability, as its drafter sees it, does not get longer."""
+DOUBTFUL = 0.45
+"""A draft whose tokens are all right with so little probability, as its drafter sees it, does not get longer. What a
+further token costs is a third of what it brings, and those are right more often than their drafter believes."""
 UP_TO_DATE = 8
 """A request with no more tokens to read is read whenever drafts are made."""
 MAX_UNREAD = 64
@@ -78,7 +79,7 @@ class ChainDrafter(ABC):
 
     @abstractmethod
     def _features(self, rows: int) -> torch.Tensor | None:
-        """What to keep of the first rows' features in the step that has just ended, if it reads them."""
+        """The first rows' in the step that has just ended, if it reads them. The next step overwrites them."""
 
     @abstractmethod
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,16 +107,19 @@ class ChainDrafter(ABC):
         A request that is far behind gets no draft.
         """
         started = time.perf_counter()
-        self._follow(batch)
+        self._follow(batch, waits=depth == 0)
         drafts: dict[Key, Draft] = {}
         if depth > 0:
             states, keys, positions = self._catch_up(batch)
+            for one in self._unread.values():
+                one.features[-1:] = [part.clone() for part in one.features[-1:]]  # not read, after all
             if keys:
                 drafts = draft_chains(self._guesser, partial(self._read, batch), batch, states, keys, positions, depth)
         self.seconds = time.perf_counter() - started
         return drafts
 
-    def _follow(self, batch: DecodeBatch[Key]) -> None:
+    def _follow(self, batch: DecodeBatch[Key], *, waits: bool) -> None:
+        """Take in what the step has settled; `waits`: nothing of it will be read before the next one."""
         stays = {seen.key for seen in batch.seen}
         for key in [key for key in self._unread if key not in stays]:
             del self._unread[key]
@@ -127,7 +131,9 @@ class ChainDrafter(ABC):
             if unread.is_lost:
                 continue
             end = seen.first_row + len(seen.token_ids)
-            features = self._features(end) if features is None else features
+            if features is None:
+                features = self._features(end)
+                features = features.clone() if waits and features is not None else features
             if features is not None:
                 unread.features.append(features[seen.first_row : end])
             unread.token_ids += seen.token_ids

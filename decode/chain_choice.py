@@ -7,11 +7,15 @@ that before anybody has seen it: what was guessed is heard of when it has been v
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from headrace.decode.chain import ChainDrafter
-from headrace.decode.controller import HeadCost, choose_lengths
+from headrace.decode.controller import HeadCost, best_lengths
 from headrace.decode.drafter import Draft
 from headrace.decode.guess_tree import GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
@@ -23,12 +27,14 @@ from headrace.kernels.draft_tree import chain
 
 DEEPEST = Draft([-1] * MAX_HEAD_DEPTH, range(MAX_HEAD_DEPTH))
 """As far as is ever guessed."""
-DEPTH_STEPS = 8
+DEPTH_STEPS = 16
 """On a thread it is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a token is guessed, to see whether guesses have become good."""
 TRYING_SHARE = 0.005
 """Of the time, which that may take at most: where a guess takes longer than a sixth of a step it comes less often."""
+GOES_ON, GOES_ON_STRIDE = 0.5, 0.02
+"""How often a draft that may get longer is taken to do so at first, and what a draft shows of it."""
 FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
 """Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
 has guessed is known."""
@@ -45,8 +51,10 @@ class ThreadChain:
         self._cost = cost
         self._guessed: dict[Key, Draft] = {}
         """At the end of the last step."""
-        self._guessed_depth = 0
-        """What was asked for then."""
+        self._guessed_depth = self._longest = 0
+        """What was asked for then, and what the longest of them came to."""
+        self._goes_on = [GOES_ON] * (MAX_HEAD_DEPTH - 1)
+        """By place: how often the longest draft that may go on behind it does, as it is not in doubt."""
         self._paying_depth = 0
         """How far it pays to guess with `_depth_of` requests, for `_depth_lasts` more steps."""
         self._depth_of = self._depth_lasts = 0
@@ -58,6 +66,10 @@ class ThreadChain:
         """Guess, on the engine's thread, right after a step."""
         self._guessed = self._drafter.draft(batch, self.depth)
         self._guessed_depth = self.depth
+        self._longest = max((len(guess.token_ids) for guess in self._guessed.values()), default=0)
+        for place in range(min(self._longest, self.depth - 1)):
+            went_on = 1.0 if place + 1 < self._longest else 0.0
+            self._goes_on[place] += (went_on - self._goes_on[place]) * GOES_ON_STRIDE
 
     def taken(self, limits: Mapping[Key, int]) -> dict[Key, tuple[Draft, Draft]]:
         """What was guessed, cut to these limits, and the same by place alone, as deep as it was asked for: a token that
@@ -80,7 +92,8 @@ class ThreadChain:
             self.depth = 0
             return 0
         if self._depth_lasts == 0 or requests != self._depth_of:
-            self._paying_depth = max(choose_lengths(chances(), requests, cost, self._cost.of(requests)))
+            expected = self._expected(requests, cost)
+            self._paying_depth = max(best_lengths(chances(), requests, *expected)[0])
             self._depth_lasts, self._depth_of = DEPTH_STEPS, requests
         self._depth_lasts -= 1
         self.depth = self._paying_depth
@@ -89,13 +102,22 @@ class ThreadChain:
             self.depth, self._steps_without = 1, 0
         return self.depth
 
+    def _expected(self, requests: int, cost: StepCost) -> tuple[list[float], float, list[float]]:
+        """What `best_lengths` is to know, where drafts that may have so many tokens are expected to have fewer."""
+        lengths = [0.0, *itertools.accumulate(itertools.accumulate([1.0, *self._goes_on], operator.mul))]
+        most = min(requests * MAX_HEAD_DEPTH, MAX_ROWS - requests)
+        along = np.interp(np.arange(most + 1) / requests, range(len(lengths)), lengths)
+        seconds = np.interp(requests * (1 + along), range(len(cost.verifying)), cost.verifying)
+        drafting = self._cost.of(requests, lengths[1:])
+        return [0.0] * requests + seconds.tolist(), requests / cost.plain[requests], drafting
+
     def ran(self, requests: int, seconds: float) -> float:
         """A step of so many requests, guesses included, took so long; returns what they took of that."""
         spent = self._drafter.seconds
         tried = spent if self._guessed_depth > self._paying_depth else 0.0
         self._trying_seconds = max(self._trying_seconds - TRYING_SHARE * (seconds - spent), 0.0) + tried
-        if self._guessed_depth > 0 and requests > 0:
-            self._cost.observe(requests, self._guessed_depth, spent)
+        if self._longest > 0 and requests > 0:
+            self._cost.observe(requests, self._longest, spent)
         return spent
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from headrace.decode.drafter import Draft
-from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.decode.step_cost import MAX_ROWS
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 GAIN = 1.05
@@ -77,13 +77,6 @@ class Acceptance:
                 break
             found.append(chance)
         return found
-
-
-def choose_lengths(
-    chances: Sequence[Sequence[float]], num_requests: int, cost: StepCost, drafting: Sequence[float] = ()
-) -> list[int]:
-    """`best_lengths` against steps without drafts."""
-    return best_lengths(chances, num_requests, cost.verifying, num_requests / cost.plain[num_requests], drafting)[0]
 
 
 def best_lengths(
@@ -156,15 +149,15 @@ class HeadCost:
         self._more = 0.0
         """Tokens that would take as long as what comes on top of a draft's own."""
 
-    def of(self, num_requests: int) -> list[float]:
-        """Seconds of drafts of 0 to `MAX_HEAD_DEPTH` tokens of each of so many requests."""
+    def of(self, num_requests: int, lengths: Sequence[float] = range(1, MAX_HEAD_DEPTH + 1)) -> list[float]:
+        """Seconds of drafts of so many tokens of each of so many requests, and first of none."""
         each = self._of_token[min(num_requests, MAX_ROWS)]
-        return [0.0, *[each * (depth + self._more) for depth in range(1, MAX_HEAD_DEPTH + 1)]]
+        return [0.0, *[each * (length + self._more) for length in lengths]]
 
-    def observe(self, num_requests: int, depth: int, seconds: float) -> None:
-        """Drafts that were to have so many tokens took so long: less where they ended early, more where others have the
-        cores, too. So what was measured is the least that they are taken to cost.
+    def observe(self, num_requests: int, length: int, seconds: float) -> None:
+        """Drafts of which the longest has so many tokens took so long: more where others have the cores, too. So what
+        was measured is the least that they are taken to cost.
         """
         taken = seconds / self._of_token[min(num_requests, MAX_ROWS)]
-        most = HEAD_STRIDE * (depth + self._more)
-        self._more = max(self._more + min(max(taken - depth - self._more, -most), most), 0.0)
+        most = HEAD_STRIDE * (length + self._more)
+        self._more = max(self._more + min(max(taken - length - self._more, -most), most), 0.0)

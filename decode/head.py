@@ -32,10 +32,10 @@ class HeadDrafter(ChainDrafter):
         return Unread(seen.position, [])
 
     def _features(self, rows: int) -> torch.Tensor:
-        return self._engine.model.features[:rows].clone()
+        return self._engine.model.features[:rows]
 
     def _first_states(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._head.fuse(torch.cat([*features]))
+        return self._head.fuse(features[0] if len(features) == 1 else torch.cat([*features]))
 
     def _forward(self, states: torch.Tensor, packed: ForwardBatch) -> torch.Tensor:
         return self._head.forward(states, packed, self._engine.cache)

@@ -96,7 +96,7 @@ class Speculator:
         """Drafts that are worth verifying in the next step, which has these requests."""
         self._num_requests = len(requests)
         self._paused = bool(requests) and self._pauses
-        if self._paused or self._steps_with_drafts >= PLAIN_STEP:
+        if self._paused:
             self.ahead = {}
             if self._thread is not None:
                 self._thread.depth = 0
@@ -107,6 +107,8 @@ class Speculator:
             self._follow_all(requests)
             ahead = {} if rests else self._choose_on_device(requests)
             chosen = self._choose(requests, guessed)
+        if self._steps_with_drafts >= PLAIN_STEP:
+            chosen = {}
         self._found(bool(chosen), len(requests))
         if self._thread is not None:
             started = time.perf_counter()
@@ -194,19 +196,20 @@ class Speculator:
             for key, (_, padded) in taken.items():
                 self._drafted[key].guesses[BY_PLACE] = padded
         found = time.perf_counter()
-        # of drafts in flight one is taken to stand, so that a lookup is not held for worse than it is
-        unknown = {r.key: 1 + min(r.drafts_in_flight, 1) if guessed is None else 0 for r in requests}
         best: dict[Key, tuple[float, str, Draft, list[float]]] = {}
         for name, of_drafter in guesses.items():
             acceptance = self._acceptance[name]
             for key, guess in of_drafter.items():
                 drafted = self._drafted[key]
                 drafted.guesses[name] = guess
-                chances = acceptance.chances(drafted.acceptance[name], guess)[unknown[key] :]
+                chances = acceptance.chances(drafted.acceptance[name], guess)
+                if guessed is None:  # of drafts in flight one is taken to stand: a lookup is no worse than that
+                    del chances[: 1 + min(drafted.request.drafts_in_flight, 1)]
                 promised = sum(chances)
                 if key not in best or promised > best[key][0]:
                     best[key] = promised, name, guess, chances
-        rate, price = len(requests) / self._cost.plain[len(requests)], list[float]()
+        rate = len(requests) / self._cost.plain[len(requests)]
+        price: Sequence[float] = ()
         if device is not None:
             if guessed and best:  # beside a lookup that stops all from running ahead
                 self._add_unseen(device, guessed, limits, best)
@@ -264,7 +267,7 @@ class Speculator:
             started = time.perf_counter()
             self._cost.observe(requests + drafted, seconds, kind)
             if self._device is None:
-                self._weigh(known, guessing)
+                self._weigh(known, drafted, guessing)
             counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         for key, draft in known.items():
@@ -278,16 +281,16 @@ class Speculator:
         else:
             counters.steps_without_drafts += 1
 
-    def _weigh(self, drafts: Mapping[Key, Sequence[int]], guessing: float) -> None:
-        """Take a step into the balance. Costs are those believed, not what this step took: other work on the machine
-        says nothing of drafts.
+    def _weigh(self, drafts: Mapping[Key, Sequence[int]], drafted: int, guessing: float) -> None:
+        """Take a step that verified so many tokens into the balance. Costs are those believed, not what this step took:
+        other work on the machine says nothing of drafts.
         """
         counters, cost, requests = self.counters, self._cost, self._num_requests
         plain, spent = cost.plain[requests], counters.drafting_seconds + counters.controlling_seconds
         saved = 0.0 if self._paused else min(self._weighed - spent, 0.0) - self._guessing
         if drafts:
-            saved -= cost.verifying[requests + sum(map(len, drafts.values()))] - plain
-            saved += sum(self._drafted[key].accepted for key in drafts) * plain / requests
+            saved -= cost.verifying[requests + drafted] - plain
+            saved += sum([self._drafted[key].accepted for key in drafts]) * plain / requests
         self._balance.add(saved, plain)
         self._weighed, self._guessing = spent, guessing
         self._steps_with_drafts = self._steps_with_drafts + 1 if drafts else 0

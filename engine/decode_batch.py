@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -246,6 +246,8 @@ class DecodeBatch(Generic[K]):
         starts: Sequence[int],
         token_ids: Sequence[Sequence[int]],
         cache: PagedLayers,
+        *,
+        wants_logits: bool = False,
     ) -> ForwardBatch:
         """Tokens of some requests, each request's from a position on, within the pages that it has; to be computed with
         this cache, the engine's or a draft model's.
@@ -260,7 +262,9 @@ class DecodeBatch(Generic[K]):
         if engine.model.follows_tables:  # on a CPU, where each operation of torch's takes as long as a layer's products
             named, positions, tokens = np.array((of, at, flat), np.int64)
             paged = PagedPlan(torch.from_numpy(self._block_table.numpy()[rows, :width]), named)
-            return ForwardBatch(torch.from_numpy(tokens), torch.from_numpy(positions), NO_SLOTS, NO_SLOTS, paged)
+            return ForwardBatch(
+                torch.from_numpy(tokens), torch.from_numpy(positions), NO_SLOTS, NO_SLOTS, paged, wants_logits
+            )
         table = self._block_table[rows, :width]
         owners, positions = torch.tensor(of, device=engine.device), torch.tensor(at, device=engine.device)
         contexts = [start + count for start, count in zip(starts, counts, strict=True)]
@@ -270,6 +274,7 @@ class DecodeBatch(Generic[K]):
             slot_pages=table[owners, positions // page_size],
             slot_offsets=positions % page_size,
             plan=plan_decode(cache.layer(0), table, counts, contexts),
+            wants_logits=wants_logits,
         )
 
     def room(self, key: K) -> int:
@@ -283,9 +288,9 @@ class DecodeBatch(Generic[K]):
         sees them.
         """
         rows, engine = len(self._keys), self._engine
-        newest, positions = self._tokens[:rows].tolist(), self._positions[:rows].tolist()
+        newest, positions = self._tokens[:rows].tolist(), [length - 1 for length in self._lengths]
         tokens = [[first, *draft] for first, draft in zip(newest, drafts, strict=True)]
-        batch = replace(self.pack(self._keys, positions, tokens, engine.cache), wants_logits=True)
+        batch = self.pack(self._keys, positions, tokens, engine.cache, wants_logits=True)
         logits = engine.model.logits(engine.model.forward(batch, engine.cache, None))
         firsts = list(itertools.accumulate([len(draft) + 1 for draft in drafts], initial=0))
         if self._matchers:
@@ -299,9 +304,21 @@ class DecodeBatch(Generic[K]):
         if self._keeps_seen:
             ids = [[token.token_id for token in own] for own in found]
             self.seen = list(map(Seen, self._keys, firsts, positions, newest, ids))
-        taken = torch.tensor([len(tokens) for tokens in found], device=engine.device)
-        self._tokens[:rows] = torch.tensor([tokens[-1].token_id for tokens in found], device=engine.device)
-        self._positions[:rows] += taken
-        self._generated[:rows] += taken
-        self._lengths = [length + len(tokens) for length, tokens in zip(self._lengths, found, strict=True)]
+        taken = [len(tokens) for tokens in found]
+        self._advance([tokens[-1].token_id for tokens in found], taken)
+        self._lengths = [length + more for length, more in zip(self._lengths, taken, strict=True)]
         self._computed = [(key, token) for key, tokens in zip(self._keys, found, strict=True) for token in tokens]
+
+    def _advance(self, newest: list[int], taken: list[int]) -> None:
+        """All requests' newest tokens, and how many more they have."""
+        if self._engine.device.type == "cpu":  # torch takes 60 microseconds for a few numbers
+            tokens, positions, generated = (one.numpy() for one in (self._tokens, self._positions, self._generated))
+            for row, (token, more) in enumerate(zip(newest, taken, strict=True)):
+                tokens[row] = token
+                positions[row] += more
+                generated[row] += more
+            return
+        rows = len(newest)
+        self._tokens[:rows], more_there = torch.tensor((newest, taken), device=self._engine.device)
+        self._positions[:rows] += more_there
+        self._generated[:rows] += more_there

@@ -72,6 +72,8 @@ class HeadWeights:
     rows: torch.Tensor
     vocabulary: torch.Tensor
     """[draft vocabulary] int64: its tokens."""
+    by_frequency: bool = False
+    """Those come first that the target says most often."""
 
     def folded(self) -> HeadWeights:
         """The same with the norms' weights multiplied into the projections behind them, which leaves ones."""
@@ -131,6 +133,7 @@ def load_head(
             own.get("norm.weight"),
             rows,
             vocabulary,
+            raw.get("draft_vocab_by_frequency", False),
         )
 
 

@@ -185,7 +185,7 @@ class PackedDecoder:
         assert isinstance(plan, PagedPlan)
         team = self._team_for(rows, cache)
         requests, width = plan.block_table.shape
-        torch.index_select(self._weights.embedding, 0, batch.token_ids, out=team.residual[:rows])
+        team.residual.numpy()[:rows] = self._weights.embedding.numpy()[batch.token_ids.numpy()]
         team.inputs.positions[:rows] = batch.positions.numpy()
         team.inputs.request[:rows] = plan.request
         team.tables[:requests, :width] = plan.block_table.numpy()

@@ -24,6 +24,11 @@ GUESSED_AT_ONCE = 4
 that nobody asks for."""
 
 
+FREQUENT = 8192
+"""Tokens that are drafted of a vocabulary by frequency: twice as many are right 0.025 more often in open chat, and take
+0.13 ms more of 5.6."""
+
+
 class PackedHead:
     """See `DraftHead`; beside a `PackedDecoder`, of whose batches its plans are."""
 
@@ -32,7 +37,8 @@ class PackedHead:
         self.feature_layers = weights.feature_layers
         self._config = config
         self._embedding = embedding
-        self._vocabulary = weights.vocabulary.numpy()
+        drafted = FREQUENT if weights.by_frequency else len(weights.rows)
+        self._vocabulary = weights.vocabulary[:drafted].numpy()
         self._longest = max_model_len
         self._norms = {
             name: value.float().numpy()
@@ -49,7 +55,7 @@ class PackedHead:
             "output": _packed(weights.output),
             "gate_up": _packed(gate_up),
             "down": _packed(weights.down),
-            "head": _packed(weights.rows),
+            "head": _packed(weights.rows[:drafted]),
         }
         self._frequencies = config.rope.inverse_frequencies().numpy()
         self._cache: KVCache | None = None
@@ -93,7 +99,7 @@ class PackedHead:
         assert cache is self._cache, "it is attached to another cache"
         team = self._holding(states)
         requests, width = plan.block_table.shape
-        torch.index_select(self._embedding, 0, batch.token_ids, out=team.embedded[:rows])
+        team.embedded.numpy()[:rows] = self._embedding.numpy()[batch.token_ids.numpy()]
         team.inputs.positions[:rows] = batch.positions.numpy()
         team.inputs.request[:rows] = plan.request
         team.tables[:requests, :width] = plan.block_table.numpy()

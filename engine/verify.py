@@ -42,8 +42,7 @@ def verify(
         sampler = sampler or BatchSampler(rows, logits.shape[1], logits.device)
         drawn = _drawn(rows, generated, drafts, logits, first_rows, sampler)
     return [
-        _described(row, tokens, logits[first : first + len(tokens)])
-        for row, tokens, first in zip(rows, drawn, first_rows[:-1], strict=True)
+        _described(row, tokens, logits, first) for row, tokens, first in zip(rows, drawn, first_rows[:-1], strict=True)
     ]
 
 
@@ -75,9 +74,10 @@ def _drawn(
     return drawn
 
 
-def _described(row: SamplingRow, token_ids: list[int], logits: torch.Tensor) -> list[SampledToken]:
+def _described(row: SamplingRow, token_ids: list[int], logits: torch.Tensor, first: int) -> list[SampledToken]:
     wanted = row.params.logprobs
     if wanted is None:
         return [SampledToken(token, None) for token in token_ids]
-    found = describe_logprobs(logits, torch.tensor(token_ids, device=logits.device), [wanted] * len(token_ids))
+    own = logits[first : first + len(token_ids)]
+    found = describe_logprobs(own, torch.tensor(token_ids, device=logits.device), [wanted] * len(token_ids))
     return [SampledToken(token, logprobs) for token, logprobs in zip(token_ids, found, strict=True)]

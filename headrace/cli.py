@@ -118,10 +118,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, help="a user's message a line (default: the target makes prompts itself)"
     )
-    parser.add_argument("--conversations", type=int, default=100_000, help="at most so many (default: 100000)")
-    parser.add_argument("--answer-tokens", type=int, default=320, help="of an answer at most (default: 320)")
+    parser.add_argument("--conversations", type=int, default=1_000_000, help="at most so many (default: 1000000)")
+    parser.add_argument("--answer-tokens", type=int, default=224, help="of an answer at most (default: 224)")
     parser.add_argument("--steps", type=float, default=float("inf"), help="training steps at most")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens that the head can draft (default: 8192)")
+    parser.add_argument("--vocabulary", type=int, default=16384, help="tokens that the head can draft (default: 16384)")
+    parser.add_argument("--processes", type=int, help="that train together (default: one a GPU)")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -24,6 +24,7 @@ OPENINGS = (
     *("Who", "Which", "Can you", "Could you explain", "Explain", "Write a", "Write a short", "Write a story about"),
     *("Give me", "List", "Tell me about", "Describe", "Summarize", "Translate", "Plan", "Suggest", "Help me", "I am"),
     *("I want to", "I need", "My", "Is it", "Are there", "Compare", "Create a", "Make a", "Please", "Hello", "Let's"),
+    *("What are some", "What is the best way", "Write an email", "Write a poem", "Tell me a story", "I have", "Do you"),
     *("In Python,", "Write a Python function", "Fix this code:", "Rewrite", "Correct the", "Given", "Imagine", "If"),
 )
 """How a user's turn begins, so that turns differ."""
@@ -31,7 +32,8 @@ USER_TOKENS = 96
 """A user's turn that has not ended by then is cut."""
 JOIN_AT_ONCE = 64
 """So many prompts are computed together: each forward costs the same time to start."""
-ANSWER_TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
+USER_TEMPERATURE = 0.8
+ANSWER_TEMPERATURES = (0.0, 0.0, 0.0, 0.8)
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class ConversationMaker:
             room = self.longest - len(before) - len(self._frame.after) - self._answer_tokens
             return self._answer_to([*before, *own[:room], *self._frame.after])
         opening = self._tokenizer.encode(self._random.choice(OPENINGS), add_special_tokens=False)
-        return _Request([*before, *opening], len(before), [], False, 1.0, USER_TOKENS)
+        return _Request([*before, *opening], len(before), [], False, USER_TEMPERATURE, USER_TOKENS)
 
     def _join(self, batch: Any, count: int) -> None:
         engine = self._engine

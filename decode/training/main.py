@@ -1,4 +1,4 @@
-"""`headrace train-drafter`: generate, train, evaluate, write."""
+"""`headrace train-drafter`: generate, train, evaluate, write. A process a GPU, each with its own text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer
 
 from headrace.decode.training.conversations import Conversation, ConversationMaker
 from headrace.decode.training.head_module import HeadModule, Projection
+from headrace.decode.training.peers import Peers, run_together
 from headrace.decode.training.train import PASSES, Examples, acceptance_of, batches, train
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.errors import EngineError
@@ -30,7 +30,7 @@ from headrace.models.locate import ModelFolder, locate_model
 
 HELD_OUT = 0.02
 """Share of the conversations that acceptance is measured on; 16 at least."""
-GENERATION_SHARE = 0.4
+GENERATION_SHARE = 0.33
 """Of the time that is left once the model runs."""
 CACHE_BYTES = {"cpu": 2**30, "cuda": 16 * 2**30}
 BATCH = {"cpu": 8, "cuda": 768}
@@ -41,15 +41,21 @@ SAVE_SECONDS = 60.0
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train a head and write it. Raises `StartError`s that say what to do."""
-    end = time.monotonic() + options.minutes * 60
+    """Train a head and write it, on all GPUs of the machine. Raises `StartError`s that say what to do."""
     folder = locate_model(options.model)
+    on_gpus = options.device != "cpu" and torch.cuda.is_available()
+    count = options.processes or (torch.cuda.device_count() if on_gpus else 1)
+    run_together(count, on_gpus, run_one, options, folder, time.monotonic() + options.minutes * 60)
+
+
+def run_one(peers: Peers, options: argparse.Namespace, folder: ModelFolder, end: float) -> None:
+    """A process's part, until `end` of `time.monotonic`; the first one writes the head."""
     prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
-    console = Console()
+    console = Console(quiet=peers.rank > 0)
     with _progress(console) as bars:
         engine = _load(options, folder, bars)
-        conversations = _generate(options, engine, folder, prompts, end, bars)
-        _train(options, engine, folder, conversations, end, bars, console)
+        conversations = _generate(options, peers, engine, folder, prompts, end, bars, console)
+        _train(options, peers, engine, folder, conversations, end, bars, console)
 
 
 def _progress(console: Console) -> Progress:
@@ -88,26 +94,36 @@ def _load(options: argparse.Namespace, folder: ModelFolder, bars: Progress) -> E
 
 
 def _generate(
-    options: argparse.Namespace, engine: Engine, folder: ModelFolder, prompts: Sequence[str], end: float, bars: Progress
+    options: argparse.Namespace,
+    peers: Peers,
+    engine: Engine,
+    folder: ModelFolder,
+    prompts: Sequence[str],
+    end: float,
+    bars: Progress,
+    console: Console,
 ) -> list[Conversation]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder.path)
-    maker = ConversationMaker(engine, tokenizer, options.answer_tokens, options.seed, prompts)
-    bar = bars.add_task("generating", total=options.conversations, note="")
+    seed, limit = options.seed + peers.rank, options.conversations // peers.count
+    maker = ConversationMaker(engine, tokenizer, options.answer_tokens, seed, prompts)
+    bar = bars.add_task("generating", total=limit, note="")
     until = time.monotonic() + (end - time.monotonic()) * GENERATION_SHARE
 
     def show(count: int, tokens: int) -> None:
         bars.update(bar, completed=count, note=f"{count} conversations, {tokens / 1e6:.2f}M tokens")
 
-    conversations = list(maker.make(until, options.conversations, show))
+    conversations = list(maker.make(until, limit, show))
     if len(conversations) < 32:
         raise EngineError(f"{len(conversations)} conversations are too few to learn from: give more --minutes")
+    console.print(f"{len(conversations)} conversations made, {sum(len(one.token_ids) for one in conversations)} tokens")
     # Short answers end first, so that the first ones are not like the rest.
-    random.Random(options.seed).shuffle(conversations)
+    random.Random(seed).shuffle(conversations)
     return conversations
 
 
 def _train(
     options: argparse.Namespace,
+    peers: Peers,
     engine: Engine,
     folder: ModelFolder,
     conversations: list[Conversation],
@@ -118,9 +134,12 @@ def _train(
     assert isinstance(engine.model, FusedDecoder)
     count = max(int(len(conversations) * HELD_OUT), 16)
     held_out, learned = conversations[:count], conversations[count:]
-    vocabulary = draft_vocabulary(learned, options.vocabulary, engine.model_config.vocab_size).to(engine.device)
+    counted = [answer_counts(part, engine.model_config.vocab_size).to(engine.device) for part in (learned, held_out)]
+    counts, held_out_counts = map(peers.total, counted)
+    vocabulary = draft_vocabulary(counts, options.vocabulary)
     layers = feature_layers(engine.model_config.num_layers)
     embedding = engine.model.weights.embedding
+    torch.manual_seed(options.seed)  # all processes begin with the same head
     head = HeadModule(engine.model_config, len(layers)).to(engine.device)
     with closing(Checkpoint(folder.path, engine.device, torch.float32)) as checkpoint:
         tied = engine.model_config.tied_head or "lm_head.weight" not in checkpoint
@@ -135,36 +154,39 @@ def _train(
     card: dict[str, Any] = {
         "target": folder.name,
         "target_fingerprint": folder.fingerprint,
-        "conversations": len(learned),
-        "answer_tokens": sum(len(one.token_ids) - one.answer_start for one in learned),
+        "conversations": int(peers.total(torch.tensor(len(learned), device=engine.device))),
+        "answer_tokens": int(counts.sum()),
         "prompts": str(options.prompts.name) if options.prompts else "made by the target, from openings of a few words",
-        "answer_coverage": coverage(held_out, vocabulary),
+        "answer_coverage": round(float(held_out_counts[vocabulary].sum() / held_out_counts.sum()), 4),
         "seed": options.seed,
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
+        "devices": peers.count,
     }
 
     def show(done: float, loss: float) -> None:
         nonlocal saved_at
         bars.update(bar, completed=done, note=f"loss {loss:.3f}")
-        if time.monotonic() - saved_at > SAVE_SECONDS:
+        if peers.rank == 0 and time.monotonic() - saved_at > SAVE_SECONDS:
             save(options.output, head, engine, vocabulary, layers, card)
+            console.print(f"{done:.0%} of the training, loss {loss:.3f}")
             saved_at = time.monotonic()
 
-    went = train(head, examples, learned, embedding, rows, tokens, seconds, options.steps, options.seed, show)
-    found = [[0, 0] for _ in range(PASSES)]
+    went = train(
+        head, examples, peers, learned, embedding, rows, vocabulary, tokens, seconds, options.steps, options.seed, show
+    )
+    found = torch.zeros(PASSES, 2, dtype=torch.int64, device=engine.device)
     for part in batches(held_out, tokens, random.Random(0)):
-        for total, own in zip(
-            found, acceptance_of(head, examples.batch(part, embedding), rows, vocabulary), strict=True
-        ):
-            total[0] += own[0]
-            total[1] += own[1]
+        found += acceptance_of(head, examples.batch(part, embedding), rows, vocabulary)
+    right, drafted = peers.total(found).T.tolist()
+    if peers.rank > 0:
+        return
     card |= {
         "steps": went.steps,
-        "training_tokens": went.tokens,
+        "training_tokens": went.tokens * peers.count,
         "losses": [round(loss, 3) for loss in went.losses[:: max(len(went.losses) // 40, 1)]],
-        "held_out_conversations": len(held_out),
-        "held_out_acceptance": [round(right / max(drafted, 1), 4) for right, drafted in found],
-        "held_out_drafted": [drafted for _, drafted in found],
+        "held_out_conversations": len(held_out) * peers.count,
+        "held_out_acceptance": [round(one / max(all_, 1), 4) for one, all_ in zip(right, drafted, strict=True)],
+        "held_out_drafted": drafted,
     }
     save(options.output, head, engine, vocabulary, layers, card)
     shown = ", ".join(f"{value:.3f}" for value in card["held_out_acceptance"])
@@ -176,22 +198,15 @@ def feature_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(2, num_layers - 1), num_layers // 2, num_layers - 1}))
 
 
-def draft_vocabulary(conversations: Sequence[Conversation], size: int, vocab_size: int) -> torch.Tensor:
-    """The tokens that answers have most often, in ascending order; int64."""
-    counts: Counter[int] = Counter()
-    for one in conversations:
-        counts.update(one.token_ids[one.answer_start :])
-    frequent = [token for token, _ in counts.most_common(size)]
-    known = set(frequent)
-    frequent += [token for token in range(vocab_size) if token not in known][: size - len(frequent)]
-    return torch.tensor(sorted(frequent))
-
-
-def coverage(conversations: Sequence[Conversation], vocabulary: torch.Tensor) -> float:
-    """The share of answers' tokens that are in the vocabulary."""
-    known = set(vocabulary.tolist())
+def answer_counts(conversations: Sequence[Conversation], vocab_size: int) -> torch.Tensor:
+    """How often answers have each token of the target's vocabulary, [vocab_size] int64."""
     tokens = [token for one in conversations for token in one.token_ids[one.answer_start :]]
-    return round(sum(token in known for token in tokens) / len(tokens), 4)
+    return torch.bincount(torch.tensor(tokens), minlength=vocab_size)
+
+
+def draft_vocabulary(counts: torch.Tensor, size: int) -> torch.Tensor:
+    """The `size` most frequent tokens, those first, so that a few of them are a vocabulary, too; int64."""
+    return counts.argsort(descending=True, stable=True)[:size]
 
 
 def save(
@@ -235,6 +250,7 @@ def save(
         "rope_theta": target.rope.theta,
         "vocab_size": target.vocab_size,
         "draft_vocab_size": len(vocabulary),
+        "draft_vocab_by_frequency": True,
         "tie_word_embeddings": True,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(layers), "use_aux_hidden_state": True},
         "dtype": "bfloat16",

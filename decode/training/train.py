@@ -8,20 +8,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from headrace.decode.training.conversations import Conversation
 from headrace.decode.training.head_module import HeadModule
+from headrace.decode.training.muon import Muon
+from headrace.decode.training.peers import Peers
 from headrace.engine.engine import Engine, PrefillChunk
 from headrace.messages.request import SamplingParams
 
 PASSES = 5
 """Tokens that a head learns to draft in a row."""
-PASS_WEIGHT = 0.85
-"""What a further pass's loss counts beside that of the pass before it."""
-LEARNING_RATE = 1.5e-3
+LEARNING_RATE = 3e-3
 WARM_UP = 0.03
 """Share of the training in which the learning rate rises."""
 ROUNDED_FROM = 0.6
@@ -109,31 +110,65 @@ def batches(
         yield by_length[start:end]
 
 
-def loss_of(head: HeadModule, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-    """Cross entropy with the target's own probabilities of the draft vocabulary, the first passes counting most.
+class _CrossEntropy(torch.autograd.Function):
+    """Of what states [N, H] draft with the target's probabilities of the vocabulary: their sum, and the guesses [N].
 
-    rows [draft vocabulary, H]: those of the target's output projection.
+    expected [N, H] are the vocabulary's rows, weighted with the target's probabilities: value and gradient need no more
+    of these, so no table of float32 with a column a token is kept.
     """
-    length = batch.features.shape[1]
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, expected: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = F.linear(states, rows)
+        drafted = logits.softmax(-1)
+        ctx.save_for_backward(drafted @ rows - expected)
+        top, guesses = logits.max(-1)
+        log_total = top.float() - drafted.amax(-1).float().log()
+        ctx.mark_non_differentiable(guesses)
+        return log_total.sum() - (states.float() * expected.float()).sum(), guesses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0].to(slope.dtype), None, None
+
+
+def loss_of(head: HeadModule, batch: Batch, rows: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
+    """Cross entropy with the target's own probabilities of the draft vocabulary, an answer's token; summed over the
+    passes, each of which counts where those before it guessed right: elsewhere nobody drafts on.
+
+    rows [draft vocabulary, H]: those of the target's output projection; vocabulary: their tokens.
+    """
+    length, hidden = batch.features.shape[1], batch.targets.shape[-1]
     kind = torch.bfloat16 if batch.features.is_cuda else torch.float32
+    rows = rows.to(kind)
     states = head(batch.features.to(kind), batch.embedded.to(kind), PASSES)
+    expected = batch.targets.to(kind)
+    of_answer = batch.drafted.flatten().nonzero().squeeze(1)
+    answers = expected.reshape(-1, hidden).index_select(0, of_answer)
+    expected = expected.new_zeros(expected.shape).view(-1, hidden)
+    expected[of_answer] = F.linear(answers, rows).softmax(-1) @ rows
+    expected = expected.view(batch.targets.shape)
     total: torch.Tensor = states[0].new_zeros((), dtype=torch.float32)
-    weights = 0.0
+    standing = batch.drafted[:, :length]
     for step, state in enumerate(states):
-        of_answer = batch.drafted[:, step : step + length]
-        with torch.no_grad():
-            wanted = F.linear(batch.targets[:, step : step + length][of_answer], rows.to(batch.targets.dtype))
-            wanted = wanted.float().softmax(-1)
-        drafted = F.linear(state[of_answer], rows.to(kind)).float()
-        weight = PASS_WEIGHT**step
-        total = total + weight * F.cross_entropy(drafted, wanted)
-        weights += weight
-    return total / weights
+        standing = standing & batch.drafted[:, step : step + length]
+        at = standing.flatten().nonzero().squeeze(1)
+        wanted, tokens = (x[:, step : step + length].flatten(0, 1)[at] for x in (expected, batch.tokens))
+        guessing = state.flatten(0, 1).index_select(0, at)
+        loss, guesses = _CrossEntropy.apply(guessing, wanted, rows)  # type: ignore[no-untyped-call]
+        total = total + loss / len(of_answer)
+        standing = torch.zeros_like(standing)
+        standing.view(-1)[at] = vocabulary[guesses] == tokens
+    return total
 
 
 @torch.no_grad()
-def acceptance_of(head: HeadModule, batch: Batch, rows: torch.Tensor, vocabulary: torch.Tensor) -> list[list[int]]:
-    """For each pass, [tokens that were right, tokens drafted after nothing but right ones], of greedy answers.
+def acceptance_of(head: HeadModule, batch: Batch, rows: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
+    """For each pass, tokens that were right, and tokens drafted after nothing but right ones, of greedy answers: int64
+    [PASSES, 2].
 
     vocabulary [draft vocabulary]: its tokens.
     """
@@ -146,9 +181,9 @@ def acceptance_of(head: HeadModule, batch: Batch, rows: torch.Tensor, vocabulary
         standing = standing & batch.drafted[:, step : step + length]
         drafted = vocabulary[F.linear(state, rows.to(kind)).argmax(-1)]
         right = standing & (drafted == batch.tokens[:, step : step + length])
-        found.append([int(right.sum()), int(standing.sum())])
+        found.append(torch.stack((right.sum(), standing.sum())))
         standing = right
-    return found
+    return torch.stack(found)
 
 
 @dataclass
@@ -165,9 +200,11 @@ class Trained:
 def train(
     head: HeadModule,
     examples: Examples,
+    peers: Peers,
     conversations: Sequence[Conversation],
     embedding: torch.Tensor,
     rows: torch.Tensor,
+    vocabulary: torch.Tensor,
     batch_tokens: int,
     seconds: float,
     max_steps: float,
@@ -176,28 +213,34 @@ def train(
 ) -> Trained:
     """Train for `seconds`, or so many steps. `progress` is told the share done and the loss.
 
-    The learning rate follows the share of the time, so a training that is cut to fit still ends low.
+    The learning rate follows the share of the time, so a training that is cut to fit still ends low. All processes go
+    by the first one's clock, as it was a step ago.
     """
     order, went = random.Random(seed), Trained()
-    optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    started, rounded, loss = time.monotonic(), False, math.nan
+    matrices = Muon([one for one in head.parameters() if one.dim() == 2])
+    norms = torch.optim.AdamW(
+        [one for one in head.parameters() if one.dim() < 2], LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    started, rounded, loss, clock = time.monotonic(), False, math.nan, torch.zeros(1)
     while True:
         for part in batches(conversations, batch_tokens, order):
-            done = max((time.monotonic() - started) / seconds, went.steps / max_steps)
+            batch = examples.batch(part, embedding)
+            done = float(clock)  # only now: the host made a batch while the device computed
             if done >= 1.0:
                 return went
             if done >= ROUNDED_FROM and not rounded:
                 head.round_weights()
                 rounded = True
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(done / WARM_UP, (1.02 - done) / (1 - WARM_UP), 1.0)
-            batch = examples.batch(part, embedding)
-            value = loss_of(head, batch, rows)
-            optimizer.zero_grad(set_to_none=True)
+            value = loss_of(head, batch, rows, vocabulary)
+            head.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(head.parameters(), MAX_GRADIENT)
-            optimizer.step()
             went.steps += 1
+            clock = peers.share(head.parameters(), max((time.monotonic() - started) / seconds, went.steps / max_steps))
+            torch.nn.utils.clip_grad_norm_(head.parameters(), MAX_GRADIENT)
+            rate = LEARNING_RATE * min(done / WARM_UP, (1.02 - done) / (1 - WARM_UP), 1.0)
+            norms.param_groups[0]["lr"] = rate
+            norms.step()
+            matrices.step(rate)
             went.tokens += batch.features.shape[0] * batch.features.shape[1]
             if went.steps % 10 == 1:
                 loss = float(value.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from headrace.decode.balance import LOSS, MOST_OWED, MOST_SAVED, Balance
-from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, choose_lengths
+from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, best_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
 from headrace.decode.speculator import PLAIN_STEP
 from headrace.decode.step_cost import MAX_ROWS, StepCost
@@ -20,6 +20,12 @@ from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
 """Milliseconds of the built-in model in float32 on two cores."""
+
+
+def choose_lengths(drafts: Sequence[Sequence[float]], requests: int, cost: StepCost) -> list[int]:
+    """Of steps that a head has no part in."""
+    return best_lengths(drafts, requests, cost.verifying, requests / cost.plain[requests])[0]
+
 
 chances = st.lists(st.floats(0.02, 1.0), max_size=4).map(lambda rates: list(itertools.accumulate(rates, float.__mul__)))
 

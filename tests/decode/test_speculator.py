@@ -226,3 +226,37 @@ def test_a_head_that_is_never_right_is_hardly_ever_tried() -> None:
             spent, tries = spent + head.seconds, tries + (head.seconds > 0)
     assert tries > 10
     assert spent < 0.006 * 2000
+
+
+class DoubtfulHead:
+    """Is always right, and in doubt behind its first token but for each fourth time; a token takes 0.3 of a step."""
+
+    name = "head"
+    seconds = 0.0
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._sequence = sequence
+        self._drafts = 0
+
+    def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
+        """Six tokens at most; each says how many there are before it."""
+        self._drafts += 1
+        length, said = min(depth, 1 if self._drafts % 4 else 6), len(self._sequence.token_ids)
+        self.seconds = 0.003 * length
+        return {("a", 0): Draft([*range(said, said + length)], range(0, 8 * length, 8))} if length else {}
+
+
+def test_a_head_may_guess_deep_where_it_stops_by_itself() -> None:
+    """Six tokens take two steps' time, but only now and then there are so many."""
+    sequence, batch, deep = request([0, 1, 2], max_tokens=10**6), object.__new__(DecodeBatch), 0
+    head, cost = DoubtfulHead(sequence), StepCost({1: 0.01, 8: 0.011}, 8)
+    chain = ThreadChain(head, HeadCost({1: 0.003}))
+    speculating = Speculator(NgramDrafter(), cost, 10**6, chain)
+    for step in range(600):
+        drafts = speculating.propose([sequence])
+        for _ in range(1 + sum(map(len, drafts.values()))):
+            sequence.append(len(sequence.token_ids))
+        speculating.look(batch)
+        speculating.ran(drafts, 0.01 + head.seconds)
+        deep += step >= 300 and chain.depth >= 6
+    assert deep > 250

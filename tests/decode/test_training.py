@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from headrace.decode.training.conversations import Conversation, ConversationMaker
 from headrace.decode.training.head_module import HeadModule
-from headrace.decode.training.main import coverage, draft_vocabulary, feature_layers, save
+from headrace.decode.training.main import answer_counts, draft_vocabulary, feature_layers, save
+from headrace.decode.training.peers import Peers, run_together
 from headrace.decode.training.train import PASSES, Examples, acceptance_of, batches, train
 from headrace.engine.draft_head import TorchHead, load_head
 from headrace.engine.engine import Engine
+from headrace.engine.errors import EngineError
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.weights import Checkpoint
 from headrace.kernels.round_weights import round_to_4_bits
@@ -83,14 +86,18 @@ def test_loss_falls_and_the_head_is_what_was_trained(
     """Saved in 16 bits, after rounding to 4."""
     assert isinstance(engine.model, FusedDecoder)
     layers = feature_layers(engine.model_config.num_layers)
-    vocabulary = draft_vocabulary(conversations, 64, VOCABULARY)
-    assert coverage(conversations, vocabulary) > 0.8
+    counts = answer_counts(conversations, VOCABULARY)
+    vocabulary = draft_vocabulary(counts, 64)
+    assert counts[vocabulary].sum() > 0.8 * counts.sum()
+    assert (counts[vocabulary].diff() <= 0).all()
     head, examples = HeadModule(engine.model_config, len(layers)), Examples(engine, layers)
     with closing(Checkpoint(engine.config.model_folder, engine.device, torch.float32)) as checkpoint:
         head.start_from(checkpoint)
         rows = checkpoint.get("lm_head.weight")[vocabulary]
     embedding = engine.model.weights.embedding
-    went = train(head, examples, conversations, embedding, rows, 256, 60.0, 60, 0, lambda done, loss: None)
+    went = train(
+        head, examples, Peers(), conversations, embedding, rows, vocabulary, 256, 60.0, 60, 0, lambda done, loss: None
+    )
     assert went.steps == 60
     assert went.losses[-1] < went.losses[0]
     batch = examples.batch(conversations, embedding)
@@ -104,3 +111,35 @@ def test_loss_falls_and_the_head_is_what_was_trained(
     assert torch.allclose(weights.fc, round_to_4_bits(head.fc.weight.detach()), rtol=1e-2, atol=1e-3)
     states = TorchHead(engine.model_config, weights, embedding).fuse(batch.features[0])
     assert torch.allclose(states, head.fc(batch.features[0]), rtol=0.1, atol=0.1)
+
+
+def test_processes_share_gradients_and_the_first_ones_clock(tmp_path: Path) -> None:
+    """Two of them, which write what they hear."""
+    run_together(2, False, _share, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}") for rank in range(2)]
+    for clock, gradients, total in found:
+        assert clock.tolist() == [0.25]
+        assert [one.tolist() for one in gradients] == [[[0.5, 0.5], [0.5, 0.5]], [2.5]]
+        assert total.tolist() == [3]
+
+
+def _share(peers: Peers, folder: Path) -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    for value, one in zip((peers.rank, 2 + peers.rank), parameters, strict=True):
+        one.grad = torch.full_like(one, value)
+    clock = peers.share(parameters, 0.25 + peers.rank)
+    torch.save(
+        (clock, [one.grad for one in parameters], peers.total(torch.tensor([1 + peers.rank]))), folder / f"{peers.rank}"
+    )
+
+
+def test_a_process_that_fails_ends_the_others() -> None:
+    """They would wait for it for ever."""
+    with pytest.raises(EngineError, match="failed"):
+        run_together(2, False, _fail)
+
+
+def _fail(peers: Peers) -> None:
+    if peers.rank == 1:
+        raise ValueError("on purpose")
+    peers.total(torch.zeros(1))
