@@ -22,7 +22,8 @@ from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
-from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.engine.sampler import BatchSampler, SamplingRow
+from headrace.engine.step_tokens import StepTokens
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
 from headrace.kernels.draft_rows import accept_rows, move_leaf
@@ -81,13 +82,13 @@ class _Layout:
 class _Running(Generic[K]):
     """A step on the device and its tokens."""
 
-    keys: list[K]
+    keys: Sequence[K]
     tokens: ArrivingTokens
     layout: _Layout | None = None
     """Of a step with drafts."""
     penalized: Sequence[SamplingRow] = ()
     """Where requests have penalties and there are drafts that the host knew: the sampling state after each row."""
-    found: list[tuple[K, SampledToken]] | None = None
+    found: StepTokens[K] | None = None
     """Its tokens, once they have been waited for."""
 
 
@@ -104,6 +105,8 @@ class GraphBatch(Generic[K]):
         self._engine = engine
         self._decoder = decoder
         self._keys: list[K] = []
+        self._members: tuple[K, ...] = ()
+        """The same, as they were when a step was started last."""
         self._row_of: dict[K, int] = {}
         self._sampling: list[SamplingRow] = []
         self._sampler: BatchSampler | None = None
@@ -116,8 +119,9 @@ class GraphBatch(Generic[K]):
         """By row: newest token, its position and the number of output tokens of a request that joined."""
         self._moved: dict[int, int] = {}
         """By row: the row whose state, which the device alone knows, belongs there now."""
-        self._table_changes: list[tuple[int, int, int]] = []
-        """(row, first column, end)."""
+        self._changed_cells: list[int] = []
+        """Of the block table, counted row by row."""
+        self._limits_changed = False
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
         self.collected_late = False
@@ -161,7 +165,7 @@ class GraphBatch(Generic[K]):
             for column in (self._num_pages, self._pages):
                 column[row] = column[last]
             self._row_of[self._keys[last]] = row
-            self._table_changes.append((row, 0, int(self._num_pages[row])))
+            self._table_changed(row, 0, int(self._num_pages[row]))
         self._move(last, row)
         self._guessed.pop(key, None)
         self._keys[row], self._sampling[row] = self._keys[last], self._sampling[last]
@@ -185,22 +189,27 @@ class GraphBatch(Generic[K]):
         """Append pages to a request's block table."""
         row = self._row_of[key]
         first = int(self._num_pages[row])
-        self._pages[row, first : first + len(pages)] = pages
-        self._num_pages[row] = first + len(pages)
-        self._table_changes.append((row, first, first + len(pages)))
+        end = self._num_pages[row] = first + len(pages)
+        self._pages[row, first:end] = pages
+        self._table_changed(row, first, end)
 
     def keep_pages(self, key: K, count: int) -> None:
         """See `RunningBatch`."""
         row = self._row_of[key]
         self._num_pages[row] = count
-        self._table_changes.append((row, count, count))
+        self._table_changed(row, count, count)
+
+    def _table_changed(self, row: int, first: int, end: int) -> None:
+        start = row * self._pages.shape[1]
+        self._changed_cells.extend(range(start + first, start + end))
+        self._limits_changed = True
 
     @property
     def in_flight(self) -> int:
         """See `RunningBatch`."""
         return len(self._running)
 
-    def collect(self) -> list[tuple[K, SampledToken]]:
+    def collect(self) -> StepTokens[K]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
         self.collected_late = step.tokens.are_here
@@ -213,28 +222,31 @@ class GraphBatch(Generic[K]):
                     self.verified[key] = dict(zip(draft, drafted[first + 1 : first + len(draft) + 1], strict=True))
         return found
 
-    def _found(self, step: _Running[K]) -> list[tuple[K, SampledToken]]:
+    def _found(self, step: _Running[K]) -> StepTokens[K]:
         """The tokens of a step, which is waited for; the first time the matchers take them."""
         if step.found is None:
             tokens = step.tokens.wait()
             if step.layout is not None:
                 step.found = self._standing(step, step.layout, tokens)
             else:
-                step.found = list(zip(step.keys, tokens, strict=True))
+                step.found = StepTokens(step.keys, tokens, step.tokens.logprobs)
             for key, token in step.found if self._matchers else ():
                 if (matcher := self._matchers.get(key)) is not None:
                     matcher.advance([token.token_id])
         return step.found
 
-    def _standing(self, step: _Running[K], layout: _Layout, drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
+    def _standing(self, step: _Running[K], layout: _Layout, drawn: list[int]) -> StepTokens[K]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
-        drafted, ids, depths, found = step.tokens.drafted, [token.token_id for token in drawn], layout.depths, []
+        drafted, depths, scores = step.tokens.drafted, layout.depths, step.tokens.logprobs
+        keys, rows = list[K](), list[int]()
         for request, (key, draft, first) in enumerate(zip(step.keys, layout.drafts, layout.firsts, strict=True)):
-            last = standing_row(first, len(draft) + 1, drafted, depths, ids)
-            found += [(key, drawn[row]) for row in (*range(first, first + depths[last]), last)]
+            last = standing_row(first, len(draft) + 1, drafted, depths, drawn)
+            rows += [*range(first, first + depths[last]), last]
+            keys += [key] * (depths[last] + 1)
             if step.penalized:
                 self._sampling[request] = step.penalized[last]
-        return found
+        of_rows = {index: scores[row] for index, row in enumerate(rows) if row in scores} if scores else scores
+        return StepTokens(keys, [drawn[row] for row in rows], of_rows)
 
     @torch.inference_mode()
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
@@ -286,7 +298,7 @@ class GraphBatch(Generic[K]):
         state.tokens[:rows] = sampled
         state.positions[:rows] += 1
         generated += 1
-        self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs)))
+        self._running.append(_Running(self._members, ArrivingTokens(sampled, logprobs)))
 
     def _mask(self, logits: torch.Tensor, firsts: Sequence[int], own: Sequence[Sequence[int]]) -> None:
         """Have grammars forbid tokens; `firsts`: each request's first row, `own`: its draft."""
@@ -318,7 +330,7 @@ class GraphBatch(Generic[K]):
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
         arriving = ArrivingTokens(report, logprobs, is_copied=True)
-        self._running.append(_Running(list(self._keys), arriving, layout, penalized if layout.is_known else ()))
+        self._running.append(_Running(self._members, arriving, layout, penalized if layout.is_known else ()))
         if depth and head is not None:
             head.read(rows)
         if layout.has_leaves:
@@ -363,6 +375,7 @@ class GraphBatch(Generic[K]):
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device
         if self._members_changed:
+            self._members = tuple(self._keys)
             joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
             columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
             targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
@@ -373,13 +386,10 @@ class GraphBatch(Generic[K]):
             decoder.state.positions[len(self._keys) :] = -1
             self._moved, self._joined, self._sampler, self._members_changed = {}, {}, None, False
             self._drafted_samplers.clear()
-        if self._table_changes:
-            width = self._pages.shape[1]
-            changed = np.concatenate(
-                [np.arange(row * width + first, row * width + end) for row, first, end in self._table_changes]
-            )
+        if self._limits_changed:
+            changed = np.array(self._changed_cells, np.int64)
             room = (self._num_pages * self._engine.layout.page_size).clip(max=self._engine.max_model_len)
             cells, pages, limits = upload([changed, self._pages.reshape(-1)[changed], room.astype(np.int32)], device)
             decoder.block_table.view(-1)[cells] = pages
             decoder.limits.copy_(limits)
-            self._table_changes = []
+            self._changed_cells, self._limits_changed = [], False
