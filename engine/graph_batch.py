@@ -111,17 +111,18 @@ class GraphBatch(Generic[K]):
         self._sampling: list[SamplingRow] = []
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
-        self._num_pages = np.zeros(capacity, dtype=np.int64)
-        self._pages = np.zeros(tuple(decoder.block_table.shape), dtype=np.int32)
+        self._tables: list[list[int]] = []
+        """Pages of each row."""
+        self._limits = np.zeros(capacity, dtype=np.int32)
+        """Tokens that they hold."""
         self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
         """By the rows of each request, while the batch has the same members."""
         self._joined: dict[int, tuple[int, int, int]] = {}
         """By row: newest token, its position and the number of output tokens of a request that joined."""
         self._moved: dict[int, int] = {}
         """By row: the row whose state, which the device alone knows, belongs there now."""
-        self._changed_cells: list[int] = []
-        """Of the block table, counted row by row."""
-        self._limits_changed = False
+        self._table_changes: list[tuple[int, int]] = []
+        """(row, first page)."""
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
         self.collected_late = False
@@ -146,11 +147,11 @@ class GraphBatch(Generic[K]):
     ) -> None:
         """See `RunningBatch.join`."""
         row = len(self._keys)
-        assert row < len(self._pages), "the batch is full"
+        assert row < len(self._limits), "the batch is full"
         self._keys.append(key)
         self._row_of[key] = row
         self._sampling.append(self._engine.sampling_row(sampling, token_ids, generated))
-        self._num_pages[row] = 0
+        self._tables.append([])
         self._joined[row] = token_ids[-1], len(token_ids) - 1, generated
         self.add_pages(key, pages)
         self._members_changed = True
@@ -162,15 +163,15 @@ class GraphBatch(Generic[K]):
         """Remove a request; the last row takes its place."""
         row, last = self._row_of.pop(key), len(self._keys) - 1
         if row != last:
-            for column in (self._num_pages, self._pages):
-                column[row] = column[last]
+            self._tables[row] = self._tables[last]
             self._row_of[self._keys[last]] = row
-            self._table_changed(row, 0, int(self._num_pages[row]))
+            self._table_changes.append((row, 0))
         self._move(last, row)
         self._guessed.pop(key, None)
         self._keys[row], self._sampling[row] = self._keys[last], self._sampling[last]
         self._keys.pop()
         self._sampling.pop()
+        self._tables.pop()
         self._matchers.pop(key, None)
         self._members_changed = True
 
@@ -188,21 +189,14 @@ class GraphBatch(Generic[K]):
     def add_pages(self, key: K, pages: Sequence[int]) -> None:
         """Append pages to a request's block table."""
         row = self._row_of[key]
-        first = int(self._num_pages[row])
-        end = self._num_pages[row] = first + len(pages)
-        self._pages[row, first:end] = pages
-        self._table_changed(row, first, end)
+        self._table_changes.append((row, len(self._tables[row])))
+        self._tables[row] += pages
 
     def keep_pages(self, key: K, count: int) -> None:
         """See `RunningBatch`."""
         row = self._row_of[key]
-        self._num_pages[row] = count
-        self._table_changed(row, count, count)
-
-    def _table_changed(self, row: int, first: int, end: int) -> None:
-        start = row * self._pages.shape[1]
-        self._changed_cells.extend(range(start + first, start + end))
-        self._limits_changed = True
+        del self._tables[row][count:]
+        self._table_changes.append((row, count))
 
     @property
     def in_flight(self) -> int:
@@ -386,10 +380,16 @@ class GraphBatch(Generic[K]):
             decoder.state.positions[len(self._keys) :] = -1
             self._moved, self._joined, self._sampler, self._members_changed = {}, {}, None, False
             self._drafted_samplers.clear()
-        if self._limits_changed:
-            changed = np.array(self._changed_cells, np.int64)
-            room = (self._num_pages * self._engine.layout.page_size).clip(max=self._engine.max_model_len)
-            cells, pages, limits = upload([changed, self._pages.reshape(-1)[changed], room.astype(np.int32)], device)
+        if self._table_changes:
+            width, page_size = decoder.block_table.shape[1], self._engine.layout.page_size
+            at, new = list[int](), list[int]()
+            for row, first in self._table_changes:
+                if row < len(self._tables):  # or its request has left
+                    table = self._tables[row]
+                    at += range(row * width + first, row * width + len(table))
+                    new += table[first:]
+                    self._limits[row] = min(len(table) * page_size, self._engine.max_model_len)
+            cells, pages, limits = upload([np.array(at, np.int64), np.array(new, np.int32), self._limits], device)
             decoder.block_table.view(-1)[cells] = pages
             decoder.limits.copy_(limits)
-            self._changed_cells, self._limits_changed = [], False
+            self._table_changes = []

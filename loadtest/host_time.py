@@ -64,7 +64,7 @@ class ReadyBatch(GraphBatch[Any]):
         now, rows = time.perf_counter(), len(self)
         if rows == len(self._ones) and self._started:
             self.host_seconds.append(now - self._started)
-        self._changed_cells.clear()
+        self._table_changes.clear()
         if self._members_changed:
             self._members, self._members_changed = tuple(self._keys), False
         self._running.append(_Running(self._members, ArrivingTokens(self._ones[:rows], {})))
