@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -63,19 +62,21 @@ class TokenColumns(Message, frozen=True, kw_only=True):
             raise ValueError("columns of different lengths")
 
     @property
-    def events(self) -> Iterator[TokenEvent]:
+    def events(self) -> list[TokenEvent]:
         """The same, one after the other."""
+        scores_of, reason_of = self.logprobs.get, self.finish_reasons.get
         columns = zip(self.requests, self.positions, self.token_ids, strict=True)
-        for index, ((request_id, attempt), position, token_id) in enumerate(columns):
-            scores = self.logprobs.get(index)
-            yield TokenEvent(
+        return [
+            TokenEvent(
                 request_id,
                 attempt,
                 position,
                 [token_id],
-                None if scores is None else [scores],
-                self.finish_reasons.get(index),
+                None if (scores := scores_of(index)) is None else [scores],
+                reason_of(index),
             )
+            for index, ((request_id, attempt), position, token_id) in enumerate(columns)
+        ]
 
 
 class PrefillReport(Message, frozen=True, kw_only=True):
