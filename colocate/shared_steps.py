@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class SharedSteps:
         self,
         budget: RowBudget,
         engine: Engine,
-        device_thread: ThreadPoolExecutor,
+        device_thread: Executor,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._budget = budget

@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class TakingTurns:
         self,
         size: ChunkSize,
         engine: Engine,
-        device_thread: ThreadPoolExecutor,
+        device_thread: Executor,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._size = size

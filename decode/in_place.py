@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput
 from headrace.engine.prompt_cost import PromptCost
@@ -27,7 +27,7 @@ an estimate that once was too high would never be corrected otherwise."""
 class InPlacePrompts:
     """Those that wait for a pass."""
 
-    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, most_tokens: int) -> None:
+    def __init__(self, engine: Engine, device_thread: Executor, most_tokens: int) -> None:
         """`most_tokens`: of a pass, and so of what is not cached of a prompt."""
         self._engine = engine
         self._device_thread = device_thread

@@ -119,7 +119,7 @@ class Mover:
         for move in list(self._moves.values()):
             if move.stage is Stage.RUNNING:
                 self._follow(move)
-            if move.stage is Stage.STOPPED and self._scheduler.num_collected >= move.steps:
+            if move.stage is Stage.STOPPED and self._scheduler.steps.collected >= move.steps:
                 self._send_rest(move)
         self._return()
         if self.is_active and time.monotonic() >= self._next_try:
@@ -170,7 +170,7 @@ class Mover:
             if move.handoff.state is State.GRANTED:
                 self._scheduler.take_out(sequence.key)
                 move.is_owner = True
-                move.steps = self._scheduler.num_started
+                move.steps = self._scheduler.steps.started
                 move.stage = Stage.STOPPED
             else:
                 self._give_up(move)
@@ -224,7 +224,7 @@ class Mover:
 
     def _return(self) -> None:
         """Go on here with requests whose moves failed, as soon as no step that was started with them is under way."""
-        for move in [move for move in self._returning if self._scheduler.num_collected >= move.steps]:
+        for move in [move for move in self._returning if self._scheduler.steps.collected >= move.steps]:
             self._returning.remove(move)
             if move.is_cancelled:
                 self._pool.release(move.sequence.pages)

@@ -7,11 +7,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
+from headrace.decode.members import Members
 from headrace.decode.scheduler import DecodeScheduler
 from headrace.decode.sequence import Key, Sequence
 from headrace.engine.sampler import SampledToken
+from headrace.engine.step_tokens import StepTokens
 from headrace.kvtransfer.messages import Commit
-from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
+from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenColumns, TokenEvent
 from headrace.telemetry.events import Attempt, DecodeEnded, Outcome
 from headrace.telemetry.telemetry import Telemetry
 from headrace.wire import Message
@@ -20,67 +22,63 @@ from headrace.wire import Message
 class Output:
     """Gives tokens to the scheduler's requests, lets go of those that they end, and tells gateways and telemetry."""
 
-    def __init__(
-        self, scheduler: DecodeScheduler, longest: int, post: Callable[[str, Message], None], telemetry: Telemetry
-    ) -> None:
-        """`longest`: tokens of a request, prompt and output."""
+    def __init__(self, scheduler: DecodeScheduler, post: Callable[[str, Message], None], telemetry: Telemetry) -> None:
         self._scheduler = scheduler
-        self._longest = longest
         self._post = post
         self._telemetry = telemetry
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         """By gateway."""
+        self._columns: list[tuple[str, TokenColumns]] = []
+        """The same of a step without drafts."""
+        self._members = Members(scheduler)
 
     def publish(self) -> None:
         """Send what has come since the last time: one message a gateway."""
         for gateway, events in self._outbox.items():
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
+        for gateway, columns in self._columns:
+            self._post(gateway, columns)
+        self._columns = []
 
     def take_first(self, sequence: Sequence, commit: Commit) -> None:
         """Take the token that came with the pages, where it is drawn."""
         if commit.token_id is not None:
             sequence.newest_logprobs = commit.logprobs
-            reason = sequence.take([commit.token_id], self._longest)
+            reason = sequence.take([commit.token_id])
             self._queue(sequence, [SampledToken(commit.token_id, commit.logprobs)], reason)
 
-    def take_step(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+    def take_step(self, step: StepTokens[Key]) -> None:
         """Take what a step made; of a request that is gone meanwhile it is dropped."""
         if self._scheduler.collected():
-            self._take_drafted(tokens)
+            self._take_drafted(step)
             return
-        outbox, longest, running = self._outbox, self._longest, self._scheduler.running
-        for key, token in tokens:  # spelled out: a call for each token would take as long as its event
-            sequence = running(key)
-            if sequence is None:
-                continue
-            sequence.in_flight -= 1
-            token_id, logprobs, reason = token.token_id, token.logprobs, None
-            token_ids = sequence.token_ids
-            token_ids.append(token_id)
-            generated = sequence.generated = sequence.generated + 1
-            if logprobs is not None:
-                sequence.newest_logprobs = logprobs
-            if token_id in sequence.stop_token_ids or generated >= sequence.max_tokens or len(token_ids) >= longest:
-                reason = sequence.finish_reason(longest)
-                if reason is not None and self._failed_its_grammar(sequence):
-                    continue
-            scores = None if logprobs is None else [logprobs]
-            outbox[sequence.gateway].append(TokenEvent(key[0], key[1], generated - 1, [token_id], scores, reason))
-            if reason is not None:
+        members = self._members
+        members.follow(step.keys)
+        reasons = members.take(step.token_ids)
+        for row in reasons:
+            sequence = members.sequences[row]
+            if sequence is not None and self._failed_its_grammar(sequence):
+                members.follow(step.keys)  # without it
+        self._columns += members.columns(step, reasons)
+        for row, scores in step.logprobs.items():
+            if (sequence := members.sequences[row]) is not None:
+                sequence.newest_logprobs = scores
+        for row, reason in reasons.items():
+            if (sequence := members.sequences[row]) is not None:
                 self._finish(sequence, reason)
 
-    def _take_drafted(self, tokens: list[tuple[Key, SampledToken]]) -> None:
+    def _take_drafted(self, step: StepTokens[Key]) -> None:
         """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
-        for key, of_request in itertools.groupby(tokens, lambda keyed: keyed[0]):
+        self._members = Members(self._scheduler)  # its count would be wrong
+        for key, of_request in itertools.groupby(step, lambda keyed: keyed[0]):
             sequence = self._scheduler.running(key)
             if sequence is None:
                 continue
-            sequence.in_flight -= 1
             made = [token for _, token in of_request]
             sequence.newest_logprobs = made[-1].logprobs
             position = sequence.generated
-            reason = sequence.take([token.token_id for token in made], self._longest)
+            reason = sequence.take([token.token_id for token in made])
             if reason is not None and self._failed_its_grammar(sequence):
                 continue
             self._queue(sequence, made[: sequence.generated - position], reason)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from headrace.decode.sequence import Key, Sequence
+from headrace.decode.sequence import Key, Sequence, Steps
 from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.page_pool import PagePool
 
@@ -58,9 +58,10 @@ class DecodeScheduler:
         """A request of the batch, if it still is one."""
         self._leaving: list[Key] = []
         self._kept_pages: dict[Key, int] = {}
-        self.num_started = 0
-        """Steps, since the beginning."""
-        self.num_collected = 0
+        self.steps = Steps()
+        """Since the beginning."""
+        self.num_taken_out = 0
+        """Requests that have left the batch."""
         self._drafts: deque[Mapping[Key, Sized]] = deque()
         """Of the steps in flight."""
         self._retired: deque[tuple[int, list[int]]] = deque()
@@ -84,7 +85,7 @@ class DecodeScheduler:
     @property
     def in_flight(self) -> int:
         """Steps that run, or have run and are to be collected."""
-        return self.num_started - self.num_collected
+        return self.steps.started - self.steps.collected
 
     def add(self, sequence: Sequence) -> None:
         """A request whose prompt is complete here. Its pages are the scheduler's from now on."""
@@ -109,7 +110,8 @@ class DecodeScheduler:
         """
         if self._ready.pop(key, None) is None:
             sequence = self._running.pop(key)
-            sequence.in_flight = sequence.drafts_in_flight = 0
+            sequence.steps, sequence.drafts_in_flight = None, 0
+            self.num_taken_out += 1
             self._leaving.append(key)
 
     def remove(self, key: Key) -> None:
@@ -120,35 +122,41 @@ class DecodeScheduler:
         was_running = key in self._running
         self.take_out(key)
         if was_running and self.in_flight:
-            self._retired.append((self.num_started, sequence.pages))
+            self._retired.append((self.steps.started, sequence.pages))
         else:
             self._pool.release(sequence.pages)
 
     def roll_back(self, sequence: Sequence) -> None:
-        """Take back the pages that a refused draft of a running request has left, once no step may write to them."""
+        """To be called when a running request has its tokens of a step with drafts: take back the pages that a refused
+        draft has left, once no step may write to them.
+        """
         surplus = -sequence.pages_missing(self._pool.page_size)
         if surplus > 0 and not sequence.in_flight:
             self._pool.release(sequence.pages[-surplus:])
             del sequence.pages[-surplus:]
             self._kept_pages[sequence.key] = len(sequence.pages)
+        self._look_ahead(sequence)
+
+    def _look_ahead(self, sequence: Sequence) -> None:
+        room = len(sequence.pages) * self._pool.page_size - sequence.longest
+        sequence.pages_last_until = self.steps.started + room
 
     def started(self, drafts: Mapping[Key, Sized] = NO_DRAFTS) -> None:
         """The step that was scheduled runs, with all running requests and these drafts."""
-        self.num_started += 1
-        for sequence in self._running.values():
-            sequence.in_flight += 1
+        self.steps.started += 1
         for key, draft in drafts.items():
             self._running[key].drafts_in_flight += len(draft)
+            self._look_ahead(self._running[key])
         self._drafts.append(drafts)
 
     def collected(self) -> bool:
         """The oldest step that ran has ended; returns whether it verified drafts."""
-        self.num_collected += 1
+        self.steps.collected += 1
         drafts = self._drafts.popleft()
         for key, draft in drafts.items():
             if (sequence := self._running.get(key)) is not None:
                 sequence.drafts_in_flight -= len(draft)
-        while self._retired and self._retired[0][0] <= self.num_collected:
+        while self._retired and self._retired[0][0] <= self.steps.collected:
             self._pool.release(self._retired.popleft()[1])
         return bool(drafts)
 
@@ -164,14 +172,12 @@ class DecodeScheduler:
         """
         places = self._max_num_seqs - len(self._running)
         joining = list(itertools.islice(self._ready.values(), max(places, 0)))
-        page_size = self._pool.page_size
-        short = [  # spelled out: this looks at each request before each step
-            sequence
-            for sequence in [*self._running.values(), *joining]
-            if len(sequence.token_ids) + sequence.in_flight + sequence.drafts_in_flight
-            > len(sequence.pages) * page_size
-        ]
-        missing = sum(sequence.pages_missing(page_size) for sequence in short)
+        page_size, step = self._pool.page_size, self.steps.started
+        for sequence in joining:
+            self._look_ahead(sequence)
+        short = [s for s in itertools.chain(self._running.values(), joining) if s.pages_last_until < step]
+        wanted = [-(-(step - sequence.pages_last_until) // page_size) for sequence in short]
+        missing = sum(wanted)
         if missing > self._pool.num_free:
             if self.in_flight:
                 return None
@@ -181,12 +187,14 @@ class DecodeScheduler:
         self._leaving = []
         for sequence in joining:
             self._running[sequence.key] = self._ready.pop(sequence.key)
+            sequence.steps, sequence.joined_at = self.steps, step
             plan.joins.append(sequence)
         if missing <= self._pool.num_free:
             pages = iter(self._pool.allocate(missing))
-            for sequence in short:
-                plan.new_pages[sequence.key] = own = list(itertools.islice(pages, sequence.pages_missing(page_size)))
-                sequence.pages.extend(own)
+            for sequence, count in zip(short, wanted, strict=True):
+                plan.new_pages[sequence.key] = own = list(itertools.islice(pages, count))
+                sequence.pages += own
+                sequence.pages_last_until += count * page_size
         else:
             for sequence in short:
                 if sequence.key in self._running:
@@ -230,6 +238,7 @@ class DecodeScheduler:
                 plan.drafts[key] = draft[:room]
             pages = self._pool.allocate(missing)
             sequence.pages.extend(pages)
+            self._look_ahead(sequence)
             if pages and key not in joined:
                 plan.new_pages[key] = [*plan.new_pages.get(key, ()), *pages]
 
@@ -244,4 +253,5 @@ class DecodeScheduler:
         if missing > 0:
             pages = self._pool.allocate(missing)
             sequence.pages.extend(pages)
+            self._look_ahead(sequence)
             plan.new_pages[sequence.key] = pages

@@ -14,6 +14,14 @@ Key = tuple[str, int]
 """(request id, attempt)."""
 
 
+@dataclass(slots=True)
+class Steps:
+    """How many steps of a batch there were: what all of its requests have in common is counted once."""
+
+    started: int = 0
+    collected: int = 0
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A request that is being decoded, or waits for its first step."""
@@ -22,14 +30,18 @@ class Sequence:
     token_ids: list[int]
     """Prompt and output; the KV of the last one is not in the cache yet."""
     pages: list[int]
-    generated: int
-    """Output tokens so far, those of earlier attempts among them."""
+    max_model_len: int
+    """Tokens that it may have, prompt and output."""
     matcher: Matcher | None = None
     """Where the output follows a grammar. The batch's while the request is in it."""
-    in_flight: int = 0
-    """Steps that make a token of this request and whose tokens are not known yet."""
+    steps: Steps | None = None
+    """Those of the batch that it is in."""
+    joined_at: int = 0
+    """How many of these had been started before it joined."""
+    pages_last_until: int = 0
+    """The last step, so counted, for which its pages are enough if each makes one token."""
     drafts_in_flight: int = 0
-    """Drafted tokens of these steps, which may stand."""
+    """Drafted tokens of the steps in flight, which may stand."""
     started_at: float = field(default_factory=time.time)
     """Unix time in seconds at which it was handed over."""
     newest_logprobs: TokenLogprobs | None = None
@@ -38,19 +50,27 @@ class Sequence:
     """It is on its way to another worker: it makes one token a step, so that it can stop where it said it would."""
     key: Key = field(init=False)
     gateway: str = field(init=False)
+    prompt_tokens: int = field(init=False)
+    last_length: int = field(init=False)
+    """Tokens with which it ends in any case."""
     stop_token_ids: tuple[int, ...] = field(init=False)
-    min_tokens: int = field(init=False)
-    max_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.key = self.offer.request_id, self.offer.attempt
         self.gateway = self.offer.gateway
-        sampling = self.offer.sampling
-        self.stop_token_ids, self.min_tokens, self.max_tokens = (
-            sampling.stop_token_ids,
-            sampling.min_tokens,
-            sampling.max_tokens,
-        )
+        self.prompt_tokens = len(self.offer.token_ids) - self.offer.generated
+        self.last_length = min(self.prompt_tokens + self.offer.sampling.max_tokens, self.max_model_len)
+        self.stop_token_ids = self.offer.sampling.stop_token_ids
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far, those of earlier attempts among them."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that make a token of this request and whose tokens are not known yet."""
+        return 0 if self.steps is None else self.steps.started - max(self.joined_at, self.steps.collected)
 
     def pages_missing(self, page_size: int, drafted: int = 0) -> int:
         """Pages that must be added before the next step can write the KV of the token before it, and of its draft.
@@ -64,32 +84,25 @@ class Sequence:
         """Tokens so far, if all that is in flight stands."""
         return len(self.token_ids) + self.in_flight + self.drafts_in_flight
 
-    def append(self, token_id: int) -> None:
-        """Take a token."""
-        self.token_ids.append(token_id)
-        self.generated += 1
-
     @property
     def tokens_left(self) -> int:
         """So many more at most."""
-        return self.max_tokens - self.generated
+        return self.last_length - len(self.token_ids)
 
-    def take(self, token_ids: Iterable[int], max_model_len: int) -> FinishReason | None:
+    def take(self, token_ids: Iterable[int]) -> FinishReason | None:
         """Take a step's tokens, up to the one that ends the request, if it does."""
         for token_id in token_ids:
-            self.append(token_id)
-            reason = self.finish_reason(max_model_len)
+            self.token_ids.append(token_id)
+            reason = self.finish_reason()
             if reason is not None:
                 return reason
         return None
 
-    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+    def finish_reason(self) -> FinishReason | None:
         """Whether the newest token was the last."""
-        if self.token_ids[-1] in self.stop_token_ids and self.generated > self.min_tokens:
+        if self.token_ids[-1] in self.stop_token_ids and self.generated > self.offer.sampling.min_tokens:
             return "stop"
-        if self.generated >= self.max_tokens or len(self.token_ids) >= max_model_len:
-            return "length"
-        return None
+        return "length" if self.tokens_left <= 0 else None
 
 
 def repeat_tokens(sequence: Sequence, position: int) -> list[TokenEvent] | None:

@@ -342,8 +342,7 @@ class Speculator:
 
     def _ahead(self, request: Request, chosen: Mapping[Key, _Choice], depth: int) -> int:
         drafted = chosen[request.key].length if request.key in chosen else 0
-        left = min(request.tokens_left, self._max_model_len - len(request.token_ids))
-        return min(drafted + depth, left)
+        return min(drafted + depth, request.tokens_left)
 
     def _limit(self, request: Request, length: int, coming: int = 0) -> int:
         """Of a draft behind so many tokens; the step's own token comes on top of it. Of those tokens, `coming` are on

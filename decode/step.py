@@ -8,7 +8,7 @@ from headrace.decode.scheduler import DecodeScheduler, Plan
 from headrace.decode.sequence import Key
 from headrace.decode.speculator import Speculator
 from headrace.engine.decode_batch import RunningBatch
-from headrace.engine.sampler import SampledToken
+from headrace.engine.step_tokens import StepTokens
 
 
 class Alongside(Protocol):
@@ -60,9 +60,7 @@ def _allowed(scheduler: DecodeScheduler, drafts: dict[Key, list[int]]) -> dict[K
     return drafts
 
 
-def run_step(
-    batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None = None
-) -> list[tuple[Key, SampledToken]] | None:
+def run_step(batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None = None) -> StepTokens[Key] | None:
     """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case.
 
     A step with drafts that the host knows is due at once. One that is started together with something else takes no
@@ -76,7 +74,7 @@ def run_step(
 
 def _start_and_collect(
     batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None
-) -> list[tuple[Key, SampledToken]] | None:
+) -> StepTokens[Key] | None:
     if plan is None:
         return batch.collect()
     for key in plan.leaves:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from headrace.data_line import Listener
@@ -20,8 +19,9 @@ from headrace.decode.speculator import Speculator
 from headrace.decode.step import Alongside, plan_step, run_step
 from headrace.decode.step_gauge import StepGauge
 from headrace.engine.decode_batch import RunningBatch, new_batch
+from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine
-from headrace.engine.sampler import SampledToken
+from headrace.engine.step_tokens import StepTokens
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.incoming import OwnPrompt, ReceivedRequest
@@ -58,7 +58,7 @@ class DecodeWorker:
         self,
         node: Node,
         engine: Engine,
-        device_thread: ThreadPoolExecutor,
+        device_thread: DeviceThread,
         layout: Layout,
         max_num_seqs: int,
         listener: Listener,
@@ -80,7 +80,7 @@ class DecodeWorker:
         """Made and used on the device thread alone, see `_run_step`."""
         self._max_num_seqs = max_num_seqs
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
-        self._output = Output(self._scheduler, engine.max_model_len, self._post, node.telemetry)
+        self._output = Output(self._scheduler, self._post, node.telemetry)
         self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
         self.receiver = Receiver(
@@ -178,7 +178,7 @@ class DecodeWorker:
         plan = self._schedule()
         running = self._scheduler.num_running
         try:
-            tokens = await loop.run_in_executor(self._device_thread, self._run_step, plan)
+            tokens = await self._device_thread.run(self._run_step, plan)
         except Exception:
             log.exception("a decode step failed, giving its requests up")
             self._give_up_running()
@@ -208,7 +208,7 @@ class DecodeWorker:
         if self._alongside is not None:
             self._alongside.abandoned()
 
-    def _run_step(self, plan: Plan | None) -> list[tuple[Key, SampledToken]] | None:
+    def _run_step(self, plan: Plan | None) -> StepTokens[Key] | None:
         """`run_step` on the device's own thread.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
@@ -225,7 +225,7 @@ class DecodeWorker:
         """The receiver's hand-over: the first token goes to the client before any step runs."""
         offer = received.offer
         matcher = self._engine.grammars.matcher(offer.sampling)
-        sequence = Sequence(offer, received.token_ids, received.pages, received.generated, matcher)
+        sequence = Sequence(offer, received.token_ids, received.pages, self._engine.max_model_len, matcher)
         self._moved_here += offer.coming > 0
         self._scheduler.add(sequence)
         self._output.take_first(sequence, received.commit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class ArrivingTokens:
         self.sampled = sampled
         self.drafted: list[int] = []
         """Known once the tokens are."""
-        self._logprobs = logprobs
+        self.logprobs = logprobs
         self._tokens = sampled
         if not is_copied:
             self._tokens = torch.empty(sampled.shape, dtype=torch.int64, pin_memory=sampled.is_cuda)
@@ -39,13 +40,15 @@ class ArrivingTokens:
         """Whether nothing need be waited for."""
         return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
 
-    def wait(self) -> list[SampledToken]:
-        """The tokens, as soon as they are here."""
+    def wait(self) -> list[int]:
+        """The tokens' ids, as soon as they are here."""
         if self._done is not None:
             self._done.synchronize()
-        tokens = self._tokens.tolist()
+        tokens: list[Any] = self._tokens.tolist()
         if self._tokens.dim() == 2:
             tokens, self.drafted = [token for token, _ in tokens], [drafted for _, drafted in tokens]
-        if not self._logprobs:
-            return list(map(SampledToken, tokens))
-        return [SampledToken(token, self._logprobs.get(row)) for row, token in enumerate(tokens)]
+        return tokens
+
+    def wait_for_all(self) -> list[SampledToken]:
+        """The same with log probabilities."""
+        return [SampledToken(token, self.logprobs.get(row)) for row, token in enumerate(self.wait())]

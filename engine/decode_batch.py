@@ -14,7 +14,8 @@ import torch
 from headrace.engine.batch import NO_SLOTS, ForwardBatch
 from headrace.engine.engine import Engine
 from headrace.engine.kv_cache import PagedLayers
-from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.engine.sampler import BatchSampler, SamplingRow
+from headrace.engine.step_tokens import StepTokens
 from headrace.engine.synthetic import SyntheticBatch, SyntheticEngine
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.engine.verify import verify
@@ -72,8 +73,8 @@ class RunningBatch(Protocol[K]):
         request at the end of the step.
         """
 
-    def collect(self) -> list[tuple[K, SampledToken]]:
-        """The tokens of the oldest step that was started, those of one request in order."""
+    def collect(self) -> StepTokens[K]:
+        """The tokens of the oldest step that was started."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ class DecodeBatch(Generic[K]):
         """Tokens of each request so far; the last one's K and V are written by the next step."""
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
-        self._computed: list[tuple[K, SampledToken]] = []
+        self._members: tuple[K, ...] | None = None
+        """The keys, until one joins or leaves."""
+        self._computed: StepTokens[K] = StepTokens((), [])
         self.in_flight = 0
         self.verified: dict[K, dict[int, int]] = {}
         self.seen: list[Seen[K]] = []
@@ -158,7 +161,7 @@ class DecodeBatch(Generic[K]):
         self._positions[row] = len(token_ids) - 1
         self._generated[row] = generated
         self.add_pages(key, pages)
-        self._sampler = None
+        self._sampler = self._members = None
         if matcher is not None:
             self._matchers[key] = matcher
             matcher.start(token_ids[len(token_ids) - generated :])
@@ -174,7 +177,7 @@ class DecodeBatch(Generic[K]):
         for values in lists:
             values[row] = values[last]
             values.pop()
-        self._sampler = None
+        self._sampler = self._members = None
         self._matchers.pop(key, None)
 
     def add_pages(self, key: K, pages: Sequence[int]) -> None:
@@ -188,12 +191,12 @@ class DecodeBatch(Generic[K]):
         """See `RunningBatch`."""
         self._num_pages[self._row_of[key]] = count
 
-    def step(self) -> list[tuple[K, SampledToken]]:
+    def step(self) -> StepTokens[K]:
         """One more token for every request."""
         self.start()
         return self.collect()
 
-    def collect(self) -> list[tuple[K, SampledToken]]:
+    def collect(self) -> StepTokens[K]:
         """See `RunningBatch`."""
         self.in_flight = 0
         return self._computed
@@ -236,9 +239,11 @@ class DecodeBatch(Generic[K]):
         self._positions[:rows] += 1
         self._lengths = [length + 1 for length in self._lengths]
         self._generated[:rows] += 1
-        self._computed = list(zip(self._keys, self._sampler.with_logprobs(tokens, logits), strict=True))
+        if self._members is None:
+            self._members = tuple(self._keys)
+        self._computed = StepTokens(self._members, tokens.tolist(), self._sampler.logprobs(tokens, logits))
         for key, matcher in self._matchers.items():
-            matcher.advance([self._computed[self._row_of[key]][1].token_id])
+            matcher.advance([self._computed.token_ids[self._row_of[key]]])
 
     def pack(
         self,
@@ -307,7 +312,8 @@ class DecodeBatch(Generic[K]):
         taken = [len(tokens) for tokens in found]
         self._advance([tokens[-1].token_id for tokens in found], taken)
         self._lengths = [length + more for length, more in zip(self._lengths, taken, strict=True)]
-        self._computed = [(key, token) for key, tokens in zip(self._keys, found, strict=True) for token in tokens]
+        pairs = zip(self._keys, found, strict=True)
+        self._computed = StepTokens.of((key, token) for key, tokens in pairs for token in tokens)
 
     def _advance(self, newest: list[int], taken: list[int]) -> None:
         """All requests' newest tokens, and how many more they have."""

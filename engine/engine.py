@@ -261,7 +261,7 @@ class Engine:
                 layer_done(layer)
 
         def outputs() -> list[PrefillOutput]:
-            tokens = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
+            tokens = dict(zip(last, first.wait_for_all(), strict=True)) if first is not None else {}
             return [
                 PrefillOutput(
                     tokens.get(row), self._prompt_logprobs(chunk, hidden[ends[row] - chunk.length : ends[row]])
@@ -293,7 +293,7 @@ class Engine:
         first = self._sample_first([chunks[row] for row in last], logits) if last else None
 
         def outputs() -> list[PrefillOutput]:
-            tokens = dict(zip(last, first.wait(), strict=True)) if first is not None else {}
+            tokens = dict(zip(last, first.wait_for_all(), strict=True)) if first is not None else {}
             return [PrefillOutput(tokens.get(row), []) for row in range(len(chunks))]
 
         return StartedPrefill(outputs, running_logits)

@@ -22,7 +22,8 @@ from headrace.engine.base import LayerAnnounced
 from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
-from headrace.engine.sampler import BatchSampler, SampledToken, SamplingRow
+from headrace.engine.sampler import BatchSampler, SamplingRow
+from headrace.engine.step_tokens import StepTokens
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
 from headrace.kernels.draft_rows import accept_rows, move_leaf
@@ -81,13 +82,13 @@ class _Layout:
 class _Running(Generic[K]):
     """A step on the device and its tokens."""
 
-    keys: list[K]
+    keys: Sequence[K]
     tokens: ArrivingTokens
     layout: _Layout | None = None
     """Of a step with drafts."""
     penalized: Sequence[SamplingRow] = ()
     """Where requests have penalties and there are drafts that the host knew: the sampling state after each row."""
-    found: list[tuple[K, SampledToken]] | None = None
+    found: StepTokens[K] | None = None
     """Its tokens, once they have been waited for."""
 
 
@@ -104,20 +105,24 @@ class GraphBatch(Generic[K]):
         self._engine = engine
         self._decoder = decoder
         self._keys: list[K] = []
+        self._members: tuple[K, ...] = ()
+        """The same, as they were when a step was started last."""
         self._row_of: dict[K, int] = {}
         self._sampling: list[SamplingRow] = []
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
-        self._num_pages = np.zeros(capacity, dtype=np.int64)
-        self._pages = np.zeros(tuple(decoder.block_table.shape), dtype=np.int32)
+        self._tables: list[list[int]] = []
+        """Pages of each row."""
+        self._limits = np.zeros(capacity, dtype=np.int32)
+        """Tokens that they hold."""
         self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
         """By the rows of each request, while the batch has the same members."""
         self._joined: dict[int, tuple[int, int, int]] = {}
         """By row: newest token, its position and the number of output tokens of a request that joined."""
         self._moved: dict[int, int] = {}
         """By row: the row whose state, which the device alone knows, belongs there now."""
-        self._table_changes: list[tuple[int, int, int]] = []
-        """(row, first column, end)."""
+        self._table_changes: list[tuple[int, int]] = []
+        """(row, first page)."""
         self._members_changed = False
         self._running: deque[_Running[K]] = deque()
         self.collected_late = False
@@ -142,11 +147,11 @@ class GraphBatch(Generic[K]):
     ) -> None:
         """See `RunningBatch.join`."""
         row = len(self._keys)
-        assert row < len(self._pages), "the batch is full"
+        assert row < len(self._limits), "the batch is full"
         self._keys.append(key)
         self._row_of[key] = row
         self._sampling.append(self._engine.sampling_row(sampling, token_ids, generated))
-        self._num_pages[row] = 0
+        self._tables.append([])
         self._joined[row] = token_ids[-1], len(token_ids) - 1, generated
         self.add_pages(key, pages)
         self._members_changed = True
@@ -158,15 +163,15 @@ class GraphBatch(Generic[K]):
         """Remove a request; the last row takes its place."""
         row, last = self._row_of.pop(key), len(self._keys) - 1
         if row != last:
-            for column in (self._num_pages, self._pages):
-                column[row] = column[last]
+            self._tables[row] = self._tables[last]
             self._row_of[self._keys[last]] = row
-            self._table_changes.append((row, 0, int(self._num_pages[row])))
+            self._table_changes.append((row, 0))
         self._move(last, row)
         self._guessed.pop(key, None)
         self._keys[row], self._sampling[row] = self._keys[last], self._sampling[last]
         self._keys.pop()
         self._sampling.pop()
+        self._tables.pop()
         self._matchers.pop(key, None)
         self._members_changed = True
 
@@ -184,23 +189,21 @@ class GraphBatch(Generic[K]):
     def add_pages(self, key: K, pages: Sequence[int]) -> None:
         """Append pages to a request's block table."""
         row = self._row_of[key]
-        first = int(self._num_pages[row])
-        self._pages[row, first : first + len(pages)] = pages
-        self._num_pages[row] = first + len(pages)
-        self._table_changes.append((row, first, first + len(pages)))
+        self._table_changes.append((row, len(self._tables[row])))
+        self._tables[row] += pages
 
     def keep_pages(self, key: K, count: int) -> None:
         """See `RunningBatch`."""
         row = self._row_of[key]
-        self._num_pages[row] = count
-        self._table_changes.append((row, count, count))
+        del self._tables[row][count:]
+        self._table_changes.append((row, count))
 
     @property
     def in_flight(self) -> int:
         """See `RunningBatch`."""
         return len(self._running)
 
-    def collect(self) -> list[tuple[K, SampledToken]]:
+    def collect(self) -> StepTokens[K]:
         """See `RunningBatch`; waits for the step to end."""
         step = self._running.popleft()
         self.collected_late = step.tokens.are_here
@@ -213,28 +216,31 @@ class GraphBatch(Generic[K]):
                     self.verified[key] = dict(zip(draft, drafted[first + 1 : first + len(draft) + 1], strict=True))
         return found
 
-    def _found(self, step: _Running[K]) -> list[tuple[K, SampledToken]]:
+    def _found(self, step: _Running[K]) -> StepTokens[K]:
         """The tokens of a step, which is waited for; the first time the matchers take them."""
         if step.found is None:
             tokens = step.tokens.wait()
             if step.layout is not None:
                 step.found = self._standing(step, step.layout, tokens)
             else:
-                step.found = list(zip(step.keys, tokens, strict=True))
+                step.found = StepTokens(step.keys, tokens, step.tokens.logprobs)
             for key, token in step.found if self._matchers else ():
                 if (matcher := self._matchers.get(key)) is not None:
                     matcher.advance([token.token_id])
         return step.found
 
-    def _standing(self, step: _Running[K], layout: _Layout, drawn: list[SampledToken]) -> list[tuple[K, SampledToken]]:
+    def _standing(self, step: _Running[K], layout: _Layout, drawn: list[int]) -> StepTokens[K]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
-        drafted, ids, depths, found = step.tokens.drafted, [token.token_id for token in drawn], layout.depths, []
+        drafted, depths, scores = step.tokens.drafted, layout.depths, step.tokens.logprobs
+        keys, rows = list[K](), list[int]()
         for request, (key, draft, first) in enumerate(zip(step.keys, layout.drafts, layout.firsts, strict=True)):
-            last = standing_row(first, len(draft) + 1, drafted, depths, ids)
-            found += [(key, drawn[row]) for row in (*range(first, first + depths[last]), last)]
+            last = standing_row(first, len(draft) + 1, drafted, depths, drawn)
+            rows += [*range(first, first + depths[last]), last]
+            keys += [key] * (depths[last] + 1)
             if step.penalized:
                 self._sampling[request] = step.penalized[last]
-        return found
+        of_rows = {index: scores[row] for index, row in enumerate(rows) if row in scores} if scores else scores
+        return StepTokens(keys, [drawn[row] for row in rows], of_rows)
 
     @torch.inference_mode()
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
@@ -286,7 +292,7 @@ class GraphBatch(Generic[K]):
         state.tokens[:rows] = sampled
         state.positions[:rows] += 1
         generated += 1
-        self._running.append(_Running(list(self._keys), ArrivingTokens(sampled, logprobs)))
+        self._running.append(_Running(self._members, ArrivingTokens(sampled, logprobs)))
 
     def _mask(self, logits: torch.Tensor, firsts: Sequence[int], own: Sequence[Sequence[int]]) -> None:
         """Have grammars forbid tokens; `firsts`: each request's first row, `own`: its draft."""
@@ -318,7 +324,7 @@ class GraphBatch(Generic[K]):
         if penalized:  # its counts are not those of the rows that will stand
             self._sampler = None
         arriving = ArrivingTokens(report, logprobs, is_copied=True)
-        self._running.append(_Running(list(self._keys), arriving, layout, penalized if layout.is_known else ()))
+        self._running.append(_Running(self._members, arriving, layout, penalized if layout.is_known else ()))
         if depth and head is not None:
             head.read(rows)
         if layout.has_leaves:
@@ -363,6 +369,7 @@ class GraphBatch(Generic[K]):
     def _send_changes(self) -> None:
         decoder, device = self._decoder, self._engine.device
         if self._members_changed:
+            self._members = tuple(self._keys)
             joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
             columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
             targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
@@ -374,12 +381,15 @@ class GraphBatch(Generic[K]):
             self._moved, self._joined, self._sampler, self._members_changed = {}, {}, None, False
             self._drafted_samplers.clear()
         if self._table_changes:
-            width = self._pages.shape[1]
-            changed = np.concatenate(
-                [np.arange(row * width + first, row * width + end) for row, first, end in self._table_changes]
-            )
-            room = (self._num_pages * self._engine.layout.page_size).clip(max=self._engine.max_model_len)
-            cells, pages, limits = upload([changed, self._pages.reshape(-1)[changed], room.astype(np.int32)], device)
+            width, page_size = decoder.block_table.shape[1], self._engine.layout.page_size
+            at, new = list[int](), list[int]()
+            for row, first in self._table_changes:
+                if row < len(self._tables):  # or its request has left
+                    table = self._tables[row]
+                    at += range(row * width + first, row * width + len(table))
+                    new += table[first:]
+                    self._limits[row] = min(len(table) * page_size, self._engine.max_model_len)
+            cells, pages, limits = upload([np.array(at, np.int64), np.array(new, np.int32), self._limits], device)
             decoder.block_table.view(-1)[cells] = pages
             decoder.limits.copy_(limits)
             self._table_changes = []

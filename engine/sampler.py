@@ -197,11 +197,6 @@ class BatchSampler:
         choice = torch.minimum(_pick(cumulative, cumulative[:, -1:], uniform), last)
         return tokens.gather(1, choice.unsqueeze(1)).squeeze(1)
 
-    def with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> list[SampledToken]:
-        """The chosen tokens on the host, with log probabilities under `logits` where asked for."""
-        found = self.logprobs(tokens, logits)
-        return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
-
     def logprobs(self, tokens: torch.Tensor, logits: torch.Tensor) -> dict[int, TokenLogprobs]:
         """Log probabilities under `logits`, by row, of the rows that asked for them."""
         if not self._logprobs:

@@ -6,11 +6,11 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.errors import EngineError
 from headrace.engine.host_memory import Populating, keep_freed_memory
@@ -33,7 +33,7 @@ class LoadedModel:
 
     folder: ModelFolder
     engine: Engine
-    device_thread: ThreadPoolExecutor
+    device_thread: DeviceThread
     identity: ModelIdentity
     draft_folder: ModelFolder | None = None
 
@@ -52,7 +52,7 @@ async def loaded_model(settings: Settings, *, decodes: bool) -> AsyncIterator[Lo
     """
     keep_freed_memory()
     loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
+    with DeviceThread() as device_thread:
         folder = await loop.run_in_executor(device_thread, locate_model, settings.model)
         draft_folder = await loop.run_in_executor(device_thread, _locate_draft_model, settings, folder)
         engine = await loop.run_in_executor(device_thread, _load, settings, folder, draft_folder, decodes)

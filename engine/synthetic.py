@@ -20,6 +20,7 @@ from headrace.engine.errors import EngineError
 from headrace.engine.kv_cache import CacheLayout, KVCache, PagedLayers
 from headrace.engine.model_config import ModelConfig
 from headrace.engine.sampler import SampledToken
+from headrace.engine.step_tokens import StepTokens
 from headrace.grammar import Matcher
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
@@ -95,6 +96,8 @@ class SyntheticBatch(Generic[K]):
         self._rows: dict[K, tuple[int, SamplingParams]] = {}
         """Output tokens so far, and how the next one is asked for."""
         self._contexts: dict[K, int] = {}
+        self._members: tuple[K, ...] | None = None
+        """The keys, until one joins or leaves."""
         self._kv_tokens = 0
         self.in_flight = 0
         self.verified: dict[K, dict[int, int]] = {}
@@ -112,12 +115,13 @@ class SyntheticBatch(Generic[K]):
         matcher: Matcher | None = None,
     ) -> None:
         """See `RunningBatch`. Counted tokens follow no grammar."""
-        self._rows[key] = generated, sampling
+        self._rows[key], self._members = (generated, sampling), None
         self._contexts[key] = len(token_ids) - generated
         self._kv_tokens += len(token_ids)
 
     def leave(self, key: K) -> None:
         """See `RunningBatch`."""
+        self._members = None
         generated, _ = self._rows.pop(key)
         self._kv_tokens -= self._contexts.pop(key) + generated
 
@@ -132,12 +136,13 @@ class SyntheticBatch(Generic[K]):
         time.sleep(self._engine.costs.decode.seconds(len(self._rows), self._kv_tokens))
         self.in_flight = 1
 
-    def collect(self) -> list[tuple[K, SampledToken]]:
+    def collect(self) -> StepTokens[K]:
         """See `RunningBatch`."""
         self.in_flight = 0
-        counted, tokens = self._engine.counted, []
-        for key, (generated, sampling) in self._rows.items():
-            tokens.append((key, counted(generated, sampling)))
-            self._rows[key] = generated + 1, sampling
+        tokens = [self._engine.counted(generated, sampling) for generated, sampling in self._rows.values()]
+        self._rows = {key: (generated + 1, sampling) for key, (generated, sampling) in self._rows.items()}
         self._kv_tokens += len(tokens)
-        return tokens
+        if self._members is None:
+            self._members = tuple(self._rows)
+        scores = {row: token.logprobs for row, token in enumerate(tokens) if token.logprobs is not None}
+        return StepTokens(self._members, [token.token_id for token in tokens], scores)

@@ -34,6 +34,8 @@ class Job:
     sampling: SamplingParams
     """As for the first answer to each prompt: `max_tokens` is still open where it is `UNLIMITED`."""
     stop: tuple[str, ...]
+    cuts_output: bool = False
+    """`max_tokens` is cut to what the prompt leaves of the context, if it leaves any."""
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -59,8 +61,8 @@ class Job:
         """
         used = len(prompt.token_ids)
         wanted = self.sampling.max_tokens
-        if wanted == UNLIMITED:
-            wanted = max(context_length - used, 1)
+        if wanted == UNLIMITED or self.cuts_output:
+            wanted = min(wanted, max(context_length - used, 1))
         if used + wanted > context_length:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {context_length} tokens. However, you requested "

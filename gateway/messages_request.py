@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag
@@ -236,7 +237,7 @@ class MessagesRequest(CountTokensRequest):
 def read_messages(body: bytes, tokenizer: Tokenizer) -> tuple[str, Job]:
     """Parse, validate, render and tokenize a body: the model asked for, and the job. Raises `BadRequest`."""
     request = parse(body, MessagesRequest)
-    return request.model, chat_job(request.chat(), tokenizer)
+    return request.model, replace(chat_job(request.chat(), tokenizer), cuts_output=True)
 
 
 def read_count_tokens(body: bytes, tokenizer: Tokenizer) -> tuple[str | None, dict[str, Any]]:

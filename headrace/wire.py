@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 import xxhash
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 DIGEST_BYTES = 8
 """XXH3-64, big endian."""
 HEAD_BYTES = 1 + DIGEST_BYTES

@@ -11,7 +11,16 @@ from headrace.loadtest.keyed_model import undisturbed
 from headrace.mesh import PeerGone
 from headrace.messages.control import Cancel, Flushed
 from headrace.messages.request import QueueEntry, SamplingParams
-from headrace.messages.stream import Flush, Moved, PrefillReport, RequestFailed, ToGateway, TokenBatch, TokenEvent
+from headrace.messages.stream import (
+    Flush,
+    Moved,
+    PrefillReport,
+    RequestFailed,
+    ToGateway,
+    TokenBatch,
+    TokenColumns,
+    TokenEvent,
+)
 from headrace.node import Node
 from headrace.queue import DELIVERIES_PER_ATTEMPT
 from headrace.registry import Member
@@ -118,7 +127,7 @@ class BareGateway:
                     self._post(inbound.sender.id, Flushed())
                 case Moved() if question := self._open.get(message.request_id):
                     question.decode_worker = message.decode_worker
-                case TokenBatch():
+                case TokenBatch() | TokenColumns():
                     for event in message.events:
                         self._tokens(event)
                 case PrefillReport() if question := self._open.get(message.request_id):

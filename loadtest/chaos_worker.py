@@ -8,11 +8,11 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_line import Make
 from headrace.data_lines import DataLines, data_listener
 from headrace.decode.worker import DecodeWorker
+from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine
 from headrace.kvtransfer.departures import Lines
 from headrace.kvtransfer.messages import Grant
@@ -26,7 +26,7 @@ from headrace.loadtest.keyed_model import (
     KeyedModel,
     keyed_engine,
 )
-from headrace.messages.stream import TokenBatch
+from headrace.messages.stream import TokenBatch, TokenColumns
 from headrace.node import ModelIdentity, Node, join_mesh, until_stopped
 from headrace.prefill.turns import OwnDevice
 from headrace.prefill.worker import PrefillWorker
@@ -73,7 +73,7 @@ class Accidents:
         post = node.mesh.post
 
         def post_or_not(peer: str, message: Message) -> None:
-            if not self._happens(self.LOST) or isinstance(message, TokenBatch):
+            if not self._happens(self.LOST) or isinstance(message, TokenBatch | TokenColumns):
                 post(peer, message)
             if isinstance(message, Grant) and self._happens(self.ABORTED):
                 asyncio.get_running_loop().call_soon(worker.receiver.cancel, message.request_id, message.attempt)
@@ -124,13 +124,13 @@ async def _serve(name: str, url: str, seed: int) -> int:
     logging.disable()  # there is an accident in every other line
     tier: Tier = "prefill" if name.startswith("prefill") else "decode"
     engine = keyed_engine(PAGES)
-    with ThreadPoolExecutor(1) as device_thread:
+    with DeviceThread() as device_thread:
         await _work(name, tier, url, seed, engine, device_thread)
     engine.pool.check_integrity()
     return MISTAKEN if engine.pool.num_in_use else 0
 
 
-async def _work(name: str, tier: Tier, url: str, seed: int, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
+async def _work(name: str, tier: Tier, url: str, seed: int, engine: Engine, device_thread: DeviceThread) -> None:
     async with (
         data_listener("127.0.0.1", None) as listener,
         join_mesh(settings(url, name), tier, MODEL, listener.address if tier == "decode" else "") as node,

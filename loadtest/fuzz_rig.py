@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from headrace.data_line import Listener, Make
 from headrace.data_lines import DataLines
 from headrace.decode.worker import DecodeWorker
+from headrace.engine.device_thread import DeviceThread
 from headrace.kvtransfer.messages import Commit, Offer, OnDataLine
 from headrace.loadtest.bare_gateway import BareGateway
 from headrace.loadtest.keyed_model import (
@@ -22,7 +22,7 @@ from headrace.loadtest.keyed_model import (
     undisturbed,
 )
 from headrace.loadtest.kv_mutations import Mutations
-from headrace.messages.stream import TokenBatch
+from headrace.messages.stream import TokenBatch, TokenColumns
 from headrace.node import Node
 from headrace.prefill import worker as prefill_worker
 from headrace.prefill.turns import OwnDevice
@@ -43,7 +43,7 @@ class Rig:
         nodes: dict[Tier, Node],
         listener: Listener,
         lines: DataLines,
-        device_threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
+        device_threads: tuple[DeviceThread, DeviceThread],
         seed: int,
     ) -> None:
         self._prefill_node, self._decode_node = nodes["prefill"], nodes["decode"]
@@ -110,7 +110,7 @@ class Rig:
         self.decode.receiver.check_integrity()
 
     def _post_and_count(self, peer: str, message: Message) -> None:
-        if isinstance(message, TokenBatch):
+        if isinstance(message, TokenBatch | TokenColumns):
             self.decoded += sum(event.finish_reason is not None for event in message.events)
         self._post(peer, message)
 

@@ -15,7 +15,6 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from unittest.mock import patch
 import zmq
 
 from headrace.data_lines import DataLines, data_listener
+from headrace.engine.device_thread import DeviceThread
 from headrace.kvtransfer.messages import Abort
 from headrace.loadtest.fuzz_rig import HONEST_AT_ONCE, LEASE_SECONDS, Rig
 from headrace.loadtest.intruder import Intruder, RawDataLine, Socket, intruder
@@ -239,7 +239,7 @@ async def fuzz(messages: int, seed: int, folder: Path) -> Findings:
         keys = Keys(NAMESPACE)
         insider = await stack.enter_async_context(intruder(url, keys, "insider", "prefill", MODEL, LEASE_SECONDS))
         other_tier = await stack.enter_async_context(intruder(url, keys, "other-tier", "gateway", MODEL, LEASE_SECONDS))
-        threads = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
+        threads = stack.enter_context(DeviceThread()), stack.enter_context(DeviceThread())
         # a lease that is renewed as its handoff ends would count as refused
         stack.enter_context(patch.object(prefill_worker, "RENEW_SECONDS", 3600.0))
         rig = Rig(nodes, listener, lines, threads, seed)

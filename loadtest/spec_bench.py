@@ -72,7 +72,9 @@ class Prompts:
         pages = engine.pool.allocate(len(source))
         for layer in range(engine.layout.num_layers):
             engine.cache.write_pages(layer, pages, engine.cache.read_pages(layer, source))
-        return new_request(f"{next(self._names)}", self._layout, [*tokens, first], pages, sampling)
+        return new_request(
+            f"{next(self._names)}", self._layout, [*tokens, first], pages, sampling, engine.max_model_len
+        )
 
     def speculator(self) -> Speculator:
         """A decode worker's, at its start."""

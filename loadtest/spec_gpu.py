@@ -116,7 +116,7 @@ def random_requests(engine: Engine, count: int, input_tokens: int, output_tokens
     for _ in range(count):
         tokens = [rng.randrange(engine.model_config.vocab_size) for _ in range(input_tokens)]
         pages = engine.pool.allocate(engine.pool.pages_for(input_tokens))
-        found.append(new_request(f"{next(_names)}", layout, tokens, pages, sampling))
+        found.append(new_request(f"{next(_names)}", layout, tokens, pages, sampling, engine.max_model_len))
     return found
 
 

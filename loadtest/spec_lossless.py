@@ -261,7 +261,7 @@ def _drawn_requests(
     requests = []
     for seed, one, token in zip(seeds, params, tokens, strict=True):
         engine.pool.share(pages)
-        requests.append(new_request(f"{seed}", layout, [*prompt, token], list(pages), one))
+        requests.append(new_request(f"{seed}", layout, [*prompt, token], list(pages), one, engine.max_model_len))
     return requests
 
 

@@ -24,7 +24,7 @@ two to three times one without."""
 
 
 def new_request(
-    name: str, layout: Layout, token_ids: list[int], pages: list[int], sampling: SamplingParams
+    name: str, layout: Layout, token_ids: list[int], pages: list[int], sampling: SamplingParams, max_model_len: int
 ) -> Sequence:
     """As the receiver hands it over: a prompt, and the first token of its answer."""
     offer = Offer(
@@ -37,7 +37,7 @@ def new_request(
         sampling=sampling,
         deadline=0,
     )
-    return Sequence(offer, token_ids, pages, 1)
+    return Sequence(offer, token_ids, pages, max_model_len)
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,11 @@ class Side:
         sequence = self._scheduler.running(key)
         if sequence is None:
             return 0
-        sequence.in_flight -= 1
         before = sequence.generated
-        if sequence.take(token_ids, self.engine.max_model_len) is not None:
+        if sequence.take(token_ids) is not None:
             self._scheduler.remove(key)
             self.ended.append(sequence)
-        elif len(token_ids) > 1 or not sequence.in_flight:
+        else:
             self._scheduler.roll_back(sequence)
         return sequence.generated - before
 

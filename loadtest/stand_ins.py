@@ -21,7 +21,7 @@ from headrace.kvtransfer.transports import exports_of
 from headrace.loadtest.engine_bench import INPUT
 from headrace.messages.control import Cancel
 from headrace.messages.request import SamplingParams
-from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, TokenBatch
+from headrace.messages.stream import PrefillReport, RequestFailed, ToGateway, TokenBatch, TokenColumns
 from headrace.node import Node
 from headrace.wire import Decoder
 
@@ -123,7 +123,7 @@ class Tokens:
         while True:
             _, message = await self._node.mesh.receive_as(self._decode)
             match message:
-                case TokenBatch():
+                case TokenBatch() | TokenColumns():
                     self.last_at = time.perf_counter()
                     for event in message.events:
                         self.counts[event.request_id] += len(event.token_ids)

@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +27,9 @@ import torch
 from headrace.data_lines import DataLines, data_listener
 from headrace.decode import worker as decode_worker
 from headrace.engine.decode_batch import RunningBatch, new_batch
+from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine
+from headrace.engine.step_tokens import StepTokens
 from headrace.kvtransfer.layout import layout_of
 from headrace.loadtest.engine_bench import INPUT, OUTPUT, Shape, decode_step_seconds, load
 from headrace.loadtest.report import Figure, publish
@@ -83,7 +84,7 @@ class TimedBatch:
         self._batch.start(*drafts)
         self.starts.append((len(self), time.perf_counter() - started))
 
-    def collect(self) -> list[tuple[Any, Any]]:
+    def collect(self) -> StepTokens[Any]:
         """See `RunningBatch`."""
         tokens = self._batch.collect()
         self._collected = time.perf_counter()
@@ -109,7 +110,7 @@ async def _serve(connection: Connection, url: str, shape: Shape) -> None:
         batches.append(TimedBatch(new_batch(engine)))
         return batches[-1]
 
-    with ThreadPoolExecutor(1) as device_thread:
+    with DeviceThread() as device_thread:
         largest = max(batch for batch, _ in shape.decode)
         engine, _ = await loop.run_in_executor(device_thread, load, shape, largest, device, LONGEST)
         layout = layout_of(MODEL.fingerprint, engine.layout, engine.model_config.vocab_size)

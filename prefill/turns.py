@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Protocol
 
 from headrace.engine.base import LayerAnnounced
@@ -46,7 +46,7 @@ class OwnDevice:
     depth = 1
     join = None
 
-    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, token_budget: int) -> None:
+    def __init__(self, engine: Engine, device_thread: Executor, token_budget: int) -> None:
         self._engine = engine
         self._device_thread = device_thread
         self._token_budget = token_budget

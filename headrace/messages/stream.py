@@ -39,9 +39,44 @@ class TokenEvent(Record, frozen=True, kw_only=False, array_like=True, gc=False):
 
 
 class TokenBatch(Message, frozen=True, kw_only=True):
-    """All tokens that one decode step made for one gateway."""
+    """Tokens for one gateway: first ones, those of a decode step with drafts, and those that were asked for again."""
 
     events: list[TokenEvent]
+
+
+class TokenColumns(Message, frozen=True, kw_only=True):
+    """What a decode step without drafts made for one gateway: the `TokenEvent`s of a token each, in columns.
+
+    Raises `ValueError` where columns differ in length.
+    """
+
+    requests: list[tuple[RequestId, Attempt]]
+    positions: list[Count]
+    token_ids: list[TokenId]
+    logprobs: dict[int, TokenLogprobs] = {}
+    """By index, as are the finish reasons."""
+    finish_reasons: dict[int, FinishReason] = {}
+
+    def __post_init__(self) -> None:
+        if not len(self.requests) == len(self.positions) == len(self.token_ids):
+            raise ValueError("columns of different lengths")
+
+    @property
+    def events(self) -> list[TokenEvent]:
+        """The same, one after the other."""
+        scores_of, reason_of = self.logprobs.get, self.finish_reasons.get
+        columns = zip(self.requests, self.positions, self.token_ids, strict=True)
+        return [
+            TokenEvent(
+                request_id,
+                attempt,
+                position,
+                [token_id],
+                None if (scores := scores_of(index)) is None else [scores],
+                reason_of(index),
+            )
+            for index, ((request_id, attempt), position, token_id) in enumerate(columns)
+        ]
 
 
 class PrefillReport(Message, frozen=True, kw_only=True):
@@ -90,4 +125,4 @@ class Flush(Message, frozen=True):
     """The sender is about to leave: answer with `Flushed` when all that it sent before has been taken."""
 
 
-ToGateway = TokenBatch | PrefillReport | RequestFailed | Moved | Flush
+ToGateway = TokenBatch | TokenColumns | PrefillReport | RequestFailed | Moved | Flush

@@ -198,7 +198,7 @@ def test_outputs_are_those_without_drafts(tmp_path: Path, batch: int) -> None:
             pages = engine.pool.allocate(engine.pool.pages_for(len(prompt)))
             token, _ = prefill(engine, prompt, pages, params, chunk=10)
             offer = msgspec.structs.replace(make_offer(prompt, f"{number}"), sampling=params)
-            requests.append(Sequence(offer, [*prompt, token.token_id], pages, 1))
+            requests.append(Sequence(offer, [*prompt, token.token_id], pages, engine.max_model_len))
         side = Side(engine, iter(requests), batch, speculator)
         while side.step():
             pass

@@ -127,7 +127,7 @@ class World:
     def add(self, name: str) -> Key:
         """A request with one token of prompt and one of output."""
         offer = msgspec.structs.replace(OFFER, request_id=name)
-        sequence = Sequence(offer, [1, next_token([1])], self.pool.allocate(1), 1)
+        sequence = Sequence(offer, [1, next_token([1])], self.pool.allocate(1), 10_000)
         self._write(sequence, 0)
         self.scheduler.add(sequence)
         return sequence.key
@@ -159,9 +159,8 @@ class World:
                 self._write(sequence, length - 1)  # also of one that has left
             if self.scheduler.running(sequence.key) is not sequence:
                 continue
-            sequence.in_flight -= 1
-            sequence.append(next_token(sequence.token_ids))
-            if sequence.finish_reason(10_000) is not None:
+            sequence.token_ids.append(next_token(sequence.token_ids))
+            if sequence.finish_reason() is not None:
                 self.scheduler.remove(sequence.key)
 
     def deliver_there(self) -> None:

@@ -21,7 +21,15 @@ from tests.kvtransfer.parts import PAGE_SIZE, make_offer
 def arrived(pool: PagePool, name: str, tokens: int) -> Sequence:
     """A request as the receiver hands it over: pages for its prompt, and the first token."""
     offer = make_offer(range(tokens), name)
-    return Sequence(offer, [*offer.token_ids, 7], pool.allocate(pool.pages_for(tokens)), 1)
+    return Sequence(offer, [*offer.token_ids, 7], pool.allocate(pool.pages_for(tokens)), 1000)
+
+
+def step(scheduler: DecodeScheduler) -> None:
+    """The step that was scheduled runs, and each request has its token."""
+    scheduler.started()
+    scheduler.collected()
+    for sequence in scheduler.batch():
+        sequence.token_ids.append(8)
 
 
 def names(sequences: list[Sequence]) -> list[str]:
@@ -50,7 +58,7 @@ def test_a_request_gets_a_page_when_it_needs_one() -> None:
     scheduler.add(sequence)
     assert scheduler.schedule().new_pages == {}
     assert len(sequence.pages) == 1
-    sequence.append(8)
+    step(scheduler)
     plan = scheduler.schedule()
     assert plan.new_pages == {("a", 0): sequence.pages[1:]}
     assert len(sequence.pages) == 2
@@ -74,7 +82,7 @@ def test_the_youngest_gives_way_when_pages_run_out() -> None:
     scheduler.add(old)
     scheduler.add(young)
     scheduler.schedule()
-    old.append(1)
+    step(scheduler)
     plan = scheduler.schedule()
     assert names(plan.preempted) == ["young"]
     assert plan.leaves == [("young", 0)]
@@ -121,16 +129,16 @@ def test_a_sequence_knows_its_end(
     sampling: SamplingParams, tokens: list[int], generated: int, expected: str | None
 ) -> None:
     """A stop token wins over the length; `min_tokens` output tokens come before any stop."""
-    offer = msgspec.structs.replace(make_offer([1]), sampling=sampling)
-    assert Sequence(offer, tokens, [0], generated).finish_reason(max_model_len=16) == expected
+    offer = msgspec.structs.replace(make_offer(tokens), generated=generated, sampling=sampling)
+    assert Sequence(offer, tokens, [0], 16).finish_reason() == expected
 
 
 def test_tokens_after_the_last_one_are_dropped() -> None:
     """A draft may go on past a stop token; what follows is nobody's output."""
     sampling = SamplingParams(max_tokens=9, stop_token_ids=(2,))
-    sequence = Sequence(msgspec.structs.replace(make_offer([1]), sampling=sampling), [1, 5], [0], 1)
-    assert sequence.take([6, 7], max_model_len=16) is None
-    assert sequence.take([8, 2, 9], max_model_len=16) == "stop"
+    sequence = Sequence(msgspec.structs.replace(make_offer([1]), sampling=sampling), [1, 5], [0], 16)
+    assert sequence.take([6, 7]) is None
+    assert sequence.take([8, 2, 9]) == "stop"
     assert (sequence.token_ids, sequence.generated) == ([1, 5, 6, 7, 8, 2], 5)
 
 
@@ -160,8 +168,7 @@ def test_nobody_is_given_up_while_a_step_may_free_pages() -> None:
     assert scheduler.schedule() is None
     scheduler.collected()
     for sequence in sequences:
-        sequence.in_flight -= 1
-        sequence.append(5)
+        sequence.token_ids.append(5)
     plan = scheduler.schedule()
     assert plan is not None
     assert names(plan.preempted) == ["b"]
@@ -179,10 +186,7 @@ def test_a_draft_gets_pages_and_a_refused_one_gives_them_back() -> None:
     assert plan.drafts == {("a", 0): [1] * (PAGE_SIZE + 1)}
     assert plan.new_pages == {("a", 0): sequence.pages[1:]}
     assert len(sequence.pages) == 3
-    scheduler.started()
-    scheduler.collected()
-    sequence.in_flight -= 1
-    sequence.append(1)
+    step(scheduler)
     scheduler.roll_back(sequence)
     assert len(sequence.pages) == 2
     assert pool.num_in_use == 2
@@ -208,14 +212,12 @@ def test_pages_ahead_are_given_back_before_anybody_is_given_up() -> None:
     """One request has a page that it may need later, another needs one now."""
     pool = PagePool(3, PAGE_SIZE)
     scheduler = DecodeScheduler(pool, 2)
-    first, second = arrived(pool, "a", PAGE_SIZE - 1), arrived(pool, "b", PAGE_SIZE - 1)
-    scheduler.add(first)
-    scheduler.add(second)
+    for name, tokens in (("a", PAGE_SIZE - 3), ("b", PAGE_SIZE - 1)):
+        scheduler.add(arrived(pool, name, tokens))
     plan = scheduler.schedule()
-    scheduler.reserve(plan, {}, {("a", 0): 2})
+    scheduler.reserve(plan, {}, {("a", 0): 4})
     assert pool.num_free == 0
-    second.append(5)
-    second.append(5)
+    step(scheduler)
     plan = scheduler.schedule()
     assert plan.preempted == []
     assert plan.kept_pages == {("a", 0): 1}
@@ -318,10 +320,9 @@ class Batch(RuleBasedStateMachine):
         for key in step:
             sequence = self.scheduler.running(key)
             if sequence is not None:
-                sequence.in_flight -= 1
                 for _ in range(1 + min(accepted, len(drafts.get(key, ())))):
-                    sequence.append(5)
-                if not sequence.in_flight:  # a step that has begun may write to all of its pages
+                    sequence.token_ids.append(5)
+                if drafts:
                     self.scheduler.roll_back(sequence)
                 assert sequence.drafts_in_flight == sum(len(drafts.get(key, ())) for drafts in self.drafts)
 

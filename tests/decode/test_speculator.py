@@ -12,7 +12,7 @@ from headrace.decode.chain_choice import DeviceHead, ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.drafter import Draft
 from headrace.decode.ngram import NgramDrafter
-from headrace.decode.sequence import Key, Sequence
+from headrace.decode.sequence import Key, Sequence, Steps
 from headrace.decode.speculator import MAX_STEPS_AHEAD, Speculator
 from headrace.decode.step_cost import StepCost
 from headrace.engine.decode_batch import DecodeBatch
@@ -28,8 +28,9 @@ LOOP = [5, 6, 7, 8] * 4
 
 def request(tokens: list[int], name: str = "a", max_tokens: int = 100, generated: int = 1) -> Sequence:
     """A request of the batch with this prompt and output."""
-    offer = msgspec.structs.replace(make_offer(tokens, name), sampling=SamplingParams(max_tokens=max_tokens))
-    return Sequence(offer, list(tokens), [], generated)
+    sampling = SamplingParams(max_tokens=max_tokens)
+    offer = msgspec.structs.replace(make_offer(tokens, name), generated=generated, sampling=sampling)
+    return Sequence(offer, list(tokens), [], 10**6)
 
 
 def speculator(cost: StepCost = CHEAP, max_model_len: int = 1000) -> Speculator:
@@ -62,12 +63,12 @@ def test_accepted_tokens_are_counted_also_of_a_request_that_ended() -> None:
     speculating, sequence = speculator(), request(LOOP)
     drafts = speculating.propose([sequence])
     for token in (5, 6, 7):
-        sequence.append(token)
+        sequence.token_ids.append(token)
     speculating.ran(drafts, 0.5)
     again = speculating.propose([sequence])
     assert again["a", 0][:2] == [8, 5]
-    sequence.append(8)
-    sequence.append(5)
+    sequence.token_ids.append(8)
+    sequence.token_ids.append(5)
     speculating.ran(again, 0.25)
     assert speculating.propose([]) == {}
     speculating.ran({}, 0.125)
@@ -87,7 +88,7 @@ def test_guesses_that_were_not_verified_are_learned_from_too() -> None:
     speculating, sequence = speculator(between), request(LOOP)
     assert speculating.propose([sequence]) == {}
     for step in range(30):
-        sequence.append(5 + step % 4)
+        sequence.token_ids.append(5 + step % 4)
         drafts = speculating.propose([sequence])
     assert drafts
 
@@ -116,12 +117,12 @@ def test_steps_run_ahead_unasked_where_nothing_was_found() -> None:
         assert not speculating.waits([sequence])
         if speculating.counters.drafting_seconds != before:
             looks.append(step)
-        sequence.append(100 + step)
+        sequence.token_ids.append(100 + step)
     gaps = [late - early for early, late in itertools.pairwise(looks)]
     assert gaps[:5] == [2, 4, 8, 16, 16]
     assert max(gaps) == MAX_STEPS_AHEAD + 1
     for token in LOOP:
-        sequence.append(token)
+        sequence.token_ids.append(token)
     assert any(speculating.waits([sequence]) for _ in range(MAX_STEPS_AHEAD + 1))
     assert speculating.propose([sequence])
     assert speculating.waits([sequence])
@@ -140,7 +141,7 @@ def ahead(sequence: Sequence, speculating: Speculator, right: bool) -> int:
     speculating.look(batch)
     speculating.ran(drafts, 1.1 if drafts or depth else 1.0)
     for token in made:
-        sequence.append(token)
+        sequence.token_ids.append(token)
     return depth
 
 
@@ -180,11 +181,11 @@ def test_a_lookup_beside_a_head_learns_from_what_came_while_steps_ran_ahead() ->
     sequence = request([*range(100, 200)] * 3, max_tokens=1000)
     waited = []
     for step in range(40):
-        sequence.in_flight = 1
+        sequence.steps = Steps(started=1)
         waited.append(speculating.waits([sequence]))
         speculating.propose_ahead([sequence])
         for token in range(3):
-            sequence.append(100 + (3 * step + token) % 100)
+            sequence.token_ids.append(100 + (3 * step + token) % 100)
     assert not waited[0], "nothing is known of lookups yet"
     assert waited[-1]
 
@@ -195,7 +196,7 @@ def test_guesses_of_the_device_go_on_to_the_end_of_a_request() -> None:
     speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.001}, 1)))
     sequence = request([1, 2, 3], max_tokens=20, generated=8)
     speculating.propose([sequence])
-    sequence.in_flight, sequence.drafts_in_flight = 1, 11
+    sequence.steps, sequence.drafts_in_flight = Steps(started=1), 11
     assert speculating.propose_ahead([sequence])["a", 0]
 
 
@@ -221,7 +222,7 @@ def test_a_head_that_is_never_right_is_hardly_ever_tried() -> None:
         drafts = speculating.propose([sequence])
         speculating.look(batch)
         speculating.ran(drafts, 1.0 + head.seconds)
-        sequence.append(step + 8)
+        sequence.token_ids.append(step + 8)
         if step >= 1000:
             spent, tries = spent + head.seconds, tries + (head.seconds > 0)
     assert tries > 10

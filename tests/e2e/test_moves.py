@@ -18,7 +18,7 @@ from headrace.decode import worker as decode_worker
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.decode_batch import NO_DRAFTS, DecodeBatch
 from headrace.engine.engine import Engine
-from headrace.engine.sampler import SampledToken
+from headrace.engine.step_tokens import StepTokens
 from headrace.loadtest.client import StreamClient
 from headrace.loadtest.rolling_restart import measure
 from headrace.loadtest.shapes import TINY, servable_folder
@@ -91,7 +91,7 @@ class LateBatch(DecodeBatch[Any]):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._late: deque[list[tuple[Any, SampledToken]]] = deque()
+        self._late: deque[StepTokens[Any]] = deque()
 
     def start(self, drafts: Mapping[Any, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
         """See `RunningBatch`."""
@@ -99,7 +99,7 @@ class LateBatch(DecodeBatch[Any]):
         self._late.append(super().collect())
         self.in_flight = len(self._late)
 
-    def collect(self) -> list[tuple[Any, SampledToken]]:
+    def collect(self) -> StepTokens[Any]:
         """See `RunningBatch`."""
         tokens = self._late.popleft()
         self.in_flight = len(self._late)

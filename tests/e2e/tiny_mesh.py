@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from headrace.decode.ngram import NgramDrafter
 from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import Kind, StepCost
 from headrace.decode.worker import DecodeWorker
+from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.startup import LoadedModel
@@ -155,7 +155,7 @@ async def tiny_mesh(
     tokenizer = Tokenizer.load(locate_model("smollm2").path)
     async with AsyncExitStack() as stack:
         stack.callback(tokenizer.close)
-        device_thread = stack.enter_context(ThreadPoolExecutor(1))
+        device_thread = stack.enter_context(DeviceThread())
         node = await stack.enter_async_context(join_mesh(settings, "gateway", identity))
         mesh = TinyMesh(await stack.enter_async_context(serving(settings, MODEL, tokenizer, node)))
         for tier, pages in (("prefill", prefill_pages), ("decode", decode_pages)):

@@ -146,10 +146,9 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     states = [SamplingRow.make(row, [], 0, 7, CPU) for row in rows]
     sampler = BatchSampler(states, 7, CPU)
     tokens = sampler.sample(logits, torch.tensor([0, 0]))
-    without, found = sampler.with_logprobs(tokens, logits)
+    found = sampler.logprobs(tokens, logits)
     expected = logits[1].log_softmax(0)
-    assert without.logprobs is None
-    assert found.token_id == 6
-    assert found.logprobs is not None
-    assert found.logprobs.logprob == pytest.approx(float(expected[6]), abs=1e-5)
-    assert [token for token, _ in found.logprobs.top] == expected.topk(3).indices.tolist()
+    assert list(found) == [1]
+    assert found[1].token_id == 6
+    assert found[1].logprob == pytest.approx(float(expected[6]), abs=1e-5)
+    assert [token for token, _ in found[1].top] == expected.topk(3).indices.tolist()

@@ -74,9 +74,10 @@ def speak_plainly(params: Sequence[SamplingParams], length: int) -> list[Request
     for position in range(length):
         logits = NEXT[[request.tokens[-1] for request in requests]]
         tokens = sampler.sample(logits, torch.full((len(requests),), position))
-        for request, token in zip(requests, sampler.with_logprobs(tokens, logits), strict=True):
-            request.tokens.append(token.token_id)
-            request.scores.append(token)
+        found = sampler.logprobs(tokens, logits)
+        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+            request.tokens.append(token)
+            request.scores.append(SampledToken(token, found.get(row)))
     return requests
 
 

@@ -15,7 +15,7 @@ from headrace.gateway.errors import BadRequest
 from headrace.gateway.job import Job
 from headrace.gateway.messages_request import CountTokensRequest, MessagesRequest, read_messages
 from headrace.gateway.tokenizer import Tokenizer
-from tests.gateway.conftest import MODEL, Gateway, OpenGateway
+from tests.gateway.conftest import IDENTITY, MODEL, Gateway, OpenGateway
 from tests.gateway.test_tools import CALL, WEATHER
 from tests.gateway.workers import TEXT, Workers, keep_silent
 
@@ -216,6 +216,16 @@ def test_what_cannot_be_honoured_is_named(with_tools: Tokenizer, fields: dict[st
     assert (caught.value.param or "").startswith(param)
 
 
+async def test_more_tokens_than_the_context_has_room_for_are_cut(open_gateway: OpenGateway) -> None:
+    """Clients ask for the most that any model gives, whatever this one's context is."""
+    async with open_gateway() as gateway, _client(gateway) as client:
+        for max_tokens in (20_000, 100):
+            await client.messages.create(**{**ASK, "max_tokens": max_tokens})
+        cut, whole = (delivery.entry for delivery in gateway.workers.client_deliveries())
+    assert len(cut.token_ids) + cut.sampling.max_tokens == IDENTITY.max_model_len
+    assert whole.sampling.max_tokens == 100
+
+
 async def test_errors_have_anthropic_s_form(open_gateway: OpenGateway) -> None:
     """Its client raises what it would there; the field is named."""
     async with open_gateway(api_key="secret") as gateway, _client(gateway, api_key="secret") as client:
@@ -224,7 +234,7 @@ async def test_errors_have_anthropic_s_form(open_gateway: OpenGateway) -> None:
         with pytest.raises(anthropic.NotFoundError) as missing:
             await client.messages.create(**{**ASK, "model": "other"})
         with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
-            await client.messages.create(**{**ASK, "max_tokens": 600})
+            await client.messages.create(**{**ASK, "messages": [{"role": "user", "content": "word " * 600}]})
         with pytest.raises(anthropic.AuthenticationError):
             await client.with_options(api_key="wrong").messages.create(**ASK)
         assert (await gateway.post("/v1/messages", ASK, headers={"X-Api-Key": "secret"}))[0] == 200

@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace.data_lines import DataLines, data_listener
 from headrace.decode.worker import DecodeWorker
+from headrace.engine.device_thread import DeviceThread
 from headrace.gateway.main import serving
 from headrace.gateway.tokenizer import Tokenizer
 from headrace.kvtransfer.layout import layout_of
@@ -110,7 +110,7 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool
                     DataLines(node.registry, None) as lines,
                 ):
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
-                    with ThreadPoolExecutor(1) as thread:
+                    with DeviceThread() as thread:
                         turns = OwnDevice(engine, thread, 64)
                         worker = PrefillWorker(node, engine, layout, turns, 8, own.lease_seconds, lines, "auto")
                         await worker.run(_for_ever(), 0.0)
@@ -124,7 +124,7 @@ async def dying_mesh(redis_url: str, folder: Path, decode: int = 1, stalls: bool
                     DataLines(node.registry, None) as lines,
                 ):
                     layout = layout_of("tiny", engine.layout, VOCABULARY)
-                    with ThreadPoolExecutor(1) as thread:
+                    with DeviceThread() as thread:
                         stall = Stall(mesh, name) if stalls else None
                         worker = DecodeWorker(node, engine, thread, layout, 16, listener, lines, alongside=stall)
                         await worker.run(_for_ever(), 0.0)
