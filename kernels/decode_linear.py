@@ -21,7 +21,7 @@ if is_hopper():
     from headrace.kernels.ring_linear import ring_linear
 
 MOST_EARLY_STEPS = 4
-"""Along K, whose 8-bit weights one row has in registers before the wait for its input; of 16-bit weights half as many."""
+"""Along K, whose 8-bit weights one row has in registers before the wait for its input; half as many of 16 bits."""
 VECTOR = 8
 """Neighbours along K that a thread has of one row: 16 bytes of 16-bit inputs."""
 
