@@ -22,8 +22,8 @@ if is_hopper():
     from headrace.kernels.register_linear import fits_registers, register_linear
     from headrace.kernels.ring_linear import ring_linear
 
-EARLY_STEPS = 4
-"""Of one row's weights, in registers before the wait for the input."""
+MOST_EARLY_STEPS = 4
+"""Along K, whose 8-bit weights one row has in registers before the wait for its input; half as many of 16 bits."""
 VECTOR = 8
 """Neighbours along K that a thread has of one row: 16 bytes of 16-bit inputs."""
 
@@ -56,14 +56,15 @@ def decode_linear(
 def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
     gated = epilogue.activation is not None
     n, k = out.shape[1], x.shape[1]
-    block_k = min(power_of_two(k), 4096 if k <= 4096 else 2048)
+    block_k = min(power_of_two(k), 4096 if gated and k <= 4096 else 2048)
     steps = triton.cdiv(k, block_k)
-    block_n = max(1, (2 if gated else 4) // (weight.element_size() if block_k >= 2048 else 1))
+    block_n = 4 if not gated else max(1, 2 // (weight.element_size() if block_k >= 2048 else 1))
+    early = min(max(1, steps // 2), max(1, MOST_EARLY_STEPS // weight.element_size()))
     _one_row_kernel[(triton.cdiv(n, block_n),)](
         x, weight, out, epilogue.weight_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
         n, k, epilogue.eps,
         ACTIVATION=epilogue.activation, RESIDUAL=epilogue.residual, SCALE=SQUARES_SCALE,
-        BLOCK_N=block_n, BLOCK_K=block_k, STEPS=steps, EARLY=min(steps, EARLY_STEPS), VECTOR=VECTOR,
+        BLOCK_N=block_n, BLOCK_K=block_k, STEPS=steps, EARLY=early, VECTOR=VECTOR,
         num_warps=8 if block_k >= 2048 else 4, **dependent_launch(),
     )  # fmt: skip
 

@@ -256,7 +256,7 @@ def test_a_head_may_guess_deep_where_it_stops_by_itself() -> None:
     for step in range(600):
         drafts = speculating.propose([sequence])
         for _ in range(1 + sum(map(len, drafts.values()))):
-            sequence.append(len(sequence.token_ids))
+            sequence.token_ids.append(len(sequence.token_ids))
         speculating.look(batch)
         speculating.ran(drafts, 0.01 + head.seconds)
         deep += step >= 300 and chain.depth >= 6
