@@ -32,9 +32,14 @@ DEPTH_STEPS = 16
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a token is guessed, to see whether guesses have become good."""
 TRYING_SHARE = 0.005
-"""Of the time, which that may take at most: where a guess takes longer than a sixth of a step it comes less often."""
+"""Of the time, which that may take at most: where it takes longer it comes less often."""
 GOES_ON, GOES_ON_STRIDE = 0.5, 0.02
 """How often a draft that may get longer is taken to do so at first, and what a draft shows of it."""
+PLAIN_STEPS = 2
+"""In a row without anything of a head on the device, so that what these take is measured, too: of steps that run ahead,
+the time from one's end to the next one's is known."""
+FIRST_PLAIN, MOST_BETWEEN_PLAIN = 16, 256
+"""They come after so many steps with its guesses, then after twice as many each time, up to a bound."""
 FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
 """Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
 has guessed is known."""
@@ -139,11 +144,20 @@ class DeviceHead:
         """Each request's, as chosen last."""
         self._steps_to_choice = self._chosen_for = 0
         self._steps_without = 0
+        self._between_plain = self._steps_to_plain = FIRST_PLAIN
+        self._plain_left = 0
 
     def rests(self, requests: int) -> bool:
         """Whether it does not pay and the next step, of so many requests, need not ask."""
         if not self.can_guess_for(requests):
             self.depth, self.rate, self._tree, self._chosen_for = 0, 0.0, [], requests
+            return True
+        if self._steps_to_plain <= 0:
+            self._between_plain = min(2 * self._between_plain, MOST_BETWEEN_PLAIN)
+            self._steps_to_plain, self._plain_left = self._between_plain, PLAIN_STEPS
+        if self._plain_left > 0:
+            self._plain_left -= 1
+            self.depth = self._steps_to_choice = 0
             return True
         rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
         self._steps_without += rests
@@ -164,10 +178,12 @@ class DeviceHead:
                 requests, ahead, plain, drafting, drafts=bool(self._tree)
             )
             self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
-            if self._steps_without >= 2 * TRY_AGAIN_STEPS:
+            lost = max(ahead[requests] + drafting[1] - cost.plain[requests], 0.0)
+            if self._steps_without >= max(2 * TRY_AGAIN_STEPS, lost / (TRYING_SHARE * cost.plain[requests])):
                 self.depth, self._steps_without = 1, 0
             self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
             self._chosen_for = requests
+        self._steps_to_plain -= 1 if self._tree else 0
         return as_draft(self._tree, guessed) if self._tree else chain(guessed)
 
     def price(self, requests: int) -> float:

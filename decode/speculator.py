@@ -91,6 +91,7 @@ class Speculator:
         """Since the last one without."""
         self._steps_ahead = 0
         self._steps_left = 0
+        self._kind_before: Kind = "plain"
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
@@ -265,7 +266,10 @@ class Speculator:
         counters.head_seconds += guessing
         if requests > 0:
             started = time.perf_counter()
-            self._cost.observe(requests + drafted, seconds, kind)
+            # a step that runs ahead was started while the one before it, of whatever kind, took this time
+            if self._device is None or kind in ("verifying", self._kind_before):
+                self._cost.observe(requests + drafted, seconds, kind)
+            self._kind_before = kind
             if self._device is None:
                 self._weigh(known, drafted, guessing)
             counters.controlling_seconds += time.perf_counter() - started

@@ -128,8 +128,10 @@ def test_steps_run_ahead_unasked_where_nothing_was_found() -> None:
     assert speculating.waits([sequence])
 
 
-def ahead(sequence: Sequence, speculating: Speculator, right: bool) -> int:
-    """One more step while another is in flight, whose guesses all stand or none does; returns how far it guesses."""
+def ahead(sequence: Sequence, speculating: Speculator, right: bool, seconds: float = 1.1) -> int:
+    """One more step while another is in flight, whose guesses all stand or none does; returns how far it guesses.
+    `seconds`: what steps with guesses take, those without 1.0.
+    """
     drafts = speculating.propose_ahead([sequence])
     depth, drafted = speculating.depth_on_device, drafts.get(sequence.key, [])
     length = sum(token % CHOICES == CHOICES - 1 for token in drafted)
@@ -139,7 +141,7 @@ def ahead(sequence: Sequence, speculating: Speculator, right: bool) -> int:
     verified = {token: made[place_of(token)] if right and token in chain(length) else 1 for token in drafted}
     batch: Any = SimpleNamespace(verified={sequence.key: verified} if drafted else {})
     speculating.look(batch)
-    speculating.ran(drafts, 1.1 if drafts or depth else 1.0)
+    speculating.ran(drafts, seconds if drafts or depth else 1.0)
     for token in made:
         sequence.token_ids.append(token)
     return depth
@@ -163,6 +165,18 @@ def test_a_head_on_the_device_guesses_as_deep_as_pays() -> None:
     several = [request([1, 2, 3]), request([4, 5, 6], "b")]
     assert speculating.propose(several) == {}
     assert speculating.depth_on_device == 0, "it guesses for one at most"
+
+
+def test_steps_with_guesses_that_take_longer_than_at_the_start_do_not_make_others_seem_slow() -> None:
+    """Three times as long, for 2.3 tokens: without a look at steps without any, these would be taken to have become
+    slower, too.
+    """
+    sequence = request([1, 2, 3], max_tokens=10_000)
+    cost = StepCost({1: 1.0, 2: 1.001}, 8, {2: 1.4, 9: 1.4}, {2: 1.4, 9: 1.4})
+    speculating = Speculator(NgramDrafter(), cost, 100_000, DeviceHead(HeadCost({1: 0.02}, 1)))
+    depths = [ahead(sequence, speculating, right=step % 6 == 0, seconds=3.0) for step in range(1500)]
+    assert sum(depth > 0 for depth in depths[500:]) < 50
+    assert cost.plain[1] < 1.1
 
 
 def test_a_lookup_beats_the_head_where_it_is_worth_the_wait() -> None:
