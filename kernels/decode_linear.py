@@ -47,10 +47,15 @@ def decode_linear(
         epilogue.keep.copy_(x)
     if x.shape[0] == 1:
         _one_row(x, weight, out, epilogue)
-    elif is_hopper() and x.dtype == weight.dtype != torch.float32 and x.shape[1] % 16 == out.shape[1] % 8 == 0:
+    elif is_hopper() and x.dtype == weight.dtype != torch.float32 and _fits_ring(x, out):
         ring_linear(x, weight, out, epilogue, workspace)
     else:
         stream_linear(x, weight, out, epilogue, workspace)
+
+
+def _fits_ring(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Tensor maps have lines of 16 bytes."""
+    return x.shape[1] * x.element_size() % 16 == 0 and out.shape[1] % 8 == 0
 
 
 def _one_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:

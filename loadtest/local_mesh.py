@@ -80,7 +80,7 @@ async def local_mesh(
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
-        env=environment,
+        env={**environment},
     )
     mesh = LocalMesh(f"http://127.0.0.1:{port}", api_key)
     ready = asyncio.Event()
