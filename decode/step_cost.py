@@ -29,9 +29,8 @@ DOUBT = 2.0
 much beside the square of its own evidence."""
 Kind = Literal["plain", "verifying", "ahead"]
 """Of a step: without drafts, with drafts that the host knows, with drafts that the device knows."""
-FIRST_REFRESH, REFRESH_STEPS = 2, 16
-"""After so many steps together they are learned from, and `plain` and the others made anew: the first few at once, as
-the start's measurements may be far off."""
+REFRESH_STEPS = 16
+"""After so many steps together they are learned from, and `plain` and the others made anew."""
 
 
 class StepCost:
@@ -63,14 +62,12 @@ class StepCost:
         }
         self._level = 0.0
         self._observed: list[tuple[int, float, Kind]] = []
-        self._together = FIRST_REFRESH
         self._refresh()
 
     def observe(self, rows: int, seconds: float, kind: Kind) -> None:
         """A step of so many rows took so long."""
         self._observed.append((rows, seconds, kind))
-        if len(self._observed) >= self._together:
-            self._together = min(2 * self._together, REFRESH_STEPS)
+        if len(self._observed) >= REFRESH_STEPS:
             self._learn()
 
     def _learn(self) -> None:
