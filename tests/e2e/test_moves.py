@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -104,6 +105,15 @@ class LateBatch(DecodeBatch[Any]):
         tokens = self._late.popleft()
         self.in_flight = len(self._late)
         return tokens
+
+
+class SlowBatch(DecodeBatch[Any]):
+    """A step takes as long as a larger model's, so requests outlast what is done before they move."""
+
+    def start(self, drafts: Mapping[Any, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
+        """See `RunningBatch`; on the device's thread."""
+        time.sleep(0.005)
+        super().start(drafts, depth)
 
 
 @pytest.mark.parametrize("kind", ["plain", "drafts", "draft model", "a step ahead"])
@@ -207,8 +217,11 @@ async def test_clients_that_leave_while_their_requests_move_leave_nothing_behind
         assert_nothing_is_held(mesh)
 
 
-async def test_a_colocated_worker_moves_its_requests_to_another_kind(redis_url: str, tmp_path: Path) -> None:
+async def test_a_colocated_worker_moves_its_requests_to_another_kind(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its prefill side leaves first, then what it decodes goes to a worker of the other tier alone."""
+    monkeypatch.setattr(decode_worker, "new_batch", SlowBatch)
     asked = prompts(12)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[90], decode_pages=[90]) as mesh:
         undisturbed = await ask_all(mesh, asked)
