@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, BadRequestError
 
 from headrace import grammar
 from headrace.models.locate import locate_model
-from tests.e2e.test_moves import assert_nothing_is_held, moved_to, recomputed, until_running
+from tests.e2e.test_moves import moved_to, recomputed, until_nothing_is_held, until_running
 from tests.e2e.tiny_mesh import MODEL as TINY_MODEL
 from tests.e2e.tiny_mesh import TinyMesh, tiny_mesh
 
@@ -121,7 +121,7 @@ async def undisturbed(redis_url: str, folder: Path) -> list[str]:
     """What one decode worker says, without drafts."""
     async with tiny_mesh(redis_url, folder, prefill_pages=[60], decode_pages=[60]) as mesh:
         texts = await ask_all(mesh)
-    assert_nothing_is_held(mesh)
+    await until_nothing_is_held(mesh)
     assert all(pair.split("=")[1].isdigit() for pair in texts[0].split(";")[:-1])
     assert texts[1].startswith("[")
     assert set(texts[2].replace("up", "").replace("down", "")) <= set(" down")
@@ -151,7 +151,7 @@ async def test_the_text_is_the_same_whatever_happens_meanwhile(
             assert recomputed(mesh) == 0
         if kind == "drafts":
             assert mesh.speculators[0].counters.total.drafted > 0
-    assert_nothing_is_held(mesh)
+    await until_nothing_is_held(mesh)
     assert texts == undisturbed
 
 
@@ -188,4 +188,4 @@ async def test_a_grammar_that_grows_too_large_on_its_way_ends_its_request_alone(
         (status, body), (other, _) = await asyncio.gather(large, ask())
         assert (status, other) == (400, 200)
         assert "too many states" in body["error"]["message"]
-    assert_nothing_is_held(mesh)
+    await until_nothing_is_held(mesh)
