@@ -37,16 +37,22 @@ from headrace.kernels.rope import RopeTables
 from headrace.kernels.rope_cache import rope_cache
 
 if TYPE_CHECKING:
+    from headrace.engine.base import Ready
     from headrace.engine.engine import PrefillChunk
 
-Kind = Literal["plain", "drafted", "shared"]
-"""Of a step: one row a request, or with drafts, or with rows of prompts."""
+Kind = Literal["plain", "drafted", "shared", "prompts"]
+"""Of a step: one row a request, or with drafts, or with rows of prompts; or these alone."""
 MAX_DRAFTED_ROWS = 256
 """Of a step with drafts: their logits take memory, and further rows never paid."""
 DRAFTED_SIZES = (8, 16, 32, 64, 128, 192, 256)
 """Captured numbers of rows of steps with drafts. Fewer rows than these cost projections as much."""
 SHARED_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Captured numbers of rows of steps with prompts, those of running requests among them."""
+PROMPT_SIZES = (64, 128, 192, 256, 320, 384, 512)
+"""Captured numbers of rows of prompts alone. More of them keep the device busy for longer than any host takes to start
+one kernel after the other, and then none is computed in vain."""
+ANNOUNCED_LAYERS = 8
+"""After so many of a captured pass of prompts an event says that their K and V are there."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -86,6 +92,18 @@ class StepInputs:
     workspace: AttentionWorkspace
     prompts: PromptRows | None = None
     """Behind the rows of the requests that `positions` has."""
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether there are rows for running requests."""
+        return len(self.positions) > 0
+
+    def wanted(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x [size, D] that logits are asked for: the last ones of prompts, then those of the requests."""
+        if self.prompts is None:
+            return x
+        ends = x.index_select(0, self.prompts["ends"])
+        return torch.cat((ends, x[: len(self.positions)])) if self.has_requests else ends
 
 
 class GraphDecoder:
@@ -142,15 +160,23 @@ class GraphDecoder:
         self._logits = torch.zeros(
             max(decoded, MAX_PROMPTS + max_batch), config.vocab_size, dtype=torch.float32, device=device
         )
-        self._sizes: dict[Kind, list[int]] = {"plain": batch_sizes(max_batch), "shared": list(SHARED_SIZES)}
+        self._sizes: dict[Kind, list[int]] = {
+            "plain": batch_sizes(max_batch),
+            "shared": list(SHARED_SIZES),
+            "prompts": list(PROMPT_SIZES),
+        }
         if drafts:
             self._sizes["drafted"] = [size for size in DRAFTED_SIZES if size < decoded] + [decoded]
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         """For attention of prompts, while that of running requests waits for memory."""
         self.graphs = Graphs(device)
         self._feature_layers = feature_layers
-        self.features = torch.zeros(decoded, len(feature_layers) * config.hidden_size, dtype=dtype, device=device)
-        """[rows, len(feature_layers) * H]: the inputs of these layers in the last step with drafts."""
+        kept = max(decoded, PROMPT_SIZES[-1]) if feature_layers else 0
+        self.features = torch.zeros(kept, len(feature_layers) * config.hidden_size, dtype=dtype, device=device)
+        """[rows, len(feature_layers) * H]: the inputs of these layers in the last step with drafts, or pass of prompts
+        alone."""
+        self._layers_done: dict[int, list[torch.cuda.Event]] = {}
+        """By size of a pass of prompts alone, for each layer the event after it, see `ANNOUNCED_LAYERS`."""
 
     def sizes(self, kind: Kind = "plain") -> list[int]:
         """The numbers of rows that are captured, in order."""
@@ -161,16 +187,15 @@ class GraphDecoder:
         self._sizes[kind].remove(size)
         self.graphs.drop((size, kind))
 
-    def capture_all(self, progress: Progress) -> None:
+    def capture_all(self, progress: Progress, kinds: Sequence[Kind] = ("plain", "drafted", "prompts")) -> None:
         """Compile the kernels and capture every size, the largest first, whose memory the others then share.
 
-        Steps with prompts are captured when they first run.
+        Steps with prompts beside them are captured when they first run.
         """
-        own: tuple[Kind, ...] = ("plain", "drafted")
-        wanted = sorted(((size, kind) for kind in own for size in self._sizes.get(kind, ())), reverse=True)
+        wanted = sorted(((size, kind) for kind in kinds for size in self._sizes.get(kind, ())), reverse=True)
         for done, (size, kind) in enumerate(wanted):
             self.graphs.capture((size, kind), partial(self._work, size, kind))
-            progress("capturing decode steps", (done + 1) / len(wanted))
+            progress("capturing forward passes", (done + 1) / len(wanted))
 
     def step(self, rows: int) -> torch.Tensor:
         """Start the step of the first `rows` requests; returns their logits, float32 [rows, vocabulary]."""
@@ -196,16 +221,32 @@ class GraphDecoder:
         self._run(rows + sum(chunk.length for chunk in chunks), "shared")
         return self._logits[: len(wanted)], self._logits[MAX_PROMPTS : MAX_PROMPTS + rows]
 
+    def compute_prompts(
+        self, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
+    ) -> tuple[torch.Tensor, Sequence[Ready | None]]:
+        """Start a pass of these chunks alone, which `can_compute`. Returns the logits after the last tokens of the
+        `wanted` ones, and for each layer what its K and V wait for: until then no other pass may be started.
+        """
+        rows = sum(chunk.length for chunk in chunks)
+        self._prompts.fill(chunks, 0, wanted, self.cache.layout.page_size)
+        size = self._run(rows, "prompts")
+        return self._logits[: len(wanted)], self._layers_done.get(size) or [None] * self._config.num_layers
+
+    def can_compute(self, chunks: Sequence[PrefillChunk]) -> bool:
+        """Whether a captured pass is large enough for these chunks."""
+        return len(chunks) <= MAX_PROMPTS and sum(chunk.length for chunk in chunks) <= PROMPT_SIZES[-1]
+
     def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
         """Whether a step of so many requests can have these chunks beside it."""
         return len(chunks) <= MAX_PROMPTS and rows + sum(chunk.length for chunk in chunks) <= SHARED_SIZES[-1]
 
-    def _run(self, rows: int, kind: Kind) -> None:
+    def _run(self, rows: int, kind: Kind) -> int:
         size = next(size for size in self._sizes[kind] if size >= rows)
         self.graphs.run((size, kind), partial(self._work, size, kind))
+        return size
 
     def _work(self, size: int, kind: Kind) -> None:
-        with _library("cublaslt") if kind == "shared" else nullcontext():
+        with _library("cublaslt") if kind in ("shared", "prompts") else nullcontext():
             self._forward(size, kind)
 
     def inputs(self, size: int, kind: Kind) -> StepInputs:
@@ -219,17 +260,21 @@ class GraphDecoder:
         plain = StepInputs(size, tokens[:size], positions[:size], None, table[:size], self.attention_workspace)
         if kind == "plain":
             return plain
-        return replace(plain, tokens=self._shared_tokens[:size], prompts=self._prompts)
+        with_prompts = replace(plain, tokens=self._shared_tokens[:size], prompts=self._prompts)
+        if kind == "shared":
+            return with_prompts
+        return replace(with_prompts, positions=positions[:0], block_table=table[:0])
 
     def _forward(self, size: int, kind: Kind) -> None:
         if kind == "drafted":
             expand_rows(self.state, self.rows)
         step = self.inputs(size, kind)
         if step.prompts is not None:
-            given, newest = step.prompts["tokens"][:size], self.state.tokens[:size]
+            given, newest = step.prompts["tokens"][:size], self.state.tokens[: len(step.positions)]
             step.tokens.copy_(given.clamp(min=0))
             step.tokens[: len(newest)].copy_(torch.where(given[: len(newest)] < 0, newest, given[: len(newest)]))
-        plan_decode_attention(step.positions, step.workspace, step.drafted)
+        if step.has_requests:
+            plan_decode_attention(step.positions, step.workspace, step.drafted)
         begin_decode(
             step.tokens,
             self._weights.embedding,
@@ -238,8 +283,6 @@ class GraphDecoder:
             self._squares[:, :size],
         )
         hidden = self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step)
-        if step.prompts is not None:
-            hidden = torch.cat((hidden.index_select(0, step.prompts["ends"]), hidden[: len(step.positions)]))
         logits = self._logits[: len(hidden)]
         if len(hidden) <= self.max_narrow:
             decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self.linear_workspace)
@@ -247,7 +290,9 @@ class GraphDecoder:
             self._weights.head.to_float32(hidden, logits)
 
     def _forward_narrow(self, step: StepInputs) -> torch.Tensor:
-        """Few rows: every projection at the memory's speed, with what surrounds it. Returns final hidden states."""
+        """Few rows: every projection at the memory's speed, with what surrounds it. Returns the wanted rows' final
+        hidden states.
+        """
         size = step.size
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv = self._qkv[:size]
@@ -263,11 +308,11 @@ class GraphDecoder:
             self._project(residual, layer.gate_up, activated, squares=sums, eps=eps, activation=activation)
             sums = next(squares)
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
-        return rms_norm(residual, self._weights.norm, eps)
+        return rms_norm(step.wanted(residual), self._weights.norm, eps)
 
     def _features_of(self, step: StepInputs, index: int) -> torch.Tensor | None:
         """Where a draft head finds the input of this layer, if it wants it."""
-        if step.drafted is None or index not in self._feature_layers:
+        if index not in self._feature_layers or (step.drafted is None and step.has_requests):
             return None
         place, hidden = self._feature_layers.index(index), self._config.hidden_size
         return self.features[: step.size, place * hidden : (place + 1) * hidden]
@@ -294,34 +339,50 @@ class GraphDecoder:
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         eps, pages, prompts = self._config.norm_eps, self.cache.layer(index), step.prompts
         # what follows a few rows' attention is launched before that ends, which two ways to it do not allow
-        beside = self._beside if prompts is not None and step.size > self.max_narrow else None
+        beside = self._beside if prompts is not None and step.has_requests and step.size > self.max_narrow else None
         if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
             at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
             queries = rope_cache(qkv, at, self.rope, norms, eps, pages, slots, offsets)
+            if not step.has_requests:
+                self._announce(step.size, index)
             if beside is not None:
                 beside.wait_stream(torch.cuda.current_stream())
             with nullcontext() if beside is None else torch.cuda.stream(beside):
                 attend_paged(queries, pages, prompts.plan(step.size), self.heads.head_dim**-0.5, out=attended)
-        fused_decode_attention(
-            qkv,
-            pages,
-            step.block_table,
-            step.positions,
-            self.rope,
-            norms,
-            eps,
-            attended,
-            self.heads,
-            step.workspace,
-            step.drafted,
-            fresh=prompts is not None,
-        )
+        if step.has_requests:
+            fused_decode_attention(
+                qkv,
+                pages,
+                step.block_table,
+                step.positions,
+                self.rope,
+                norms,
+                eps,
+                attended,
+                self.heads,
+                step.workspace,
+                step.drafted,
+                fresh=prompts is not None,
+            )
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
         return attended
 
+    def _announce(self, size: int, index: int) -> None:
+        """This layer's K and V are in the cache: of some layers, have an event say so, whenever the graph is run."""
+        if not self.graphs.captures:
+            return
+        layers = self._config.num_layers
+        if size not in self._layers_done:  # those that a thread waits for asleep, as `Engine`'s
+            events = [torch.cuda.Event(blocking=True, external=True) for _ in range(0, layers, ANNOUNCED_LAYERS)]  # type: ignore[no-untyped-call]
+            self._layers_done[size] = [events[layer // ANNOUNCED_LAYERS] for layer in range(layers)]
+        if (index + 1) % ANNOUNCED_LAYERS == 0 or index + 1 == layers:
+            self._layers_done[size][index].record()
+
     def _forward_wide(self, step: StepInputs) -> torch.Tensor:
-        """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns final hidden states."""
+        """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns the wanted rows' final hidden
+        states: of the others, the last layer's K and V are all that is ever read.
+        """
         size = step.size
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
@@ -329,8 +390,10 @@ class GraphDecoder:
             if (keep := self._features_of(step, index)) is not None:
                 keep.copy_(residual)
             attended = self._attend(step, index, layer.qkv(hidden))
+            last = index + 1 == len(weights.layers)
+            if last:
+                attended, residual = step.wanted(attended), step.wanted(residual)
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
-            last = index + 1 == len(weights.layers)
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
         return hidden

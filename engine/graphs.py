@@ -11,12 +11,12 @@ class Graphs:
     """CUDA graphs by key, in one pool of memory. On a CPU, where tests run the work, there is nothing to capture."""
 
     def __init__(self, device: torch.device) -> None:
-        self._captures = device.type == "cuda"
+        self.captures = device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def capture(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run `work` once, which compiles what was not, and capture it. It must always do the same."""
-        if not self._captures or key in self._graphs:
+        if not self.captures or key in self._graphs:
             return
         work()
         torch.cuda.synchronize()
@@ -33,7 +33,7 @@ class Graphs:
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Start `work`, which is the same for each call with this key."""
-        if not self._captures:
+        if not self.captures:
             work()
             return
         self.capture(key, work)

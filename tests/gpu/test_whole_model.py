@@ -74,6 +74,24 @@ def test_prefill_gives_the_exact_logits(engine: Engine, exact: torch.Tensor) -> 
         engine.pool.release(pages)
 
 
+@pytest.mark.parametrize("copies", [1, 2, 5])
+@torch.inference_mode()
+def test_a_captured_pass_of_prompts_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, copies: int) -> None:
+    """Of the prompt's end, by as many requests; each is computed in two chunks, of passes of few and of many rows."""
+    decoder = engine.graph_decoder
+    assert decoder is not None
+    tables, sampling = [engine.pool.allocate(7) for _ in range(copies)], SamplingParams(max_tokens=1)
+    for start, length in ((0, 16), (16, 84)):
+        chunks = [PrefillChunk(PROMPT, start, length, table, sampling) for table in tables]
+        assert decoder.can_compute(chunks)
+        logits, ready = decoder.compute_prompts(chunks, range(copies))
+        assert len(ready) == 4
+        ready[-1].synchronize()  # type: ignore[union-attr]
+        assert error(logits, exact[[start + length - 1] * copies]) < 0.03
+    for table in tables:
+        engine.pool.release(table)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 30, 64, 100])
 @torch.inference_mode()
 def test_decode_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, rows: int) -> None:
