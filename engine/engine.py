@@ -254,7 +254,7 @@ class Engine:
                 on_layer(layer, self._recorded_event())
 
         wants_all = _wants_logprobs(chunks)
-        if self.graph_decoder is not None and not wants_all and self.graph_decoder.can_compute(chunks):
+        if self.graph_decoder is not None and not wants_all and self.graph_decoder.can_share(0, chunks):
             return self._start_captured(self.graph_decoder, chunks, on_layer)
         self.cpu_share.adjust()
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
@@ -290,10 +290,7 @@ class Engine:
     ) -> StartedPrefill:
         """The same for few tokens, whose kernels take a host longer to start one by one than the device to run."""
         last = _rows_with_tokens(chunks)
-        logits, layers_done = decoder.compute_prompts(chunks, last)
-        if on_layer is not None:
-            for layer, ready in enumerate(layers_done):
-                on_layer(layer, ready)
+        logits = decoder.compute_prompts(chunks, last, self._announcing(on_layer))
         first = self._sample_first([chunks[row] for row in last], logits) if last else None
         if self.head is not None:
             batch = self._pack(chunks)
@@ -315,13 +312,23 @@ class Engine:
             started = self.start_prefill(chunks, on_layer)
             return replace(started, running_logits=decoder.step(running)) if running else started
         last = _rows_with_tokens(chunks)
-        logits, running_logits = decoder.step_shared(running, chunks, last)
-        if on_layer is not None:
-            ready = self._recorded_event()
-            for layer in range(self.layout.num_layers):
-                on_layer(layer, ready)
+        logits, running_logits = decoder.step_shared(running, chunks, last, self._announcing(on_layer))
         first = self._sample_first([chunks[row] for row in last], logits) if last else None
         return StartedPrefill(partial(_tokens_of, chunks, last, first), running_logits)
+
+    def _announcing(self, on_layer: LayerAnnounced | None) -> Callable[[int], None]:
+        """See `Started` of the graph decoder: tells of layers some at a time."""
+        announced = 0
+
+        def started(layers: int) -> None:
+            nonlocal announced
+            if on_layer is not None:
+                ready = self._recorded_event()
+                for layer in range(announced, layers):
+                    on_layer(layer, ready)
+            announced = layers
+
+        return started
 
     def _prefill_head(
         self,

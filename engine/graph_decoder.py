@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,22 +37,21 @@ from headrace.kernels.rope import RopeTables
 from headrace.kernels.rope_cache import rope_cache
 
 if TYPE_CHECKING:
-    from headrace.engine.base import Ready
     from headrace.engine.engine import PrefillChunk
 
 Kind = Literal["plain", "drafted", "shared", "prompts"]
 """Of a step: one row a request, or with drafts, or with rows of prompts; or these alone."""
+Started = Callable[[int], None]
+"""Hears, while a pass is being started, how many layers' K and V are written by what was started so far."""
 MAX_DRAFTED_ROWS = 256
 """Of a step with drafts: their logits take memory, and further rows never paid."""
 DRAFTED_SIZES = (8, 16, 32, 64, 128, 192, 256)
 """Captured numbers of rows of steps with drafts. Fewer rows than these cost projections as much."""
 SHARED_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Captured numbers of rows of steps with prompts, those of running requests among them."""
-PROMPT_SIZES = (64, 128, 192, 256, 320, 384, 512)
-"""Captured numbers of rows of prompts alone. More of them keep the device busy for longer than any host takes to start
-one kernel after the other, and then none is computed in vain."""
-ANNOUNCED_LAYERS = 8
-"""After so many of a captured pass of prompts an event says that their K and V are there."""
+PART_LAYERS = 8
+"""Of a graph of a pass with prompts: the first such part runs on the device while the host starts the others, and after
+each of them pages may travel."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -163,7 +162,7 @@ class GraphDecoder:
         self._sizes: dict[Kind, list[int]] = {
             "plain": batch_sizes(max_batch),
             "shared": list(SHARED_SIZES),
-            "prompts": list(PROMPT_SIZES),
+            "prompts": list(SHARED_SIZES),
         }
         if drafts:
             self._sizes["drafted"] = [size for size in DRAFTED_SIZES if size < decoded] + [decoded]
@@ -171,12 +170,10 @@ class GraphDecoder:
         """For attention of prompts, while that of running requests waits for memory."""
         self.graphs = Graphs(device)
         self._feature_layers = feature_layers
-        kept = max(decoded, PROMPT_SIZES[-1]) if feature_layers else 0
+        kept = most if feature_layers else 0
         self.features = torch.zeros(kept, len(feature_layers) * config.hidden_size, dtype=dtype, device=device)
         """[rows, len(feature_layers) * H]: the inputs of these layers in the last step with drafts, or pass of prompts
         alone."""
-        self._layers_done: dict[int, list[torch.cuda.Event]] = {}
-        """By size of a pass of prompts alone, for each layer the event after it, see `ANNOUNCED_LAYERS`."""
 
     def sizes(self, kind: Kind = "plain") -> list[int]:
         """The numbers of rows that are captured, in order."""
@@ -211,43 +208,41 @@ class GraphDecoder:
         return self._logits[:rows]
 
     def step_shared(
-        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
+        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Started
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Start the step of the first `rows` requests and these chunks of prompts, which `can_share`.
 
         Returns the logits after the last tokens of the `wanted` chunks and those of the requests.
         """
         self._prompts.fill(chunks, rows, wanted, self.cache.layout.page_size)
-        self._run(rows + sum(chunk.length for chunk in chunks), "shared")
+        self._run(rows + sum(chunk.length for chunk in chunks), "shared", started)
         return self._logits[: len(wanted)], self._logits[MAX_PROMPTS : MAX_PROMPTS + rows]
 
-    def compute_prompts(
-        self, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
-    ) -> tuple[torch.Tensor, Sequence[Ready | None]]:
-        """Start a pass of these chunks alone, which `can_compute`. Returns the logits after the last tokens of the
-        `wanted` ones, and for each layer what its K and V wait for: until then no other pass may be started.
+    def compute_prompts(self, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Started) -> torch.Tensor:
+        """Start a pass of these chunks alone, which `can_share` with no request; returns the logits after the last
+        tokens of the `wanted` ones.
         """
-        rows = sum(chunk.length for chunk in chunks)
         self._prompts.fill(chunks, 0, wanted, self.cache.layout.page_size)
-        size = self._run(rows, "prompts")
-        return self._logits[: len(wanted)], self._layers_done.get(size) or [None] * self._config.num_layers
-
-    def can_compute(self, chunks: Sequence[PrefillChunk]) -> bool:
-        """Whether a captured pass is large enough for these chunks."""
-        return len(chunks) <= MAX_PROMPTS and sum(chunk.length for chunk in chunks) <= PROMPT_SIZES[-1]
+        self._run(sum(chunk.length for chunk in chunks), "prompts", started)
+        return self._logits[: len(wanted)]
 
     def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
         """Whether a step of so many requests can have these chunks beside it."""
         return len(chunks) <= MAX_PROMPTS and rows + sum(chunk.length for chunk in chunks) <= SHARED_SIZES[-1]
 
-    def _run(self, rows: int, kind: Kind) -> int:
+    def _run(self, rows: int, kind: Kind, started: Started | None = None) -> None:
         size = next(size for size in self._sizes[kind] if size >= rows)
-        self.graphs.run((size, kind), partial(self._work, size, kind))
-        return size
+        layers = iter(range(PART_LAYERS, self._config.num_layers + PART_LAYERS, PART_LAYERS))
 
-    def _work(self, size: int, kind: Kind) -> None:
+        def part_started() -> None:
+            if started is not None:
+                started(min(next(layers), self._config.num_layers))
+
+        self.graphs.run((size, kind), partial(self._work, size, kind), part_started)
+
+    def _work(self, size: int, kind: Kind) -> Iterator[None]:
         with _library("cublaslt") if kind in ("shared", "prompts") else nullcontext():
-            self._forward(size, kind)
+            yield from self._forward(size, kind)
 
     def inputs(self, size: int, kind: Kind) -> StepInputs:
         """Where a step of `size` rows finds them."""
@@ -265,7 +260,7 @@ class GraphDecoder:
             return with_prompts
         return replace(with_prompts, positions=positions[:0], block_table=table[:0])
 
-    def _forward(self, size: int, kind: Kind) -> None:
+    def _forward(self, size: int, kind: Kind) -> Iterator[None]:
         if kind == "drafted":
             expand_rows(self.state, self.rows)
         step = self.inputs(size, kind)
@@ -282,14 +277,14 @@ class GraphDecoder:
             self._residual[:size],
             self._squares[:, :size],
         )
-        hidden = self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step)
+        hidden = yield from (self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step))
         logits = self._logits[: len(hidden)]
         if len(hidden) <= self.max_narrow:
             decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self.linear_workspace)
         else:
             self._weights.head.to_float32(hidden, logits)
 
-    def _forward_narrow(self, step: StepInputs) -> torch.Tensor:
+    def _forward_narrow(self, step: StepInputs) -> Generator[None, None, torch.Tensor]:
         """Few rows: every projection at the memory's speed, with what surrounds it. Returns the wanted rows' final
         hidden states.
         """
@@ -308,7 +303,14 @@ class GraphDecoder:
             self._project(residual, layer.gate_up, activated, squares=sums, eps=eps, activation=activation)
             sums = next(squares)
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
+            if self._ends_part(step, index):
+                yield
         return rms_norm(step.wanted(residual), self._weights.norm, eps)
+
+    def _ends_part(self, step: StepInputs, index: int) -> bool:
+        """Whether a part of a pass with prompts is complete after this layer, and others follow."""
+        done = index + 1
+        return step.prompts is not None and done % PART_LAYERS == 0 and done < self._config.num_layers
 
     def _features_of(self, step: StepInputs, index: int) -> torch.Tensor | None:
         """Where a draft head finds the input of this layer, if it wants it."""
@@ -343,8 +345,6 @@ class GraphDecoder:
         if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
             at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
             queries = rope_cache(qkv, at, self.rope, norms, eps, pages, slots, offsets)
-            if not step.has_requests:
-                self._announce(step.size, index)
             if beside is not None:
                 beside.wait_stream(torch.cuda.current_stream())
             with nullcontext() if beside is None else torch.cuda.stream(beside):
@@ -368,18 +368,7 @@ class GraphDecoder:
             torch.cuda.current_stream().wait_stream(beside)
         return attended
 
-    def _announce(self, size: int, index: int) -> None:
-        """This layer's K and V are in the cache: of some layers, have an event say so, whenever the graph is run."""
-        if not self.graphs.captures:
-            return
-        layers = self._config.num_layers
-        if size not in self._layers_done:  # those that a thread waits for asleep, as `Engine`'s
-            events = [torch.cuda.Event(blocking=True, external=True) for _ in range(0, layers, ANNOUNCED_LAYERS)]  # type: ignore[no-untyped-call]
-            self._layers_done[size] = [events[layer // ANNOUNCED_LAYERS] for layer in range(layers)]
-        if (index + 1) % ANNOUNCED_LAYERS == 0 or index + 1 == layers:
-            self._layers_done[size][index].record()
-
-    def _forward_wide(self, step: StepInputs) -> torch.Tensor:
+    def _forward_wide(self, step: StepInputs) -> Generator[None, None, torch.Tensor]:
         """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns the wanted rows' final hidden
         states: of the others, the last layer's K and V are all that is ever read.
         """
@@ -396,4 +385,6 @@ class GraphDecoder:
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
+            if self._ends_part(step, index):
+                yield
         return hidden

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.engine import graph_decoder
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import PrefillChunk
 from headrace.engine.fused_decoder import FusedDecoder
@@ -203,8 +204,11 @@ def some_chunks(long: int) -> list[PrefillChunk]:
 
 
 @pytest.mark.parametrize("long", [19, 90])
-def test_a_pass_of_prompts_alone_gives_what_the_plain_decoder_does(long: int) -> None:
-    """Logits, the cache, and a layer's inputs for a draft head; on the narrow and on the wide path."""
+@pytest.mark.parametrize("part_layers", [1, 8])
+def test_a_pass_of_prompts_alone_gives_what_the_plain_decoder_does(
+    long: int, part_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, the cache, and a layer's inputs for a draft head; on the narrow and on the wide path, in parts."""
     torch.manual_seed(1)
     cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 16, torch.device("cpu"))
     cache.pages.normal_()
@@ -215,13 +219,15 @@ def test_a_pass_of_prompts_alone_gives_what_the_plain_decoder_does(long: int) ->
     before = cache.pages.clone()
     expected = model.logits(model.forward(forward_batch(cache, chunks), cache, None))[[long - 1, long + 6]]
     after, cache.pages = cache.pages.clone(), before
-    assert decoder.can_compute(chunks)
+    assert decoder.can_share(0, chunks)
+    monkeypatch.setattr(graph_decoder, "PART_LAYERS", part_layers)
     for wanted in ([0, 1], [1], []):
-        got, ready = decoder.compute_prompts(chunks, wanted)
+        layers: list[int] = []
+        got = decoder.compute_prompts(chunks, wanted, layers.append)
         torch.testing.assert_close(got, expected[wanted], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(decoder.features[: long + 7], model.features, rtol=1e-4, atol=1e-4)
-        assert ready == [None] * LAYERS
+        assert layers == [*range(part_layers, LAYERS), LAYERS]
 
 
 def test_norms_may_come_after_projections() -> None:
@@ -269,7 +275,7 @@ def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
     after, cache.pages = cache.pages.clone(), before
     assert decoder.can_share(4, chunks)
     for wanted in ([0, 1], [1]):  # the second time, over what the first has left
-        got_prompts, got_step = decoder.step_shared(4, chunks, wanted)
+        got_prompts, got_step = decoder.step_shared(4, chunks, wanted, started=lambda layers: None)
         torch.testing.assert_close(got_prompts, after_prompts[wanted], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got_step, after_step, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
