@@ -106,6 +106,8 @@ class StartedPrefill:
     """Waits for its end, on the thread that started it."""
     running_logits: torch.Tensor | None = None
     """float32 [R, vocabulary], of the running requests whose step was computed with the chunks."""
+    ended: Ready | None = None
+    """The pass; None where it has ended, or nobody waits for more than the outputs."""
 
 
 class Engine:
@@ -283,7 +285,7 @@ class Engine:
                 for row, chunk in enumerate(chunks)
             ]
 
-        return StartedPrefill(outputs)
+        return StartedPrefill(outputs, ended=self._recorded_event())
 
     def _start_captured(
         self, decoder: GraphDecoder, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None
@@ -297,7 +299,7 @@ class Engine:
             self._prefill_head(self.head, chunks, last, first, batch, decoder.features[: len(batch.token_ids)])
             if on_layer is not None:
                 on_layer(self.model_config.num_layers, self._recorded_event())
-        return StartedPrefill(partial(_tokens_of, chunks, last, first))
+        return StartedPrefill(partial(_tokens_of, chunks, last, first), ended=self._recorded_event())
 
     @torch.inference_mode()
     def start_shared(
