@@ -78,6 +78,7 @@ class SharedSteps:
     """
 
     depth = 3
+    whole = 0
 
     def __init__(
         self,

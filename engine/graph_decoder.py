@@ -50,8 +50,7 @@ DRAFTED_SIZES = (8, 16, 32, 64, 128, 192, 256)
 SHARED_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Captured numbers of rows of steps with prompts, those of running requests among them."""
 PART_LAYERS = 8
-"""Of a graph of a pass with prompts: the first such part runs on the device while the host starts the others, and after
-each of them pages may travel."""
+"""Of a graph of a pass of prompts alone, after each of which pages may travel."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -232,11 +231,12 @@ class GraphDecoder:
 
     def _run(self, rows: int, kind: Kind, started: Started | None = None) -> None:
         size = next(size for size in self._sizes[kind] if size >= rows)
-        layers = iter(range(PART_LAYERS, self._config.num_layers + PART_LAYERS, PART_LAYERS))
+        all_layers = self._config.num_layers
+        ends = iter([*range(PART_LAYERS, all_layers, PART_LAYERS), all_layers] if kind == "prompts" else [all_layers])
 
         def part_started() -> None:
             if started is not None:
-                started(min(next(layers), self._config.num_layers))
+                started(next(ends))
 
         self.graphs.run((size, kind), partial(self._work, size, kind), part_started)
 
@@ -308,9 +308,9 @@ class GraphDecoder:
         return rms_norm(step.wanted(residual), self._weights.norm, eps)
 
     def _ends_part(self, step: StepInputs, index: int) -> bool:
-        """Whether a part of a pass with prompts is complete after this layer, and others follow."""
+        """Whether a part of a pass of prompts alone is complete after this layer, and others follow."""
         done = index + 1
-        return step.prompts is not None and done % PART_LAYERS == 0 and done < self._config.num_layers
+        return not step.has_requests and done % PART_LAYERS == 0 and done < self._config.num_layers
 
     def _features_of(self, step: StepInputs, index: int) -> torch.Tensor | None:
         """Where a draft head finds the input of this layer, if it wants it."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 
 Work = Callable[[], Iterator[None] | None]
-"""Always does the same. What is an iterator yields between its parts, each of which is a graph of its own: the device
-begins with the first one while the host starts the others."""
+"""Always does the same. What is an iterator yields between its parts, each of which is a graph of its own."""
 
 
 class Graphs:

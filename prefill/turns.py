@@ -26,6 +26,10 @@ class Turns(Protocol):
     def depth(self) -> int:
         """How many steps may have been started and not ended."""
 
+    @property
+    def whole(self) -> int:
+        """A prompt of up to so many tokens is not cut, where a step computes it alone."""
+
     async def turn(self) -> None:
         """Wait for the next step's turn. What it computes is to be decided without a wait after that."""
 
@@ -48,7 +52,9 @@ class OwnDevice:
 
     join = None
 
-    def __init__(self, engine: Engine, device_thread: Executor, token_budget: int) -> None:
+    def __init__(self, engine: Engine, device_thread: Executor, token_budget: int, whole: int = 0) -> None:
+        """`whole`: see `Turns`."""
+        self.whole = whole
         self._engine = engine
         self._device_thread = device_thread
         self._token_budget = token_budget
