@@ -23,7 +23,7 @@ from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedP
 from headrace.engine.graph_batch import GraphBatch
 from headrace.kvtransfer.messages import Commit
 
-EARLIEST, LATEST = 0.005, 0.0005
+EARLIEST, LATEST = 0.008, 0.0005
 """Seconds before the end of a step at which the next one is scheduled: what the host takes to start it, and how far
 timers and what is expected of steps are off. How early that must be is found out, up to where prompts that come too
 late for a step wait longer for the next one than it is worth."""

@@ -180,17 +180,17 @@ async def test_a_host_that_is_late_starts_steps_earlier(thread: ThreadPoolExecut
     device.now = 0.0
     for _ in range(30):
         await device.step()
-    chunk = device.start(100)
+    chunk = device.start(500)
     await device.step()
-    device.now = 0.0035  # of the 8 ms that the step with the chunk takes
+    device.now = 0.0055  # of the 13 ms that the step with the chunk takes
     assert not await starts_at_once()
     for _ in range(30):
         device.now = 0.0
-        chunk = device.start(100)
+        chunk = device.start(500)
         await device.step()
-    device.now = 0.0035
+    device.now = 0.0055
     assert await starts_at_once()
-    device.now = 0.001
+    device.now = 0.003
     assert not await starts_at_once()
     await device.step()
     await chunk
