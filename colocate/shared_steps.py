@@ -23,12 +23,12 @@ from headrace.engine.engine import Engine, PrefillChunk, PrefillOutput, StartedP
 from headrace.engine.graph_batch import GraphBatch
 from headrace.kvtransfer.messages import Commit
 
-EARLIEST, LATEST = 0.005, 0.0005
+EARLIEST, LATEST = 0.008, 0.0005
 """Seconds before the end of a step at which the next one is scheduled: what the host takes to start it, and how far
 timers and what is expected of steps are off. How early that must be is found out, up to where prompts that come too
 late for a step wait longer for the next one than it is worth."""
-EARLIER, LATER = 0.0003, 0.000006
-"""After a step with prompts that was started too late, and after one that was not: some 2 % are. Steps without prompts
+EARLIER, LATER = 0.0003, 0.000003
+"""After a step with prompts that was started too late, and after one that was not: some 1 % are. Steps without prompts
 are so much shorter than the target that it does not matter when they are late."""
 
 
@@ -78,6 +78,7 @@ class SharedSteps:
     """
 
     depth = 3
+    whole = 0
 
     def __init__(
         self,
@@ -135,8 +136,8 @@ class SharedSteps:
     async def before_step(self, requests: int) -> None:
         """See `Alongside`."""
         early = self._due - self._clock()
-        if early > 0:
-            await asyncio.sleep(early)
+        if early > 0:  # the loop's own timer goes by whole milliseconds
+            await self._loop.run_in_executor(self._device_thread, time.sleep, early)
         self._requests = requests
         if self._waiting is None:
             self._give_turn()
@@ -205,8 +206,10 @@ class SharedSteps:
             self._ahead = min(self._ahead + EARLIER, EARLIEST) if late else max(self._ahead - LATER, LATEST)
         if step.prompts is not None and step.started is not None:
             step.prompts.resolve(step.started.outputs())
-        if before is not None and not late and not was_late:
-            self._budget.saw(step.rows, step.prompts is not None, now - before)
+        if before is not None:
+            self._budget.scattered(now - before)
+            if not late and not was_late:
+                self._budget.saw(step.rows, step.prompts is not None, now - before)
 
     def _take(self) -> _Prompts | None:
         with self._lock:

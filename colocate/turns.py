@@ -35,6 +35,7 @@ class TakingTurns:
     """See `Turns` and `Alongside`."""
 
     depth = 1
+    whole = 0
     join = None
 
     def __init__(

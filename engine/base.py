@@ -43,7 +43,7 @@ class Model(Protocol):
     """[T, len(feature_layers) * H] of the last forward; the next one may overwrite it."""
 
     def forward(self, batch: ForwardBatch, cache: PagedLayers, on_layer: OnLayer | None) -> torch.Tensor:
-        """Compute the batch and return the final, normalised hidden states [T, H].
+        """Compute the batch and return the final, normalised hidden states of the wanted rows [R, H].
 
         `on_layer(l)` is called as soon as the K and V of layer l are in the cache.
         """

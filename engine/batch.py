@@ -28,6 +28,8 @@ class ForwardBatch:
     """Who attends to what, the same in all layers: prompts' tokens, one new token a request, or one and a draft."""
     wants_logits: bool = False
     """Those of all rows are asked for next, so a model may compute them at once."""
+    wanted: torch.Tensor | None = None
+    """[R] int64: the rows whose final hidden states are asked for; None: all."""
 
     def attend(
         self,

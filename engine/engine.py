@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,6 +106,8 @@ class StartedPrefill:
     """Waits for its end, on the thread that started it."""
     running_logits: torch.Tensor | None = None
     """float32 [R, vocabulary], of the running requests whose step was computed with the chunks."""
+    ended: Ready | None = None
+    """The pass; None where it has ended, or nobody waits for more than the outputs."""
 
 
 class Engine:
@@ -210,17 +213,7 @@ class Engine:
         too.
         """
         if isinstance(self.model, FusedDecoder) and self.model.norms_are_folded:
-            from headrace.engine.graph_decoder import GraphDecoder
-
-            self.graph_decoder = GraphDecoder(
-                self.model_config,
-                self.model.weights,
-                self.cache,
-                self.config.max_num_seqs,
-                self.max_model_len,
-                drafts=drafts,
-                feature_layers=self.model.feature_layers,
-            )
+            self.graph_decoder = self._new_graph_decoder(self.model, self.config.max_num_seqs, drafts)
             self.graph_decoder.capture_all(progress)
             if drafts and isinstance(self.head, TorchHead):
                 from headrace.engine.graph_head import GraphHead
@@ -228,6 +221,26 @@ class Engine:
                 embedding = self.model.weights.embedding
                 self.graph_head = GraphHead(self.model_config, self.head.weights, embedding, self.graph_decoder)
                 self.graph_head.capture_all(progress)
+
+    @torch.inference_mode()
+    def prepare_prompts(self, progress: Progress) -> None:
+        """Compile and capture what short prompts need, where there are no decode steps."""
+        if isinstance(self.model, FusedDecoder) and self.model.norms_are_folded:
+            self.graph_decoder = self._new_graph_decoder(self.model, 1, drafts=False)
+            self.graph_decoder.capture_all(progress, ["prompts"])
+
+    def _new_graph_decoder(self, model: FusedDecoder, max_batch: int, drafts: bool) -> GraphDecoder:
+        from headrace.engine.graph_decoder import GraphDecoder
+
+        return GraphDecoder(
+            self.model_config,
+            model.weights,
+            self.cache,
+            max_batch,
+            self.max_model_len,
+            drafts=drafts,
+            feature_layers=model.feature_layers,
+        )
 
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None = None) -> list[PrefillOutput]:
         """Compute all chunks in one forward pass. `on_layer(l, ready)`: layer l of every chunk is in the cache."""
@@ -242,18 +255,21 @@ class Engine:
             if on_layer is not None:
                 on_layer(layer, self._recorded_event())
 
+        wants_all = _wants_logprobs(chunks)
+        if self.graph_decoder is not None and not wants_all and self.graph_decoder.can_share(0, chunks):
+            return self._start_captured(self.graph_decoder, chunks, on_layer)
         self.cpu_share.adjust()
-        batch = self._pack(chunks)
-        hidden = self.model.forward(batch, self.cache, layer_done)
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         last = _rows_with_tokens(chunks)
+        of_last = np.array([ends[row] - 1 for row in last], np.int64)
+        batch = self._pack(chunks, wanted=None if wants_all else of_last)
+        hidden = self.model.forward(batch, self.cache, layer_done)
         first = None
         if last:
-            wanted = upload([np.array([ends[row] - 1 for row in last], np.int64)], self.device)[0]
-            logits = self.model.logits(hidden.index_select(0, wanted))
-            first = self._sample_first([chunks[row] for row in last], logits)
+            at_ends = hidden.index_select(0, upload([of_last], self.device)[0]) if wants_all else hidden
+            first = self._sample_first([chunks[row] for row in last], self.model.logits(at_ends))
         if self.head is not None:
-            self._prefill_head(self.head, chunks, last, None if first is None else first.sampled, batch)
+            self._prefill_head(self.head, chunks, last, first, batch, self.model.features)
             layer_done(self.model_config.num_layers)
         if self.draft is not None:
             self.draft.forward(self._pack(chunks, self.draft))
@@ -269,7 +285,21 @@ class Engine:
                 for row, chunk in enumerate(chunks)
             ]
 
-        return StartedPrefill(outputs)
+        return StartedPrefill(outputs, ended=self._recorded_event())
+
+    def _start_captured(
+        self, decoder: GraphDecoder, chunks: Sequence[PrefillChunk], on_layer: LayerAnnounced | None
+    ) -> StartedPrefill:
+        """The same for few tokens, whose kernels take a host longer to start one by one than the device to run."""
+        last = _rows_with_tokens(chunks)
+        logits = decoder.compute_prompts(chunks, last, self._announcing(on_layer))
+        first = self._sample_first([chunks[row] for row in last], logits) if last else None
+        if self.head is not None:
+            batch = self._pack(chunks)
+            self._prefill_head(self.head, chunks, last, first, batch, decoder.features[: len(batch.token_ids)])
+            if on_layer is not None:
+                on_layer(self.model_config.num_layers, self._recorded_event())
+        return StartedPrefill(partial(_tokens_of, chunks, last, first), ended=self._recorded_event())
 
     @torch.inference_mode()
     def start_shared(
@@ -280,31 +310,36 @@ class Engine:
         """
         decoder = self.graph_decoder
         assert decoder is not None
-        wants_states = self.head is not None or any(chunk.sampling.prompt_logprobs is not None for chunk in chunks)
-        if wants_states or not decoder.can_share(running, chunks):
+        if self.head is not None or _wants_logprobs(chunks) or not decoder.can_share(running, chunks):
             started = self.start_prefill(chunks, on_layer)
             return replace(started, running_logits=decoder.step(running)) if running else started
         last = _rows_with_tokens(chunks)
-        logits, running_logits = decoder.step_shared(running, chunks, last)
-        if on_layer is not None:
-            ready = self._recorded_event()
-            for layer in range(self.layout.num_layers):
-                on_layer(layer, ready)
+        logits, running_logits = decoder.step_shared(running, chunks, last, self._announcing(on_layer))
         first = self._sample_first([chunks[row] for row in last], logits) if last else None
+        return StartedPrefill(partial(_tokens_of, chunks, last, first), running_logits)
 
-        def outputs() -> list[PrefillOutput]:
-            tokens = dict(zip(last, first.wait_for_all(), strict=True)) if first is not None else {}
-            return [PrefillOutput(tokens.get(row), []) for row in range(len(chunks))]
+    def _announcing(self, on_layer: LayerAnnounced | None) -> Callable[[int], None]:
+        """See `Started` of the graph decoder: tells of layers some at a time."""
+        announced = 0
 
-        return StartedPrefill(outputs, running_logits)
+        def started(layers: int) -> None:
+            nonlocal announced
+            if on_layer is not None:
+                ready = self._recorded_event()
+                for layer in range(announced, layers):
+                    on_layer(layer, ready)
+            announced = layers
+
+        return started
 
     def _prefill_head(
         self,
         head: DraftHead,
         chunks: Sequence[PrefillChunk],
         sampling: Sequence[int],
-        sampled: torch.Tensor | None,
+        first: ArrivingTokens | None,
         batch: ForwardBatch,
+        features: torch.Tensor,
     ) -> None:
         """Compute the head's K and V of what the model has just read. Each position needs the token after it: of a
         complete prompt the one that was sampled; `sampling`: which chunks have one.
@@ -317,9 +352,9 @@ class Engine:
             if row in sampling:
                 ends.append(len(following) - 1)
         token_ids, last_rows = upload([np.array(following, np.int64), np.array(ends, np.int64)], self.device)
-        if sampled is not None:
-            token_ids[last_rows] = sampled
-        states = head.fuse(self.model.features)
+        if first is not None:
+            token_ids[last_rows] = first.sampled
+        states = head.fuse(features)
         head.write(states, replace(batch, token_ids=token_ids), self.cache)
 
     def hidden_states(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
@@ -337,22 +372,27 @@ class Engine:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _pack(self, chunks: Sequence[PrefillChunk], draft: DraftModel | None = None) -> ForwardBatch:
-        """The chunks' tokens, for the model or for a draft model."""
+    def _pack(
+        self, chunks: Sequence[PrefillChunk], draft: DraftModel | None = None, wanted: np.ndarray | None = None
+    ) -> ForwardBatch:
+        """The chunks' tokens, for the model or for a draft model; `wanted`: see `ForwardBatch`."""
         laid_out = lay_out(chunks, self.layout.page_size)
         table = laid_out.table
         packed = (laid_out.token_ids, laid_out.positions, laid_out.slot_pages, laid_out.slot_offsets, table.reshape(-1))
-        token_ids, at_positions, pages, offsets, flat_table = upload(packed, self.device)
+        token_ids, at_positions, pages, offsets, flat_table, *rows = upload(
+            [*packed, *([] if wanted is None else [wanted])], self.device
+        )
+        wanted_rows = rows[0] if rows else None
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
         if self.model.follows_tables:
             paged = PagedPlan(flat_table.view(table.shape), np.repeat(np.arange(len(chunks)), lengths))
-            return ForwardBatch(token_ids, at_positions, pages, offsets, paged)
+            return ForwardBatch(token_ids, at_positions, pages, offsets, paged, wanted=wanted_rows)
         layer, heads = self.cache.layer(0), self.model_config.num_heads
         if draft is not None:
             layer, heads = draft.cache.layer(0), draft.config.num_heads
         plan = plan_prefill(layer, flat_table.view(table.shape), lengths, contexts, heads)
-        return ForwardBatch(token_ids, at_positions, pages, offsets, plan)
+        return ForwardBatch(token_ids, at_positions, pages, offsets, plan, wanted=wanted_rows)
 
     def _sample_first(self, chunks: Sequence[PrefillChunk], logits: torch.Tensor) -> ArrivingTokens:
         rows = [self.sampling_row(chunk.sampling, chunk.token_ids, chunk.generated) for chunk in chunks]
@@ -384,6 +424,17 @@ class Engine:
             logits = self.model.logits(hidden[first : first + len(part)])
             found += describe_logprobs(logits, part, [count] * len(part))
         return found
+
+
+def _tokens_of(
+    chunks: Sequence[PrefillChunk], last: Sequence[int], first: ArrivingTokens | None
+) -> list[PrefillOutput]:
+    tokens = dict(zip(last, first.wait_for_all(), strict=True)) if first is not None else {}
+    return [PrefillOutput(tokens.get(row), []) for row in range(len(chunks))]
+
+
+def _wants_logprobs(chunks: Sequence[PrefillChunk]) -> bool:
+    return any(chunk.sampling.prompt_logprobs is not None for chunk in chunks)
 
 
 def _rows_with_tokens(chunks: Sequence[PrefillChunk]) -> list[int]:

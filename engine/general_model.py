@@ -59,7 +59,7 @@ class GeneralModel:
         )
         self._step = None
         hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
+        return hidden if batch.wanted is None else hidden.index_select(0, batch.wanted)
 
     def use_threads(self, threads: int) -> None:
         """See `Model.use_threads`."""

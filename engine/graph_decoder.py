@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,14 +39,18 @@ from headrace.kernels.rope_cache import rope_cache
 if TYPE_CHECKING:
     from headrace.engine.engine import PrefillChunk
 
-Kind = Literal["plain", "drafted", "shared"]
-"""Of a step: one row a request, or with drafts, or with rows of prompts."""
+Kind = Literal["plain", "drafted", "shared", "prompts"]
+"""Of a step: one row a request, or with drafts, or with rows of prompts; or these alone."""
+Started = Callable[[int], None]
+"""Hears, while a pass is being started, how many layers' K and V are written by what was started so far."""
 MAX_DRAFTED_ROWS = 256
 """Of a step with drafts: their logits take memory, and further rows never paid."""
 DRAFTED_SIZES = (8, 16, 32, 64, 128, 192, 256)
 """Captured numbers of rows of steps with drafts. Fewer rows than these cost projections as much."""
 SHARED_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Captured numbers of rows of steps with prompts, those of running requests among them."""
+PART_LAYERS = 8
+"""Of a graph of a pass of prompts alone, after each of which pages may travel."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -86,6 +90,18 @@ class StepInputs:
     workspace: AttentionWorkspace
     prompts: PromptRows | None = None
     """Behind the rows of the requests that `positions` has."""
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether there are rows for running requests."""
+        return len(self.positions) > 0
+
+    def wanted(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x [size, D] that logits are asked for: the last ones of prompts, then those of the requests."""
+        if self.prompts is None:
+            return x
+        ends = x.index_select(0, self.prompts["ends"])
+        return torch.cat((ends, x[: len(self.positions)])) if self.has_requests else ends
 
 
 class GraphDecoder:
@@ -142,15 +158,21 @@ class GraphDecoder:
         self._logits = torch.zeros(
             max(decoded, MAX_PROMPTS + max_batch), config.vocab_size, dtype=torch.float32, device=device
         )
-        self._sizes: dict[Kind, list[int]] = {"plain": batch_sizes(max_batch), "shared": list(SHARED_SIZES)}
+        self._sizes: dict[Kind, list[int]] = {
+            "plain": batch_sizes(max_batch),
+            "shared": list(SHARED_SIZES),
+            "prompts": list(SHARED_SIZES),
+        }
         if drafts:
             self._sizes["drafted"] = [size for size in DRAFTED_SIZES if size < decoded] + [decoded]
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         """For attention of prompts, while that of running requests waits for memory."""
         self.graphs = Graphs(device)
         self._feature_layers = feature_layers
-        self.features = torch.zeros(decoded, len(feature_layers) * config.hidden_size, dtype=dtype, device=device)
-        """[rows, len(feature_layers) * H]: the inputs of these layers in the last step with drafts."""
+        kept = most if feature_layers else 0
+        self.features = torch.zeros(kept, len(feature_layers) * config.hidden_size, dtype=dtype, device=device)
+        """[rows, len(feature_layers) * H]: the inputs of these layers in the last step with drafts, or pass of prompts
+        alone."""
 
     def sizes(self, kind: Kind = "plain") -> list[int]:
         """The numbers of rows that are captured, in order."""
@@ -161,16 +183,15 @@ class GraphDecoder:
         self._sizes[kind].remove(size)
         self.graphs.drop((size, kind))
 
-    def capture_all(self, progress: Progress) -> None:
+    def capture_all(self, progress: Progress, kinds: Sequence[Kind] = ("plain", "drafted", "prompts")) -> None:
         """Compile the kernels and capture every size, the largest first, whose memory the others then share.
 
-        Steps with prompts are captured when they first run.
+        Steps with prompts beside them are captured when they first run.
         """
-        own: tuple[Kind, ...] = ("plain", "drafted")
-        wanted = sorted(((size, kind) for kind in own for size in self._sizes.get(kind, ())), reverse=True)
+        wanted = sorted(((size, kind) for kind in kinds for size in self._sizes.get(kind, ())), reverse=True)
         for done, (size, kind) in enumerate(wanted):
             self.graphs.capture((size, kind), partial(self._work, size, kind))
-            progress("capturing decode steps", (done + 1) / len(wanted))
+            progress("capturing forward passes", (done + 1) / len(wanted))
 
     def step(self, rows: int) -> torch.Tensor:
         """Start the step of the first `rows` requests; returns their logits, float32 [rows, vocabulary]."""
@@ -186,27 +207,42 @@ class GraphDecoder:
         return self._logits[:rows]
 
     def step_shared(
-        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
+        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Started
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Start the step of the first `rows` requests and these chunks of prompts, which `can_share`.
 
         Returns the logits after the last tokens of the `wanted` chunks and those of the requests.
         """
         self._prompts.fill(chunks, rows, wanted, self.cache.layout.page_size)
-        self._run(rows + sum(chunk.length for chunk in chunks), "shared")
+        self._run(rows + sum(chunk.length for chunk in chunks), "shared", started)
         return self._logits[: len(wanted)], self._logits[MAX_PROMPTS : MAX_PROMPTS + rows]
+
+    def compute_prompts(self, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Started) -> torch.Tensor:
+        """Start a pass of these chunks alone, which `can_share` with no request; returns the logits after the last
+        tokens of the `wanted` ones.
+        """
+        self._prompts.fill(chunks, 0, wanted, self.cache.layout.page_size)
+        self._run(sum(chunk.length for chunk in chunks), "prompts", started)
+        return self._logits[: len(wanted)]
 
     def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
         """Whether a step of so many requests can have these chunks beside it."""
         return len(chunks) <= MAX_PROMPTS and rows + sum(chunk.length for chunk in chunks) <= SHARED_SIZES[-1]
 
-    def _run(self, rows: int, kind: Kind) -> None:
+    def _run(self, rows: int, kind: Kind, started: Started | None = None) -> None:
         size = next(size for size in self._sizes[kind] if size >= rows)
-        self.graphs.run((size, kind), partial(self._work, size, kind))
+        all_layers = self._config.num_layers
+        ends = iter([*range(PART_LAYERS, all_layers, PART_LAYERS), all_layers] if kind == "prompts" else [all_layers])
 
-    def _work(self, size: int, kind: Kind) -> None:
-        with _library("cublaslt") if kind == "shared" else nullcontext():
-            self._forward(size, kind)
+        def part_started() -> None:
+            if started is not None:
+                started(next(ends))
+
+        self.graphs.run((size, kind), partial(self._work, size, kind), part_started)
+
+    def _work(self, size: int, kind: Kind) -> Iterator[None]:
+        with _library("cublaslt") if kind in ("shared", "prompts") else nullcontext():
+            yield from self._forward(size, kind)
 
     def inputs(self, size: int, kind: Kind) -> StepInputs:
         """Where a step of `size` rows finds them."""
@@ -219,17 +255,21 @@ class GraphDecoder:
         plain = StepInputs(size, tokens[:size], positions[:size], None, table[:size], self.attention_workspace)
         if kind == "plain":
             return plain
-        return replace(plain, tokens=self._shared_tokens[:size], prompts=self._prompts)
+        with_prompts = replace(plain, tokens=self._shared_tokens[:size], prompts=self._prompts)
+        if kind == "shared":
+            return with_prompts
+        return replace(with_prompts, positions=positions[:0], block_table=table[:0])
 
-    def _forward(self, size: int, kind: Kind) -> None:
+    def _forward(self, size: int, kind: Kind) -> Iterator[None]:
         if kind == "drafted":
             expand_rows(self.state, self.rows)
         step = self.inputs(size, kind)
         if step.prompts is not None:
-            given, newest = step.prompts["tokens"][:size], self.state.tokens[:size]
+            given, newest = step.prompts["tokens"][:size], self.state.tokens[: len(step.positions)]
             step.tokens.copy_(given.clamp(min=0))
             step.tokens[: len(newest)].copy_(torch.where(given[: len(newest)] < 0, newest, given[: len(newest)]))
-        plan_decode_attention(step.positions, step.workspace, step.drafted)
+        if step.has_requests:
+            plan_decode_attention(step.positions, step.workspace, step.drafted)
         begin_decode(
             step.tokens,
             self._weights.embedding,
@@ -237,17 +277,17 @@ class GraphDecoder:
             self._residual[:size],
             self._squares[:, :size],
         )
-        hidden = self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step)
-        if step.prompts is not None:
-            hidden = torch.cat((hidden.index_select(0, step.prompts["ends"]), hidden[: len(step.positions)]))
+        hidden = yield from (self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step))
         logits = self._logits[: len(hidden)]
         if len(hidden) <= self.max_narrow:
             decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self.linear_workspace)
         else:
             self._weights.head.to_float32(hidden, logits)
 
-    def _forward_narrow(self, step: StepInputs) -> torch.Tensor:
-        """Few rows: every projection at the memory's speed, with what surrounds it. Returns final hidden states."""
+    def _forward_narrow(self, step: StepInputs) -> Generator[None, None, torch.Tensor]:
+        """Few rows: every projection at the memory's speed, with what surrounds it. Returns the wanted rows' final
+        hidden states.
+        """
         size = step.size
         eps, residual, activated = self._config.norm_eps, self._residual[:size], self._activated[:size]
         qkv = self._qkv[:size]
@@ -263,11 +303,18 @@ class GraphDecoder:
             self._project(residual, layer.gate_up, activated, squares=sums, eps=eps, activation=activation)
             sums = next(squares)
             self._project(activated, layer.down, residual, residual=True, squares_out=sums)
-        return rms_norm(residual, self._weights.norm, eps)
+            if self._ends_part(step, index):
+                yield
+        return rms_norm(step.wanted(residual), self._weights.norm, eps)
+
+    def _ends_part(self, step: StepInputs, index: int) -> bool:
+        """Whether a part of a pass of prompts alone is complete after this layer, and others follow."""
+        done = index + 1
+        return not step.has_requests and done % PART_LAYERS == 0 and done < self._config.num_layers
 
     def _features_of(self, step: StepInputs, index: int) -> torch.Tensor | None:
         """Where a draft head finds the input of this layer, if it wants it."""
-        if step.drafted is None or index not in self._feature_layers:
+        if index not in self._feature_layers or (step.drafted is None and step.has_requests):
             return None
         place, hidden = self._feature_layers.index(index), self._config.hidden_size
         return self.features[: step.size, place * hidden : (place + 1) * hidden]
@@ -294,7 +341,7 @@ class GraphDecoder:
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         eps, pages, prompts = self._config.norm_eps, self.cache.layer(index), step.prompts
         # what follows a few rows' attention is launched before that ends, which two ways to it do not allow
-        beside = self._beside if prompts is not None and step.size > self.max_narrow else None
+        beside = self._beside if prompts is not None and step.has_requests and step.size > self.max_narrow else None
         if prompts is not None:  # first: a request may have the last token of a prompt whose others are here
             at, slots, offsets = (prompts[name][: step.size] for name in ("positions", "pages", "offsets"))
             queries = rope_cache(qkv, at, self.rope, norms, eps, pages, slots, offsets)
@@ -302,26 +349,29 @@ class GraphDecoder:
                 beside.wait_stream(torch.cuda.current_stream())
             with nullcontext() if beside is None else torch.cuda.stream(beside):
                 attend_paged(queries, pages, prompts.plan(step.size), self.heads.head_dim**-0.5, out=attended)
-        fused_decode_attention(
-            qkv,
-            pages,
-            step.block_table,
-            step.positions,
-            self.rope,
-            norms,
-            eps,
-            attended,
-            self.heads,
-            step.workspace,
-            step.drafted,
-            fresh=prompts is not None,
-        )
+        if step.has_requests:
+            fused_decode_attention(
+                qkv,
+                pages,
+                step.block_table,
+                step.positions,
+                self.rope,
+                norms,
+                eps,
+                attended,
+                self.heads,
+                step.workspace,
+                step.drafted,
+                fresh=prompts is not None,
+            )
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
         return attended
 
-    def _forward_wide(self, step: StepInputs) -> torch.Tensor:
-        """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns final hidden states."""
+    def _forward_wide(self, step: StepInputs) -> Generator[None, None, torch.Tensor]:
+        """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns the wanted rows' final hidden
+        states: of the others, the last layer's K and V are all that is ever read.
+        """
         size = step.size
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
         hidden = rms_norm(residual, weights.layers[0].input_norm, eps)
@@ -329,8 +379,12 @@ class GraphDecoder:
             if (keep := self._features_of(step, index)) is not None:
                 keep.copy_(residual)
             attended = self._attend(step, index, layer.qkv(hidden))
+            last = index + 1 == len(weights.layers)
+            if last:
+                attended, residual = step.wanted(attended), step.wanted(residual)
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
-            last = index + 1 == len(weights.layers)
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
+            if self._ends_part(step, index):
+                yield
         return hidden

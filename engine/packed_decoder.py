@@ -209,7 +209,7 @@ class PackedDecoder:
                     on_layer(layer)
             team.run(done, end, self._threads)
         self.features = team.features[:rows]
-        return team.hidden[:rows]
+        return team.hidden[:rows] if batch.wanted is None else team.hidden.index_select(0, batch.wanted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model.logits`. The result is overwritten by the next call."""

@@ -94,6 +94,8 @@ def _load(settings: Settings, folder: ModelFolder, draft_folder: ModelFolder | N
     engine.warm_up()
     if decodes:
         engine.prepare_decode(_LoggedProgress(), drafts=settings.speculation != "off")
+    else:
+        engine.prepare_prompts(_LoggedProgress())
     return engine
 
 

@@ -155,7 +155,7 @@ class Settings(BaseModel):
 
     itl_target: float | None = _field(
         None,
-        "milliseconds between two tokens beside which prompts are computed (default: 13.7 on a GPU, 200 on a CPU)",
+        "milliseconds between two tokens beside which prompts are computed (default: 14.8 on a GPU, 200 on a CPU)",
         ("up", "colocate"),
         gt=0,
     )

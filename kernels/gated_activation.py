@@ -15,22 +15,26 @@ Activation = Literal["silu", "gelu_tanh"]
 BLOCK = 1024
 
 
-def gated_activation(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """gate_up [T, 2 * I] holds the gate's half first; returns [T, I]."""
-    return _launch(gate_up, activation) if gate_up.is_cuda else _reference(gate_up, activation)
+def gated_activation(
+    gate_up: torch.Tensor, activation: Activation, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """gate_up [T, 2 * I] holds the gate's half first; `factors`, float32 [T], multiply its rows. Returns [T, I]."""
+    return (_launch if gate_up.is_cuda else _reference)(gate_up, activation, factors)
 
 
-def _reference(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+def _reference(gate_up: torch.Tensor, activation: Activation, factors: torch.Tensor | None) -> torch.Tensor:
+    if factors is not None:
+        return _reference(gate_up.float() * factors.unsqueeze(1), activation, None).to(gate_up.dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
 
-def _launch(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+def _launch(gate_up: torch.Tensor, activation: Activation, factors: torch.Tensor | None) -> torch.Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     if rows > 0:
         constants = (gate_up.stride(0), size, BLOCK, activation == "silu")
-        _launch_gated_activation((rows, -(-size // BLOCK), 1), (gate_up, out), constants, num_warps=4)
+        _launch_gated_activation((rows, -(-size // BLOCK), 1), (gate_up, factors, out), constants, num_warps=4)
     return out
 
 
@@ -45,7 +49,8 @@ def activated(gate, up, IS_SILU: tl.constexpr):
 
 @triton.jit
 def _gated_activation_kernel(
-    gate_up_ptr, out_ptr, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_SILU: tl.constexpr
+    gate_up_ptr, factors_ptr, out_ptr,
+    STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_SILU: tl.constexpr,
 ):  # fmt: skip
     """A block of one row, in float32."""
     row = tl.program_id(0).to(tl.int64)
@@ -54,6 +59,9 @@ def _gated_activation_kernel(
     # all loads below are of what the kernel ahead has made
     gate = tl.load(gate_up_ptr + row * STRIDE + column, mask=there, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * STRIDE + SIZE + column, mask=there, other=0.0).to(tl.float32)
+    if factors_ptr is not None:
+        factor = tl.load(factors_ptr + row)
+        gate, up = gate * factor, up * factor
     tl.store(out_ptr + row * SIZE + column, activated(gate, up, IS_SILU).to(out_ptr.dtype.element_ty), mask=there)
 
 

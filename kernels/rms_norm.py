@@ -22,6 +22,11 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     return _launch(x, residual, weight, eps) if x.is_cuda else _reference(residual.add_(x), weight, eps)
 
 
+def rms_factors(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """What the rows of x [T, D] are to be multiplied by to be normalised: float32 [T]."""
+    return _launch_factors(x, eps) if x.is_cuda else torch.rsqrt(x.float().square().mean(-1).add_(eps))
+
+
 def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
@@ -43,6 +48,15 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
         **options,
     )
     return out
+
+
+def _launch_factors(x: torch.Tensor, eps: float) -> torch.Tensor:
+    factors = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if len(x):
+        size = power_of_two(x.shape[1])
+        constants = (x.stride(0), x.shape[1], size)
+        _launch_rms_factors((len(x), 1, 1), (x, factors, eps), constants, num_warps=min(max(size // 512, 1), 16))
+    return factors
 
 
 @triton.jit
@@ -71,4 +85,16 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * SIZE + column, normed.to(weight.dtype).to(out_ptr.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _rms_factors_kernel(
+    x_ptr, factors_ptr, eps, STRIDE: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr
+):  # fmt: skip
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE_PADDED)
+    x = tl.load(x_ptr + row * STRIDE + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    tl.store(factors_ptr + row, tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps))
+
+
 _launch_rms_norm = Launcher(_rms_norm_kernel)
+_launch_rms_factors = Launcher(_rms_factors_kernel)

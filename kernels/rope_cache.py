@@ -32,17 +32,19 @@ def rope_cache(
     slot_offsets: torch.Tensor,
     keep_keys: bool = False,
     cache_scales: tuple[float, float] = (1.0, 1.0),
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalize and rotate queries and keys, write keys and values to the cache; returns queries [T, heads, head_dim].
 
     qkv [T, (heads + 2 kv_heads) * head_dim] as projected; positions [T] are rows of `rope`; norms: weights [head_dim]
     of the RMS norms of Q and K (Qwen 3); layer_pages [pages, 2, kv_heads, page_size, head_dim], whose float8_e4m3fn
     holds K and V divided by `cache_scales`; slots [T] int64, of which negative pages are not written. `keep_keys` puts
-    the rotated keys into qkv, too, for attention that reads them there.
+    the rotated keys into qkv, too, for attention that reads them there: and the values, where there are `factors`,
+    float32 [T], by which the rows of qkv are multiplied before all else.
     """
     run = _launch if qkv.is_cuda else rope_cache_reference
     return run(
-        qkv, positions, rope, norms, eps, layer_pages, slot_pages, slot_offsets, keep_keys, cache_scales
+        qkv, positions, rope, norms, eps, layer_pages, slot_pages, slot_offsets, keep_keys, cache_scales, factors
     )  # fmt: skip
 
 
@@ -57,17 +59,21 @@ def rope_cache_reference(
     slot_offsets: torch.Tensor,
     keep_keys: bool,
     cache_scales: tuple[float, float],
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in plain torch."""
     _, _, kv_heads, _, head_dim = layer_pages.shape
     by_head = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
     heads = by_head.shape[1] - 2 * kv_heads
-    queries, keys, values = by_head.float().tensor_split((heads, heads + kv_heads), dim=1)
+    wide = by_head.float() if factors is None else by_head.float() * factors.view(-1, 1, 1)
+    queries, keys, values = wide.tensor_split((heads, heads + kv_heads), dim=1)
     if norms is not None:
         queries, keys = (rms_norm(x, norm.float(), eps) for x, norm in zip((queries, keys), norms, strict=True))
     queries, keys = (_rotate(x, rope, positions).to(qkv.dtype) for x in (queries, keys))
     if keep_keys:
         by_head[:, heads : heads + kv_heads] = keys
+        if factors is not None:
+            by_head[:, heads + kv_heads :] = values
     there = slot_pages >= 0
     cached_keys = _to_cache(keys[there], cache_scales[0], layer_pages.dtype)
     cached_values = _to_cache(values[there].to(qkv.dtype), cache_scales[1], layer_pages.dtype)
@@ -97,6 +103,7 @@ def _launch(
     slot_offsets: torch.Tensor,
     keep_keys: bool,
     cache_scales: tuple[float, float],
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _, _, kv_heads, page_size, head_dim = layer_pages.shape
     tokens, rotary_half = qkv.shape[0], rope.cos.shape[1]
@@ -111,8 +118,8 @@ def _launch(
     _launch_rope_cache(
         (tokens, -(-all_heads // block), 1),
         (
-            qkv, positions, rope.cos, rope.sin, q_norm, k_norm, queries, layer_pages, slot_pages, slot_offsets, eps,
-            1 / cache_scales[0], 1 / cache_scales[1],
+            qkv, factors, positions, rope.cos, rope.sin, q_norm, k_norm, queries, layer_pages, slot_pages,
+            slot_offsets, eps, 1 / cache_scales[0], 1 / cache_scales[1],
         ),
         (
             qkv.stride(0), layer_pages.stride(0), heads, kv_heads, head_dim, rotary_half, power_of_two(rotary_half),
@@ -125,16 +132,16 @@ def _launch(
 
 @triton.jit
 def _store(
-    x, d, there, is_query, is_key, is_value, q_out, k_out, page_out, inverse_scale, is_cached,
+    x, d, there, is_query, is_kept, is_key_or_value, q_out, kv_out, page_out, inverse_scale, is_cached,
     KEEP_KEYS: tl.constexpr, FLOAT8: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """Some dimensions `d` (where they are `there`) of all heads to where each kind of head belongs."""
     rounded = x.to(q_out.dtype.element_ty)
     tl.store(q_out + d, rounded, mask=is_query & there)
     if KEEP_KEYS:
-        tl.store(k_out + d, rounded, mask=is_key & there)
+        tl.store(kv_out + d, rounded, mask=is_kept & there)
     cached = tl.minimum(tl.maximum(rounded.to(tl.float32) * inverse_scale, -MAX), MAX) if FLOAT8 else rounded
-    tl.store(page_out + d, cached.to(page_out.dtype.element_ty), mask=(is_key | is_value) & there & is_cached)
+    tl.store(page_out + d, cached.to(page_out.dtype.element_ty), mask=is_key_or_value & there & is_cached)
 
 
 @triton.jit
@@ -146,8 +153,8 @@ def _weights(q_norm_ptr, k_norm_ptr, is_query, d, mask):
 
 @triton.jit
 def _rope_cache_kernel(
-    qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, queries_ptr, pages_ptr, slot_pages_ptr,
-    slot_offsets_ptr, eps, inverse_key_scale, inverse_value_scale,
+    qkv_ptr, factors_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, queries_ptr, pages_ptr,
+    slot_pages_ptr, slot_offsets_ptr, eps, inverse_key_scale, inverse_value_scale,
     QKV_STRIDE: tl.constexpr, PAGE_STRIDE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     DIM: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr, FLOAT8: tl.constexpr, MAX: tl.constexpr,
@@ -174,6 +181,13 @@ def _rope_cache_kernel(
     second = tl.load(source + HALF + h, mask=exists & in_half, other=0.0).to(tl.float32)
     if REST > 0:
         rest = tl.load(source + 2 * HALF + r, mask=exists & (r < REST), other=0.0).to(tl.float32)
+    is_kept = is_key
+    if factors_ptr is not None:
+        is_kept = is_key | is_value
+        factor = tl.load(factors_ptr + token)
+        first, second = first * factor, second * factor
+        if REST > 0:
+            rest = rest * factor
     if q_norm_ptr is not None:
         squares = tl.sum(first * first + second * second, 1)
         if REST > 0:
@@ -193,13 +207,13 @@ def _rope_cache_kernel(
     page_out = pages_ptr + page * PAGE_STRIDE + ((which * KV_HEADS + kv_head) * PAGE + offset) * DIM
     inverse_scale = tl.where(is_key, inverse_key_scale, inverse_value_scale)
     is_cached = page + head * 0 >= 0  # a tile: the interpreter makes an integer of a lone truth value
-    _store(turned_first, h, in_half, is_query, is_key, is_value, q_out, source, page_out, inverse_scale, is_cached,
-           KEEP_KEYS, FLOAT8, MAX)  # fmt: skip
-    _store(turned_second, HALF + h, in_half, is_query, is_key, is_value, q_out, source, page_out, inverse_scale,
+    _store(turned_first, h, in_half, is_query, is_kept, is_value | is_key, q_out, source, page_out, inverse_scale,
            is_cached, KEEP_KEYS, FLOAT8, MAX)  # fmt: skip
+    _store(turned_second, HALF + h, in_half, is_query, is_kept, is_value | is_key, q_out, source, page_out,
+           inverse_scale, is_cached, KEEP_KEYS, FLOAT8, MAX)  # fmt: skip
     if REST > 0:
-        _store(rest, 2 * HALF + r, r < REST, is_query, is_key, is_value, q_out, source, page_out, inverse_scale,
-               is_cached, KEEP_KEYS, FLOAT8, MAX)  # fmt: skip
+        _store(rest, 2 * HALF + r, r < REST, is_query, is_kept, is_value | is_key, q_out, source, page_out,
+               inverse_scale, is_cached, KEEP_KEYS, FLOAT8, MAX)  # fmt: skip
 
 
 _launch_rope_cache = Launcher(_rope_cache_kernel)

@@ -130,7 +130,9 @@ def decode_step_seconds(
 
 
 def prefill_seconds(engine: Engine, prompts: int, length: int) -> float:
-    """Time from prompts to their first tokens, each prompt in chunks as a prefill worker cuts them."""
+    """Time from prompts to their first tokens, in passes as a prefill worker with `--max-num-batched-tokens 8192` has
+    them.
+    """
     params = SamplingParams(max_tokens=1, temperature=0)
     vocabulary = engine.model_config.vocab_size
     rng = random.Random(length)

@@ -14,6 +14,9 @@ from headrace.telemetry.endpoint import worker_endpoint
 
 TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
 """Prompt tokens that keep the device busy; more would only make the first of several prompts wait for the last."""
+WHOLE = {"cuda": 8192, "cpu": 0}
+"""A prompt of up to so many tokens is computed at once: attention is faster without a prefix, and those who wait behind
+it would wait for all of it anyway."""
 
 
 async def run(settings: Settings) -> None:
@@ -35,6 +38,7 @@ async def run(settings: Settings) -> None:
                 settings.max_num_batched_tokens
                 or model.engine.model.prompt_tokens
                 or TOKEN_BUDGET[model.engine.device.type],
+                whole=0 if settings.max_num_batched_tokens else WHOLE[model.engine.device.type],
             ),
             max_jobs=settings.max_num_prefills,
             lease_seconds=settings.lease_seconds,

@@ -48,17 +48,21 @@ class PrefillScheduler:
         """Tokens that no step has computed or computes."""
         return sum(waiting.num_tokens - waiting.computed for waiting in self._waiting)
 
-    def schedule(self, token_budget: int) -> list[Chunk]:
+    def schedule(self, token_budget: int, whole: int = 0) -> list[Chunk]:
         """The chunks of the next step, which count as computed from now on. Empty where nothing waits.
 
-        They have `token_budget` tokens at most, but a page in any case.
+        They have `token_budget` tokens at most, but a page in any case. What is left of a prompt, up to `whole` tokens,
+        is not cut: alone it may have more than the budget.
         """
         chunks: list[Chunk] = []
         budget = max(token_budget // self._page_size, 1) * self._page_size
         while self._waiting and budget > 0:
             head = self._waiting[0]
             left = head.num_tokens - head.computed
-            length = left if left <= budget else budget // self._page_size * self._page_size
+            room = budget if chunks else max(budget, whole)
+            length = left if left <= room else room // self._page_size * self._page_size
+            if chunks and length < left <= whole:
+                break
             if length == 0:
                 break
             chunks.append(Chunk(head.key, head.computed, length, is_last=length == left))

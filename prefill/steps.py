@@ -100,7 +100,7 @@ class Steps:
                 await places.acquire()
                 await self._turns.turn()
                 budget = self._turns.tokens(self._scheduler.num_tokens, self._is_handing_over())
-                chunks = self._scheduler.schedule(budget)
+                chunks = self._scheduler.schedule(budget, self._turns.whole)
                 if not chunks:
                     self._work.clear()
                     self._engine.cpu_share.rest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -50,11 +50,12 @@ class PlainDecoder:
         return engine.model.logits(engine.model.forward(batch, engine.cache, None))
 
     def step_shared(
-        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int]
+        self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Callable[[int], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `GraphDecoder`."""
         engine, ends = self._engine, list(accumulate(chunk.length for chunk in chunks))
         hidden = engine.model.forward(engine._pack(chunks), engine.cache, None)
+        started(engine.layout.num_layers)
         logits = engine.model.logits(hidden[[ends[index] - 1 for index in wanted]])
         if rows == 0:
             return logits, logits[:0]

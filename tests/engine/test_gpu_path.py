@@ -35,8 +35,8 @@ def test_prompts_in_tiles_give_the_log_probabilities_of_torch(
         plans.append(plan_tiles(table, lengths, contexts, heads // pages.shape[2], Tiling(16, 16, 4, 1)))
         return plans[-1]
 
-    def launch(*arguments: Any, keep_keys: bool) -> torch.Tensor:
-        return rope_cache._launch(*arguments, keep_keys, (1.0, 1.0))
+    def launch(*arguments: Any, keep_keys: bool, factors: None) -> torch.Tensor:
+        return rope_cache._launch(*arguments, keep_keys, (1.0, 1.0), factors)
 
     results = []
     for on_gpu in (False, True):

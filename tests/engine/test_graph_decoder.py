@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from headrace.engine import graph_decoder
 from headrace.engine.batch import ForwardBatch
 from headrace.engine.engine import PrefillChunk
 from headrace.engine.fused_decoder import FusedDecoder
@@ -44,7 +46,7 @@ class PlainLinear(Linear):
         self._weight, self._bias, self._blocked = weight, bias, False
 
 
-def weights() -> DecoderWeights:
+def weights(biased_qkv: bool = True) -> DecoderWeights:
     """Random ones, with folded norms."""
 
     def linear(out_size: int, in_size: int, biased: bool = False) -> PlainLinear:
@@ -53,7 +55,7 @@ def weights() -> DecoderWeights:
     layers = [
         LayerWeights(
             input_norm=torch.ones(HIDDEN),
-            qkv=linear((HEADS + 2 * KV_HEADS) * DIM, HIDDEN, biased=True),
+            qkv=linear((HEADS + 2 * KV_HEADS) * DIM, HIDDEN, biased_qkv),
             q_norm=torch.rand(DIM) + 0.5,
             k_norm=torch.rand(DIM) + 0.5,
             output=linear(HIDDEN, HEADS * DIM),
@@ -182,6 +184,70 @@ def generate(sampling: list[SamplingParams], known: list[list[SampledToken]]) ->
     return [tokens[:TOKENS] for tokens in outputs], steps
 
 
+def forward_batch(cache: KVCache, chunks: list[PrefillChunk]) -> ForwardBatch:
+    """The same for the plain decoder."""
+    laid_out = lay_out(chunks, PAGE)
+    lengths, contexts = zip(*[(chunk.length, chunk.start + chunk.length) for chunk in chunks], strict=True)
+    plan = plan_prefill(cache.layer(0), torch.from_numpy(laid_out.table), lengths, contexts, HEADS)
+    rows = (laid_out.token_ids, laid_out.positions, laid_out.slot_pages, laid_out.slot_offsets)
+    return ForwardBatch(*map(torch.from_numpy, rows), plan)
+
+
+def some_chunks(long: int) -> list[PrefillChunk]:
+    """A whole prompt, and the end of another."""
+    table, tokens = (torch.randperm(14).view(2, 7) + 1).tolist(), torch.randint(VOCABULARY, (2, 96)).tolist()
+    sampling = SamplingParams(max_tokens=1)
+    return [
+        PrefillChunk(tokens[0][:long], 0, long, table[0], sampling),
+        PrefillChunk(tokens[1][:23], 16, 7, table[1], sampling),
+    ]
+
+
+@pytest.mark.parametrize("long", [19, 90])
+@pytest.mark.parametrize("part_layers", [1, 8])
+def test_a_pass_of_prompts_alone_gives_what_the_plain_decoder_does(
+    long: int, part_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, the cache, and a layer's inputs for a draft head; on the narrow and on the wide path, in parts."""
+    torch.manual_seed(1)
+    cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 16, torch.device("cpu"))
+    cache.pages.normal_()
+    model = FusedDecoder(config(), weights(), norms_are_folded=True)
+    model.feature_layers = (1,)
+    decoder = GraphDecoder(config(), model.weights, cache, 1, 96, feature_layers=(1,))
+    chunks = some_chunks(long)
+    before = cache.pages.clone()
+    expected = model.logits(model.forward(forward_batch(cache, chunks), cache, None))[[long - 1, long + 6]]
+    after, cache.pages = cache.pages.clone(), before
+    assert decoder.can_share(0, chunks)
+    monkeypatch.setattr(graph_decoder, "PART_LAYERS", part_layers)
+    for wanted in ([0, 1], [1], []):
+        layers: list[int] = []
+        got = decoder.compute_prompts(chunks, wanted, layers.append)
+        torch.testing.assert_close(got, expected[wanted], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoder.features[: long + 7], model.features, rtol=1e-4, atol=1e-4)
+        assert layers == [*range(part_layers, LAYERS), LAYERS]
+
+
+def test_norms_may_come_after_projections() -> None:
+    """Logits and cache are those of norms before them. With rows that are wanted, and with none."""
+    torch.manual_seed(2)
+    cache = KVCache(CacheLayout("float32", LAYERS, KV_HEADS, DIM, PAGE), 16, torch.device("cpu"))
+    late = FusedDecoder(config(), weights(biased_qkv=False), norms_are_folded=True)
+    early = FusedDecoder(config(), late.weights)
+    assert (late.norms_are_late, early.norms_are_late) == (True, False)
+    batch = forward_batch(cache, some_chunks(19))
+    expected = early.forward(batch, cache, None)
+    after = cache.pages.clone()
+    for wanted in (None, torch.tensor([3, 25]), torch.tensor([], dtype=torch.int64)):
+        for model in (late, early):
+            cache.pages.zero_()
+            got = model.forward(replace(batch, wanted=wanted), cache, None)
+            torch.testing.assert_close(got, expected if wanted is None else expected[wanted], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("long", [19, 90])
 def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
     """Running requests beside two prompts, one of them after a prefix: logits and the cache. The last request begins
@@ -202,17 +268,14 @@ def test_prompts_in_the_same_pass_change_nothing(long: int) -> None:
         PrefillChunk(tokens[0][:long], 0, long, table[3].tolist(), sampling),
         PrefillChunk(tokens[1][:23], 16, 7, table[4].tolist(), sampling),
     ]
-    laid_out = lay_out(chunks, PAGE)
-    plan = plan_prefill(cache.layer(0), table[3:], [long, 7], [long, 23], HEADS)
-    rows = (laid_out.token_ids, laid_out.positions, laid_out.slot_pages, laid_out.slot_offsets)
-    prompts = ForwardBatch(*map(torch.from_numpy, rows), plan)
+    prompts = forward_batch(cache, chunks)
     before = cache.pages.clone()
     after_prompts = model.logits(model.forward(prompts, cache, None))[[long - 1, long + 6]]
     after_step = decoder.step(4).clone()
     after, cache.pages = cache.pages.clone(), before
     assert decoder.can_share(4, chunks)
     for wanted in ([0, 1], [1]):  # the second time, over what the first has left
-        got_prompts, got_step = decoder.step_shared(4, chunks, wanted)
+        got_prompts, got_step = decoder.step_shared(4, chunks, wanted, started=lambda layers: None)
         torch.testing.assert_close(got_prompts, after_prompts[wanted], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got_step, after_step, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cache.pages, after, rtol=1e-4, atol=1e-4)

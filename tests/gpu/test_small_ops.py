@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from headrace.kernels.gated_activation import Activation
-from tests.kernels.compare_small_ops import ROPE_CASES, RopeCase, compare_gate, compare_norms, compare_rope_cache
+from tests.kernels.compare_small_ops import (
+    ROPE_CASES,
+    RopeCase,
+    compare_factors,
+    compare_gate,
+    compare_norms,
+    compare_rope_cache,
+)
 from tests.kernels.comparisons import compare_mask_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -21,6 +28,8 @@ def test_norms_equal_their_references(shape: tuple[int, ...], dtype: torch.dtype
     """Weights as wide as x, and wider."""
     compare_norms(shape, dtype, dtype, "cuda")
     compare_norms(shape, dtype, torch.float32, "cuda")
+    if len(shape) == 2:
+        compare_factors(shape, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,4 +52,5 @@ def test_masked_logits_equal_their_reference(vocabulary: int, dtype: torch.dtype
 def test_rope_and_cache_write_equal_their_reference(case: RopeCase, dtype: torch.dtype) -> None:
     """With a cache of the same dtype, and one of float8."""
     compare_rope_cache(case, dtype, "cuda")
+    compare_rope_cache(case, dtype, "cuda", has_factors=True)
     compare_rope_cache(case, dtype, "cuda", cache_dtype=torch.float8_e4m3fn)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from headrace.engine import graph_decoder
 from headrace.engine.engine import Engine, EngineConfig, PrefillChunk
 from headrace.engine.fused_decoder import FusedDecoder
 from headrace.engine.kv_cache import CacheLayout, KVCache
@@ -21,8 +23,8 @@ PROMPT = [(37 * i) % 1000 for i in range(100)]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Random weights; a small vocabulary keeps the CPU's part short."""
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Random weights; a small vocabulary keeps the CPU's part short. Passes with prompts are graphs of two layers."""
     config = LLAMA_8B | {"num_hidden_layers": 4, "vocab_size": 1024}
     folder: Path = model_folder(config, tmp_path_factory.mktemp("model"))
     engine = Engine.load(
@@ -30,8 +32,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             folder, device="cuda", max_model_len=256, max_num_seqs=128, kv_cache_bytes=2**30, random_weights=True
         )
     )
-    engine.prepare_decode(lambda what, fraction: None, drafts=True)
-    return engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_decoder, "PART_LAYERS", 2)
+        engine.prepare_decode(lambda what, fraction: None, drafts=True)
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,22 @@ def test_prefill_gives_the_exact_logits(engine: Engine, exact: torch.Tensor) -> 
                 hidden = engine.model.forward(engine._pack([chunk]), engine.cache, None)
                 assert error(engine.model.logits(hidden), exact[start:end]) < 0.03
         engine.pool.release(pages)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 5])
+@torch.inference_mode()
+def test_a_captured_pass_of_prompts_gives_the_exact_logits(engine: Engine, exact: torch.Tensor, copies: int) -> None:
+    """Of the prompt's end, by as many requests; each is computed in two chunks, of passes of few and of many rows."""
+    decoder = engine.graph_decoder
+    assert decoder is not None
+    tables, sampling = [engine.pool.allocate(7) for _ in range(copies)], SamplingParams(max_tokens=1)
+    for start, length in ((0, 16), (16, 84)):
+        chunks = [PrefillChunk(PROMPT, start, length, table, sampling) for table in tables]
+        assert decoder.can_share(0, chunks)
+        logits = decoder.compute_prompts(chunks, range(copies), lambda layers: None)
+        assert error(logits, exact[[start + length - 1] * copies]) < 0.03
+    for table in tables:
+        engine.pool.release(table)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 30, 64, 100])

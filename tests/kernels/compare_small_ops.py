@@ -49,13 +49,22 @@ def compare_norms(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torc
     torch.testing.assert_close(got, rms_norm._reference(total, weight, 1e-5), atol=tolerance, rtol=tolerance)
 
 
+def compare_factors(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """What normalises each row."""
+    x = torch.randn(shape, device=device, dtype=dtype)
+    factors = rms_norm._launch_factors(x, 1e-5)
+    torch.testing.assert_close(factors, x.float().square().mean(-1).add(1e-5).rsqrt(), atol=1e-5, rtol=1e-5)
+
+
 def compare_gate(shape: tuple[int, int], activation: Activation, dtype: torch.dtype, device: str) -> None:
-    """Float64 is the reference; large values saturate."""
+    """Float64 is the reference; large values saturate. With and without factors of the rows."""
     gate_up = torch.randn(shape, device=device, dtype=dtype) * 10
-    got = gated_activation._launch(gate_up, activation)
-    expected = gated_activation._reference(gate_up.double(), activation)
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    for factors in (None, torch.rand(shape[0], device=device)):
+        got = gated_activation._launch(gate_up, activation, factors)
+        scaled = gate_up.double() if factors is None else gate_up.double() * factors.unsqueeze(1)
+        expected = gated_activation._reference(scaled, activation, None)
+        torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 def compare_rope_cache(
@@ -65,10 +74,12 @@ def compare_rope_cache(
     cache_dtype: torch.dtype | None = None,
     keep_keys: bool = True,
     whole_numbers: bool = False,
+    has_factors: bool = False,
 ) -> None:
     """Queries, kept keys and every slot of the cache; one token has no slot.
 
-    `whole_numbers` at position 0 need no rounding to float8, which the interpreter gets wrong.
+    `whole_numbers` at position 0 need no rounding to float8, which the interpreter gets wrong. `has_factors`: rows are
+    multiplied, and values are kept, too.
     """
     torch.manual_seed(case.tokens)
     width = (case.heads + 2 * case.kv_heads) * case.head_dim
@@ -87,8 +98,9 @@ def compare_rope_cache(
     rope = RopeTables(angles.cos(), angles.sin())
     norms = tuple(torch.rand(2, case.head_dim, device=device, dtype=dtype).unbind()) if case.normed else None
     scales = (0.5, 2**-7) if cache_dtype is not None else (1.0, 1.0)
+    factors = torch.rand(case.tokens, device=device) + 0.5 if has_factors else None
     got, expected = (
-        run(qkv, positions, rope, norms, 1e-6, cache, slot_pages, slot_offsets, keep_keys, scales)
+        run(qkv, positions, rope, norms, 1e-6, cache, slot_pages, slot_offsets, keep_keys, scales, factors)
         for run, qkv, cache in zip((rope_cache._launch, rope_cache.rope_cache_reference), inputs, caches, strict=True)
     )
     tolerance = TOLERANCE[dtype]

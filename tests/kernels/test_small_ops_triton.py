@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from headrace.kernels.gated_activation import Activation
-from tests.kernels.compare_small_ops import ROPE_CASES, RopeCase, compare_gate, compare_norms, compare_rope_cache
+from tests.kernels.compare_small_ops import (
+    ROPE_CASES,
+    RopeCase,
+    compare_factors,
+    compare_gate,
+    compare_norms,
+    compare_rope_cache,
+)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (5, 123), (2, 3, 64), (0, 16)])
@@ -14,6 +21,12 @@ from tests.kernels.compare_small_ops import ROPE_CASES, RopeCase, compare_gate, 
 def test_norms_equal_their_references(shape: tuple[int, ...], weight_dtype: torch.dtype) -> None:
     """Sizes that are no powers of two, no rows, and Gemma's wide weights."""
     compare_norms(shape, torch.float16, weight_dtype, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 123), (0, 16)])
+def test_factors_normalise_rows(shape: tuple[int, int]) -> None:
+    """Sizes that are no powers of two, and no rows."""
+    compare_factors(shape, torch.float16, "cpu")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # on a GPU it is infinite without a warning
@@ -25,10 +38,11 @@ def test_gates_equal_their_references(shape: tuple[int, int], activation: Activa
 
 
 @pytest.mark.parametrize("keep_keys", [False, True])
+@pytest.mark.parametrize("has_factors", [False, True])
 @pytest.mark.parametrize("case", ROPE_CASES, ids=str)
-def test_rope_and_cache_write_equal_their_reference(case: RopeCase, keep_keys: bool) -> None:
-    """Whole and partial rotation, with and without norms, all page sizes."""
-    compare_rope_cache(case, torch.float32, "cpu", keep_keys=keep_keys)
+def test_rope_and_cache_write_equal_their_reference(case: RopeCase, keep_keys: bool, has_factors: bool) -> None:
+    """Whole and partial rotation, with and without norms and factors, all page sizes."""
+    compare_rope_cache(case, torch.float32, "cpu", keep_keys=keep_keys, has_factors=has_factors)
 
 
 def test_a_float8_cache_holds_scaled_keys_and_values() -> None:

@@ -28,6 +28,17 @@ def test_a_long_prompt_is_cut_at_page_boundaries() -> None:
     assert scheduler.schedule(16) == [Chunk(("b", 0), 8, 12, True)]
 
 
+def test_a_prompt_that_may_be_whole_is_not_cut() -> None:
+    """It waits for a step of its own, which may have more than the budget; longer ones are cut there."""
+    scheduler = PrefillScheduler(PAGE)
+    for name, length in (("a", 6), ("b", 20), ("c", 30)):
+        scheduler.add((name, 0), length, 0)
+    assert scheduler.schedule(16, whole=24) == [Chunk(("a", 0), 0, 6, True)]
+    assert scheduler.schedule(16, whole=24) == [Chunk(("b", 0), 0, 20, True)]
+    assert scheduler.schedule(16, whole=24) == [Chunk(("c", 0), 0, 24, False)]
+    assert scheduler.schedule(16, whole=24) == [Chunk(("c", 0), 24, 6, True)]
+
+
 def test_a_budget_below_a_page_still_makes_progress() -> None:
     """A step computes one page at least."""
     scheduler = PrefillScheduler(PAGE)
