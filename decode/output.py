@@ -31,15 +31,20 @@ class Output:
         self._columns: list[tuple[str, TokenColumns]] = []
         """The same of a step without drafts."""
         self._members = Members(scheduler)
+        self._finished: list[tuple[Sequence, FinishReason]] = []
+        """Those of which telemetry has not been told."""
 
     def publish(self) -> None:
-        """Send what has come since the last time: one message a gateway."""
+        """Send what has come since the last time, one message a gateway; then there is time for telemetry."""
         for gateway, events in self._outbox.items():
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
         for gateway, columns in self._columns:
             self._post(gateway, columns)
         self._columns = []
+        for sequence, reason in self._finished:
+            self._tell(sequence, "finished", reason)
+        self._finished = []
 
     def take_first(self, sequence: Sequence, commit: Commit) -> None:
         """Take the token that came with the pages, where it is drawn."""
@@ -57,9 +62,8 @@ class Output:
         members.follow(step.keys)
         reasons = members.take(step.token_ids)
         for row in reasons:
-            sequence = members.sequences[row]
-            if sequence is not None and self._failed_its_grammar(sequence):
-                members.follow(step.keys)  # without it
+            if (sequence := members.sequences[row]) is not None:
+                self._failed_its_grammar(sequence)
         self._columns += members.columns(step, reasons)
         for row, scores in step.logprobs.items():
             if (sequence := members.sequences[row]) is not None:
@@ -70,7 +74,7 @@ class Output:
 
     def _take_drafted(self, step: StepTokens[Key]) -> None:
         """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
-        self._members = Members(self._scheduler)  # its count would be wrong
+        self._members.forget()
         for key, of_request in itertools.groupby(step, lambda keyed: keyed[0]):
             sequence = self._scheduler.running(key)
             if sequence is None:
@@ -110,10 +114,11 @@ class Output:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.remove(sequence.key)
-        self._tell(sequence, "finished", reason)
+        self._finished.append((sequence, reason))
 
     def fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
-        """Let go of a request and have its gateway know why."""
+        """Let go of a request and have its gateway know why, after the tokens that it made."""
+        self.publish()
         request_id, attempt = sequence.key
         failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
         self._post(sequence.gateway, failed)

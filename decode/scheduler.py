@@ -60,8 +60,8 @@ class DecodeScheduler:
         self._kept_pages: dict[Key, int] = {}
         self.steps = Steps()
         """Since the beginning."""
-        self.num_taken_out = 0
-        """Requests that have left the batch."""
+        self.on_leave: list[Callable[[Key], None]] = []
+        """Called with each request that leaves the batch."""
         self._drafts: deque[Mapping[Key, Sized]] = deque()
         """Of the steps in flight."""
         self._retired: deque[tuple[int, list[int]]] = deque()
@@ -111,8 +111,9 @@ class DecodeScheduler:
         if self._ready.pop(key, None) is None:
             sequence = self._running.pop(key)
             sequence.steps, sequence.drafts_in_flight = None, 0
-            self.num_taken_out += 1
             self._leaving.append(key)
+            for left in self.on_leave:
+                left(key)
 
     def remove(self, key: Key) -> None:
         """Let go of a request that ended."""

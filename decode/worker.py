@@ -167,18 +167,24 @@ class DecodeWorker:
                 await self._prompts.run_pass()
             if self._scheduler.has_work:
                 await self._step()
-            self._publish()
+            if self._prompts or not self._scheduler.has_work:
+                self._publish()
+                self._rest()
 
     async def _step(self) -> None:
+        """Run a step. What it makes is published when the next one is under way, or before whatever else comes next."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         if self._alongside is not None:
+            self._publish()
             requests = self._scheduler.num_running + self._scheduler.num_ready
             await self._alongside.before_step(min(requests, self._max_num_seqs))
         plan = self._schedule()
         running = self._scheduler.num_running
+        step = self._device_thread.run(self._run_step, plan)
+        self._publish()
         try:
-            tokens = await self._device_thread.run(self._run_step, plan)
+            tokens = await step
         except Exception:
             log.exception("a decode step failed, giving its requests up")
             self._give_up_running()
@@ -250,16 +256,19 @@ class DecodeWorker:
         self._post(sequence.gateway, Moved(request_id=request_id, attempt=attempt, decode_worker=receiver))
 
     def _publish(self) -> None:
-        """Send the tokens that there are, free pages for those who wait, and rest if nothing is left to do."""
+        """Send the tokens that there are, free pages for those who wait, and tell of figures now and then."""
         self._output.publish()
         self._grant()
+        if time.monotonic() - self._stats_at > STATS_SECONDS:
+            self._publish_stats()
+
+    def _rest(self) -> None:
+        """If nothing is left to do."""
         if not self._scheduler.has_work and not self._prompts:
             self._work.clear()
             self._engine.cpu_share.rest()
             self._gauge.rest()
             self._idle.set()
-            self._publish_stats()
-        elif time.monotonic() - self._stats_at > STATS_SECONDS:
             self._publish_stats()
 
     def _grant(self) -> None:
