@@ -49,6 +49,8 @@ class Members:
         """Rows by their stop tokens."""
         self._stop_token_ids: set[int] = set()
         """Of any of them."""
+        self._gone: list[tuple[int, Sequence]] = []
+        """Rows whose requests have left since the last step, which said a last token of theirs."""
 
     def forget(self) -> None:
         """Have no rows: a step is taken elsewhere, and the count would be wrong."""
@@ -56,6 +58,7 @@ class Members:
 
     def follow(self, keys: Column[Key]) -> None:
         """Have the rows of a step that is to be taken."""
+        self.let_go()
         if keys is self._keys:
             return
         self._keys = keys
@@ -80,8 +83,15 @@ class Members:
         self._ends = np.append(self._ends[:size], np.full(more, NEVER))
 
     def _left(self, key: Key) -> None:
-        if (row := self._row_of.get(key)) is not None:
-            self._set(row, None)
+        if (row := self._row_of.get(key)) is not None and (sequence := self.sequences[row]) is not None:
+            self.sequences[row] = None
+            self._gone.append((row, sequence))
+
+    def let_go(self) -> None:
+        """Say nothing more of those who left."""
+        for row, sequence in self._gone:
+            self._clear(row, sequence)
+        self._gone.clear()
 
     def _set(self, row: int, sequence: Sequence | None) -> None:
         before, self.sequences[row] = self.sequences[row], sequence

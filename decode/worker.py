@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
@@ -148,6 +149,7 @@ class DecodeWorker:
                 log.warning("giving up requests that did not end in time: they are computed again")
             await self._mover.stop()
             await end_task(stepping)
+            self._output.publish()
             self.receiver.give_up()  # or it would hand over what nobody runs
             for sequence in self._scheduler.sequences():
                 self._output.fail(sequence, "worker_stopping", "the decode worker was stopped")
@@ -172,7 +174,7 @@ class DecodeWorker:
                 self._rest()
 
     async def _step(self) -> None:
-        """Run a step. What it makes is published when the next one is under way, or before whatever else comes next."""
+        """Run a step. What it made is published when the device has the next one, or before what else comes first."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         if self._alongside is not None:
@@ -181,8 +183,7 @@ class DecodeWorker:
             await self._alongside.before_step(min(requests, self._max_num_seqs))
         plan = self._schedule()
         running = self._scheduler.num_running
-        step = self._device_thread.run(self._run_step, plan)
-        self._publish()
+        step = self._device_thread.run(self._run_step, plan, partial(loop.call_soon_threadsafe, self._publish))
         try:
             tokens = await step
         except Exception:
@@ -214,7 +215,7 @@ class DecodeWorker:
         if self._alongside is not None:
             self._alongside.abandoned()
 
-    def _run_step(self, plan: Plan | None) -> StepTokens[Key] | None:
+    def _run_step(self, plan: Plan | None, started: Callable[[], object]) -> StepTokens[Key] | None:
         """`run_step` on the device's own thread.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
@@ -222,7 +223,7 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        tokens = run_step(self._batch, plan, self._alongside)
+        tokens = run_step(self._batch, plan, self._alongside, started)
         if self._speculator is not None and tokens is not None:
             self._speculator.look(self._batch)
         return tokens
@@ -253,6 +254,7 @@ class DecodeWorker:
 
     def _moved(self, sequence: Sequence, receiver: str) -> None:
         request_id, attempt = sequence.key
+        self._output.publish()  # the gateway takes who spoke last for the one that has it
         self._post(sequence.gateway, Moved(request_id=request_id, attempt=attempt, decode_worker=receiver))
 
     def _publish(self) -> None:

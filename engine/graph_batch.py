@@ -29,7 +29,7 @@ from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
 from headrace.kernels.draft_rows import accept_rows, move_leaf
 from headrace.kernels.draft_tree import depths_of, place_of, standing_row
-from headrace.kernels.row_changes import STATE_FIELDS, change_rows
+from headrace.kernels.row_changes import STATE_FIELDS, RowChanges, advance_rows
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 
@@ -112,6 +112,8 @@ class GraphBatch(Generic[K]):
         self._sampling: list[SamplingRow] = []
         vocab_size = engine.model_config.vocab_size
         self._samplers = SamplingTable(len(decoder.block_table), vocab_size, engine.device)
+        parameters = self._samplers.parameters
+        self._changes = RowChanges(decoder.state, parameters, decoder.block_table, decoder.limits)
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
         self._tables: list[list[int]] = []
@@ -287,13 +289,11 @@ class GraphBatch(Generic[K]):
             self._sampler = self._samplers.sampler(rows) or self._new_sampler(self._sampling)
         if self._matchers:
             self._mask(logits, range(rows), [()] * rows)
-        generated = state.generated[:rows]
-        sampled = self._sampler.sample(logits, generated)
+        sampled = self._sampler.sample(logits, state.generated[:rows])
         logprobs = self._sampler.logprobs(sampled, logits)
-        state.tokens[:rows] = sampled
-        state.positions[:rows] += 1
-        generated += 1
-        self._running.append(_Running(self._members, ArrivingTokens(sampled, logprobs)))
+        report = torch.empty(rows, dtype=torch.int64, pin_memory=sampled.is_cuda)
+        advance_rows(sampled, state, report)
+        self._running.append(_Running(self._members, ArrivingTokens(report, logprobs, is_copied=True)))
 
     def _mask(self, logits: torch.Tensor, firsts: Sequence[int], own: Sequence[Sequence[int]]) -> None:
         """Have grammars forbid tokens; `firsts`: each request's first row, `own`: its draft."""
@@ -376,12 +376,10 @@ class GraphBatch(Generic[K]):
             columns = np.array([[*moved.keys()], [*moved.values()]], np.int64)
             targets, origins = upload([*columns], self._engine.device)
             decoder.state.guesses[targets] = decoder.state.guesses[origins]
-        rows, (cells, limits) = self._changed_rows(), self._changed_pages()
-        table, row_limits, parameters = decoder.block_table, decoder.limits, self._samplers.parameters
-        change_rows(len(self._keys), rows, cells, limits, decoder.state, parameters, table, row_limits)
+        self._changes.send(len(self._keys), self._changed_rows(), *self._changed_pages())
 
     def _changed_rows(self) -> np.ndarray:
-        """See `change_rows`."""
+        """See `RowChanges.send`."""
         fields = [(row, -1, *of_row) for row, of_row in self._joined.items()]
         fields += [(row, origin, 0, 0, 0) for row, origin in self._moved.items()]
         for row, *_ in fields:
@@ -394,7 +392,7 @@ class GraphBatch(Generic[K]):
         return np.concatenate((state, self._samplers.fields(state[0])))
 
     def _changed_pages(self) -> tuple[np.ndarray, np.ndarray]:
-        """See `change_rows`: cells of the block table, and how many tokens rows have pages for."""
+        """See `RowChanges.send`: cells of the block table, and how many tokens rows have pages for."""
         width, page_size = self._decoder.block_table.shape[1], self._engine.layout.page_size
         at, new = list[int](), list[int]()
         limits = dict[int, int]()

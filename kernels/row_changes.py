@@ -1,4 +1,4 @@
-"""What the host changes about a batch between two steps, brought to the device in one copy and one launch."""
+"""What happens to a batch's rows between two forward passes: the host's changes, and each row's next token."""
 
 from __future__ import annotations
 
@@ -9,34 +9,42 @@ from headrace.kernels.draft_rows import RequestState
 from headrace.kernels.launch import power_of_two
 from headrace.kernels.launcher import Launcher
 from headrace.kernels.optional_triton import tl, triton
-from headrace.kernels.upload import upload
 
 STATE_FIELDS = 5
 """Of a row that changed, before its parameters: the row, the row whose state is its own now, or -1 and then its newest
 token, that token's position and the number of output tokens."""
 BLOCK = 256
+BUFFERS = 3
+"""A change may be read by the device until the step behind it has been collected, which two others may be ahead of."""
 
 
-def change_rows(
-    count: int,
-    rows: np.ndarray,
-    cells: np.ndarray,
-    limits: np.ndarray,
-    state: RequestState,
-    parameters: torch.Tensor,
-    block_table: torch.Tensor,
-    row_limits: torch.Tensor,
-) -> None:
-    """Bring `state`, `parameters` [P, B] int64, `block_table` and `row_limits` [B] up to date. From row `count` on they
-    are nobody's.
+class RowChanges:
+    """Brings rows up to date. The device reads what changed from the host's memory: a copy would cost the host more."""
 
-    All that changed is int64: `rows` [`STATE_FIELDS` + P, N], each row once; `cells` [2, M], places in the flat table
-    and pages; `limits` [2, K], rows and their limits. A row may take over the state of one that is overwritten.
-    """
-    changes = upload([np.concatenate([rows.ravel(), cells.ravel(), limits.ravel()])], parameters.device)[0]
-    sizes = rows.shape[1], cells.shape[1], limits.shape[1]
-    run = launch_row_changes if changes.is_cuda else row_changes_reference
-    run(count, changes, sizes, state, parameters, block_table, row_limits)
+    def __init__(
+        self, state: RequestState, parameters: torch.Tensor, block_table: torch.Tensor, limits: torch.Tensor
+    ) -> None:
+        """`parameters` [P, B] int64, `block_table` [B, W] int32, `limits` [B] int32."""
+        self._targets = state, parameters, block_table, limits
+        self._fields = STATE_FIELDS + len(parameters)
+        self._buffers = [self._new_buffer(1024) for _ in range(BUFFERS)]
+
+    def _new_buffer(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int64, pin_memory=self._targets[1].is_cuda)
+
+    def send(self, count: int, rows: np.ndarray, cells: np.ndarray, limits: np.ndarray) -> None:
+        """All is int64: `rows` [`STATE_FIELDS` + P, N], each row once; `cells` [2, M], places in the flat block table
+        and pages; `limits` [2, K], rows and their limits. A row may take over the state of one that is overwritten.
+        From row `count` on they are nobody's. Of any `BUFFERS` calls in a row the first must have been carried out.
+        """
+        changes = np.concatenate((rows.ravel(), cells.ravel(), limits.ravel()))
+        buffer = self._buffers.pop(0)
+        if len(buffer) < len(changes):
+            buffer = self._new_buffer(power_of_two(len(changes)))
+        self._buffers.append(buffer)
+        buffer.numpy()[: len(changes)] = changes
+        run = launch_row_changes if self._targets[1].is_cuda else row_changes_reference
+        run(count, buffer[: len(changes)], (rows.shape[1], cells.shape[1], limits.shape[1]), *self._targets)
 
 
 def row_changes_reference(
@@ -71,7 +79,7 @@ def launch_row_changes(
     block_table: torch.Tensor,
     row_limits: torch.Tensor,
 ) -> None:
-    """The same with the kernel."""
+    """The same with the kernel; `changes` may be pinned memory of the host."""
     blocks = -(-max(sizes[1:]) // BLOCK)
     _launch_change(
         (1 + blocks, 1, 1),
@@ -79,6 +87,20 @@ def launch_row_changes(
         (*parameters.shape, power_of_two(parameters.shape[1]), STATE_FIELDS, BLOCK),
         num_warps=8,
     )
+
+
+def advance_rows(sampled: torch.Tensor, state: RequestState, report: torch.Tensor) -> None:
+    """The first rows' next tokens, `sampled` [R] int64, are their newest ones now; copied to `report` [R] int64, too,
+    which may be pinned memory of the host.
+    """
+    rows = len(sampled)
+    if sampled.is_cuda:
+        _launch_advance((-(-rows // BLOCK), 1, 1), (sampled, *state.columns, report, rows), (BLOCK,), num_warps=4)
+        return
+    state.tokens[:rows] = sampled
+    state.positions[:rows] += 1
+    state.generated[:rows] += 1
+    report.copy_(sampled)
 
 
 @triton.jit(do_not_specialize=["count", "num_rows", "num_cells", "num_limits"])
@@ -120,4 +142,18 @@ def _change_kernel(
         tl.store(limits_ptr + limited, limit.to(tl.int32), mask=change < num_limits)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _advance_kernel(
+    sampled_ptr, tokens_ptr, positions_ptr, generated_ptr, report_ptr, rows, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = row < rows
+    token = tl.load(sampled_ptr + row, mask=there, other=0)
+    tl.store(tokens_ptr + row, token, mask=there)
+    tl.store(report_ptr + row, token, mask=there)
+    tl.store(positions_ptr + row, tl.load(positions_ptr + row, mask=there, other=0) + 1, mask=there)
+    tl.store(generated_ptr + row, tl.load(generated_ptr + row, mask=there, other=0) + 1, mask=there)
+
+
 _launch_change = Launcher(_change_kernel)
+_launch_advance = Launcher(_advance_kernel)
