@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from headrace.decode.members import Members
 from headrace.decode.scheduler import DecodeScheduler
@@ -13,7 +13,7 @@ from headrace.decode.sequence import Key, Sequence
 from headrace.engine.sampler import SampledToken
 from headrace.engine.step_tokens import StepTokens
 from headrace.kvtransfer.messages import Commit
-from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenColumns, TokenEvent
+from headrace.messages.stream import FailureCode, FinishReason, RequestFailed, TokenBatch, TokenEvent
 from headrace.telemetry.events import Attempt, DecodeEnded, Outcome
 from headrace.telemetry.telemetry import Telemetry
 from headrace.wire import Message
@@ -28,18 +28,24 @@ class Output:
         self._telemetry = telemetry
         self._outbox: dict[str, list[TokenEvent]] = defaultdict(list)
         """By gateway."""
-        self._columns: list[tuple[str, TokenColumns]] = []
-        """The same of a step without drafts."""
+        self._taken: tuple[StepTokens[Key], Mapping[int, FinishReason]] | None = None
+        """A step without drafts that is to be told in columns, and which rows it has ended."""
         self._members = Members(scheduler)
+        self._finished: list[tuple[Sequence, FinishReason]] = []
+        """Those of which telemetry has not been told."""
 
     def publish(self) -> None:
-        """Send what has come since the last time: one message a gateway."""
+        """Send what has come since the last time, one message a gateway; then there is time for telemetry."""
         for gateway, events in self._outbox.items():
             self._post(gateway, TokenBatch(events=events))
         self._outbox.clear()
-        for gateway, columns in self._columns:
-            self._post(gateway, columns)
-        self._columns = []
+        if self._taken is not None:
+            for gateway, columns in self._members.columns(*self._taken):
+                self._post(gateway, columns)
+        self._taken = None
+        for sequence, reason in self._finished:
+            self._tell(sequence, "finished", reason)
+        self._finished = []
 
     def take_first(self, sequence: Sequence, commit: Commit) -> None:
         """Take the token that came with the pages, where it is drawn."""
@@ -50,17 +56,17 @@ class Output:
 
     def take_step(self, step: StepTokens[Key]) -> None:
         """Take what a step made; of a request that is gone meanwhile it is dropped."""
+        self.publish()
         if self._scheduler.collected():
             self._take_drafted(step)
             return
         members = self._members
         members.follow(step.keys)
         reasons = members.take(step.token_ids)
-        for row in reasons:
-            sequence = members.sequences[row]
-            if sequence is not None and self._failed_its_grammar(sequence):
-                members.follow(step.keys)  # without it
-        self._columns += members.columns(step, reasons)
+        failed = [row for row in reasons if self._failed_its_grammar(members.sequences[row])]
+        if failed:
+            members.let_go()
+        self._taken = step, reasons
         for row, scores in step.logprobs.items():
             if (sequence := members.sequences[row]) is not None:
                 sequence.newest_logprobs = scores
@@ -70,7 +76,7 @@ class Output:
 
     def _take_drafted(self, step: StepTokens[Key]) -> None:
         """The same for a step that may have made several tokens of a request; what comes after its end is dropped."""
-        self._members = Members(self._scheduler)  # its count would be wrong
+        self._members.forget()
         for key, of_request in itertools.groupby(step, lambda keyed: keyed[0]):
             sequence = self._scheduler.running(key)
             if sequence is None:
@@ -100,9 +106,9 @@ class Output:
         if reason is not None:
             self._finish(sequence, reason)
 
-    def _failed_its_grammar(self, sequence: Sequence) -> bool:
+    def _failed_its_grammar(self, sequence: Sequence | None) -> bool:
         """Whether it ended since its grammar could not be followed; its client is told."""
-        if sequence.matcher is None or sequence.matcher.error is None:
+        if sequence is None or sequence.matcher is None or sequence.matcher.error is None:
             return False
         message = f"the grammar failed: {sequence.matcher.error}"
         self.fail(sequence, "invalid_request", message, retryable=False)
@@ -110,10 +116,11 @@ class Output:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.remove(sequence.key)
-        self._tell(sequence, "finished", reason)
+        self._finished.append((sequence, reason))
 
     def fail(self, sequence: Sequence, code: FailureCode, message: str, retryable: bool = True) -> None:
-        """Let go of a request and have its gateway know why."""
+        """Let go of a request and have its gateway know why, after the tokens that it made."""
+        self.publish()
         request_id, attempt = sequence.key
         failed = RequestFailed(request_id=request_id, attempt=attempt, code=code, message=message, retryable=retryable)
         self._post(sequence.gateway, failed)

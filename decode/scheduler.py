@@ -58,10 +58,14 @@ class DecodeScheduler:
         """A request of the batch, if it still is one."""
         self._leaving: list[Key] = []
         self._kept_pages: dict[Key, int] = {}
+        self._reminders: dict[int, list[Sequence]] = {}
+        """By step: whose pages may not last longer. So a step looks at few of its requests."""
+        self._reminded = 0
+        """Reminders of the steps before this one are over."""
         self.steps = Steps()
         """Since the beginning."""
-        self.num_taken_out = 0
-        """Requests that have left the batch."""
+        self.on_leave: list[Callable[[Key], None]] = []
+        """Called with each request that leaves the batch."""
         self._drafts: deque[Mapping[Key, Sized]] = deque()
         """Of the steps in flight."""
         self._retired: deque[tuple[int, list[int]]] = deque()
@@ -111,8 +115,9 @@ class DecodeScheduler:
         if self._ready.pop(key, None) is None:
             sequence = self._running.pop(key)
             sequence.steps, sequence.drafts_in_flight = None, 0
-            self.num_taken_out += 1
             self._leaving.append(key)
+            for left in self.on_leave:
+                left(key)
 
     def remove(self, key: Key) -> None:
         """Let go of a request that ended."""
@@ -140,6 +145,28 @@ class DecodeScheduler:
     def _look_ahead(self, sequence: Sequence) -> None:
         room = len(sequence.pages) * self._pool.page_size - sequence.longest
         sequence.pages_last_until = self.steps.started + room
+        self._remind(sequence)
+
+    def _remind(self, sequence: Sequence) -> None:
+        at = max(sequence.pages_last_until, self._reminded)
+        if not self._reminded <= sequence.reminded_at <= at:  # else that comes first
+            sequence.reminded_at = at
+            self._reminders.setdefault(at, []).append(sequence)
+
+    def _due(self, step: int) -> list[Sequence]:
+        """Running requests that may have no pages for this step."""
+        reminders = [self._reminders.get(at, []) for at in range(self._reminded, step)]
+        found = itertools.chain.from_iterable(reminders)
+        return [s for s in found if s.steps is not None and self._reminded <= s.reminded_at < step]
+
+    def _remind_again(self, due: list[Sequence], step: int) -> None:
+        """They have pages for it, or have left."""
+        for at in range(self._reminded, step):
+            self._reminders.pop(at, None)
+        self._reminded = step
+        for sequence in due:
+            if sequence.steps is not None:
+                self._remind(sequence)
 
     def started(self, drafts: Mapping[Key, Sized] = NO_DRAFTS) -> None:
         """The step that was scheduled runs, with all running requests and these drafts."""
@@ -175,7 +202,8 @@ class DecodeScheduler:
         page_size, step = self._pool.page_size, self.steps.started
         for sequence in joining:
             self._look_ahead(sequence)
-        short = [s for s in itertools.chain(self._running.values(), joining) if s.pages_last_until < step]
+        due = [*self._due(step), *joining]
+        short = [sequence for sequence in due if sequence.pages_last_until < step]
         wanted = [-(-(step - sequence.pages_last_until) // page_size) for sequence in short]
         missing = sum(wanted)
         if missing > self._pool.num_free:
@@ -199,6 +227,7 @@ class DecodeScheduler:
             for sequence in short:
                 if sequence.key in self._running:
                     self._grow(sequence, plan)
+        self._remind_again(due, step)
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
         plan.leaves += [key for key in self._leaving if key not in joined]

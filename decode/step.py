@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from headrace.decode.scheduler import DecodeScheduler, Plan
@@ -60,23 +61,33 @@ def _allowed(scheduler: DecodeScheduler, drafts: dict[Key, list[int]]) -> dict[K
     return drafts
 
 
-def run_step(batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None = None) -> StepTokens[Key] | None:
+def run_step(
+    batch: RunningBatch[Key],
+    plan: Plan | None,
+    alongside: Alongside | None = None,
+    started: Callable[[], object] = lambda: None,
+) -> StepTokens[Key] | None:
     """Start the planned step, then collect the oldest one, if it is due; without a plan, collect it in any case.
+
+    `started` is called when the device is at work, or about to be where that takes this thread: now there is time.
 
     A step with drafts that the host knows is due at once. One that is started together with something else takes no
     drafts: the plan's are dropped.
     """
-    tokens = _start_and_collect(batch, plan, alongside)
+    if not batch.lookahead:
+        started()
+    if plan is not None:
+        _start(batch, plan, alongside)
+    if batch.lookahead:
+        started()
+    due = plan is None or batch.in_flight > (batch.lookahead if len(batch) and not plan.follows_tokens else 0)
+    tokens = batch.collect() if due else None
     if alongside is not None:
         alongside.stepped(len(batch), tokens is not None)
     return tokens
 
 
-def _start_and_collect(
-    batch: RunningBatch[Key], plan: Plan | None, alongside: Alongside | None
-) -> StepTokens[Key] | None:
-    if plan is None:
-        return batch.collect()
+def _start(batch: RunningBatch[Key], plan: Plan, alongside: Alongside | None) -> None:
     for key in plan.leaves:
         batch.leave(key)
     for key, count in plan.kept_pages.items():
@@ -95,5 +106,3 @@ def _start_and_collect(
             plan.drafts = {}
         else:
             batch.start(plan.drafts, plan.depth)
-    due = batch.in_flight > (batch.lookahead if len(batch) and not plan.follows_tokens else 0)
-    return batch.collect() if due else None

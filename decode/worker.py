@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
@@ -148,6 +149,7 @@ class DecodeWorker:
                 log.warning("giving up requests that did not end in time: they are computed again")
             await self._mover.stop()
             await end_task(stepping)
+            self._output.publish()
             self.receiver.give_up()  # or it would hand over what nobody runs
             for sequence in self._scheduler.sequences():
                 self._output.fail(sequence, "worker_stopping", "the decode worker was stopped")
@@ -167,18 +169,23 @@ class DecodeWorker:
                 await self._prompts.run_pass()
             if self._scheduler.has_work:
                 await self._step()
-            self._publish()
+            if self._prompts or not self._scheduler.has_work:
+                self._publish()
+                self._rest()
 
     async def _step(self) -> None:
+        """Run a step. What it made is published when the device has the next one, or before what else comes first."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         if self._alongside is not None:
+            self._publish()
             requests = self._scheduler.num_running + self._scheduler.num_ready
             await self._alongside.before_step(min(requests, self._max_num_seqs))
         plan = self._schedule()
         running = self._scheduler.num_running
+        step = self._device_thread.run(self._run_step, plan, partial(loop.call_soon_threadsafe, self._publish))
         try:
-            tokens = await self._device_thread.run(self._run_step, plan)
+            tokens = await step
         except Exception:
             log.exception("a decode step failed, giving its requests up")
             self._give_up_running()
@@ -208,7 +215,7 @@ class DecodeWorker:
         if self._alongside is not None:
             self._alongside.abandoned()
 
-    def _run_step(self, plan: Plan | None) -> StepTokens[Key] | None:
+    def _run_step(self, plan: Plan | None, started: Callable[[], object]) -> StepTokens[Key] | None:
         """`run_step` on the device's own thread.
 
         No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
@@ -216,7 +223,7 @@ class DecodeWorker:
         """
         if self._batch is None:
             self._batch = new_batch(self._engine)
-        tokens = run_step(self._batch, plan, self._alongside)
+        tokens = run_step(self._batch, plan, self._alongside, started)
         if self._speculator is not None and tokens is not None:
             self._speculator.look(self._batch)
         return tokens
@@ -247,19 +254,23 @@ class DecodeWorker:
 
     def _moved(self, sequence: Sequence, receiver: str) -> None:
         request_id, attempt = sequence.key
+        self._output.publish()  # the gateway takes who spoke last for the one that has it
         self._post(sequence.gateway, Moved(request_id=request_id, attempt=attempt, decode_worker=receiver))
 
     def _publish(self) -> None:
-        """Send the tokens that there are, free pages for those who wait, and rest if nothing is left to do."""
+        """Send the tokens that there are, free pages for those who wait, and tell of figures now and then."""
         self._output.publish()
         self._grant()
+        if time.monotonic() - self._stats_at > STATS_SECONDS:
+            self._publish_stats()
+
+    def _rest(self) -> None:
+        """If nothing is left to do."""
         if not self._scheduler.has_work and not self._prompts:
             self._work.clear()
             self._engine.cpu_share.rest()
             self._gauge.rest()
             self._idle.set()
-            self._publish_stats()
-        elif time.monotonic() - self._stats_at > STATS_SECONDS:
             self._publish_stats()
 
     def _grant(self) -> None:

@@ -20,20 +20,23 @@ COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 class DeviceSampler:
-    """Made anew whenever the rows change; one copy, which nothing waits for, brings the parameters to the device."""
+    """Samples a number of rows; their parameters on the device may change, but not whether any is drawn or filtered."""
 
-    def __init__(self, rows: SampleRows, vocab_size: int, part: int = PART) -> None:
-        self._rows, self._vocab_size = rows, vocab_size
-        space = (len(rows.seed), vocab_size, rows.seed.device)
+    def __init__(self, rows: SampleRows, vocab_size: int, workspace: SampleWorkspace) -> None:
+        self._rows, self._vocab_size, self._workspace = rows, vocab_size, workspace
         self._sampling: Sampling | None = None
         self._places = (0, 0, 0)
-        self._workspace = SampleWorkspace(*space, filtered=rows.any_filtered, part=part)
+
+    @classmethod
+    def _alone(cls, rows: SampleRows, vocab_size: int, part: int) -> DeviceSampler:
+        space = (len(rows.seed), vocab_size, rows.seed.device)
+        return cls(rows, vocab_size, SampleWorkspace(*space, filtered=rows.any_filtered, part=part))
 
     @classmethod
     def of(
         cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device, *, part: int = PART
     ) -> DeviceSampler:
-        """Send the parameters of requests."""
+        """Send the parameters of requests, in one copy that nothing waits for."""
         temperature, top_k, top_p, min_p, seed = np.stack([row.record for row in rows], axis=1)
         penalized = [row for row in rows if row.counts is not None]
         places = np.full(len(rows), -1)
@@ -65,7 +68,7 @@ class DeviceSampler:
             any_drawn=bool(drawn.any()),
             any_filtered=bool(filtered.any()),
         )
-        return cls(sent, vocab_size, part)
+        return cls._alone(sent, vocab_size, part)
 
     def repeated(self, owners: torch.Tensor) -> DeviceSampler:
         """Of rows of which each has the parameters of row `owners[i]` of this one: [R], on the device.
@@ -80,7 +83,7 @@ class DeviceSampler:
             penalties=rows.penalties._replace(row=nowhere[:-1]),
             changes=rows.changes._replace(starts=nowhere + 1),
         )
-        return DeviceSampler(repeated, self._vocab_size, self._workspace.part)
+        return DeviceSampler._alone(repeated, self._vocab_size, self._workspace.part)
 
     def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `BatchSampler.sample`. A next call with tensors at the same places overwrites what this one returns."""

@@ -43,8 +43,8 @@ class DeviceThread(Executor):
         self._jobs.put(job)
         return future
 
-    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `fn` returns or raises. Who is cancelled meanwhile does not stop it."""
+    def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """What `fn` will return or raise. It has its turn whether this is awaited or not."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -58,7 +58,7 @@ class DeviceThread(Executor):
                 loop.call_soon_threadsafe(_settle, done, result, error)
 
         self._jobs.put(job)
-        return await done
+        return done
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End when all that was given has run. Nothing may be given from now on."""

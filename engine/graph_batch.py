@@ -23,11 +23,13 @@ from headrace.engine.decode_batch import NO_DRAFTS
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SamplingRow
+from headrace.engine.sampling_table import SamplingTable
 from headrace.engine.step_tokens import StepTokens
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
 from headrace.kernels.draft_rows import accept_rows, move_leaf
 from headrace.kernels.draft_tree import depths_of, place_of, standing_row
+from headrace.kernels.row_changes import STATE_FIELDS, RowChanges, advance_rows
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
 
@@ -101,7 +103,6 @@ class GraphBatch(Generic[K]):
     lookahead = 1
 
     def __init__(self, engine: Engine, decoder: GraphDecoder) -> None:
-        capacity = len(decoder.block_table)
         self._engine = engine
         self._decoder = decoder
         self._keys: list[K] = []
@@ -109,12 +110,14 @@ class GraphBatch(Generic[K]):
         """The same, as they were when a step was started last."""
         self._row_of: dict[K, int] = {}
         self._sampling: list[SamplingRow] = []
+        vocab_size = engine.model_config.vocab_size
+        self._samplers = SamplingTable(len(decoder.block_table), vocab_size, engine.device)
+        parameters = self._samplers.parameters
+        self._changes = RowChanges(decoder.state, parameters, decoder.block_table, decoder.limits)
         self._sampler: BatchSampler | None = None
         self._matchers: dict[K, Matcher] = {}
         self._tables: list[list[int]] = []
         """Pages of each row."""
-        self._limits = np.zeros(capacity, dtype=np.int32)
-        """Tokens that they hold."""
         self._drafted_samplers: dict[tuple[int, ...], BatchSampler] = {}
         """By the rows of each request, while the batch has the same members."""
         self._joined: dict[int, tuple[int, int, int]] = {}
@@ -147,7 +150,7 @@ class GraphBatch(Generic[K]):
     ) -> None:
         """See `RunningBatch.join`."""
         row = len(self._keys)
-        assert row < len(self._limits), "the batch is full"
+        assert row < len(self._decoder.block_table), "the batch is full"
         self._keys.append(key)
         self._row_of[key] = row
         self._sampling.append(self._engine.sampling_row(sampling, token_ids, generated))
@@ -283,16 +286,14 @@ class GraphBatch(Generic[K]):
         assert self.in_flight <= self.lookahead, "collect a step first"
         rows, state = len(self._keys), self._decoder.state
         if self._sampler is None:
-            self._sampler = self._new_sampler(self._sampling)
+            self._sampler = self._samplers.sampler(rows) or self._new_sampler(self._sampling)
         if self._matchers:
             self._mask(logits, range(rows), [()] * rows)
-        generated = state.generated[:rows]
-        sampled = self._sampler.sample(logits, generated)
+        sampled = self._sampler.sample(logits, state.generated[:rows])
         logprobs = self._sampler.logprobs(sampled, logits)
-        state.tokens[:rows] = sampled
-        state.positions[:rows] += 1
-        generated += 1
-        self._running.append(_Running(self._members, ArrivingTokens(sampled, logprobs)))
+        report = torch.empty(rows, dtype=torch.int64, pin_memory=sampled.is_cuda)
+        advance_rows(sampled, state, report)
+        self._running.append(_Running(self._members, ArrivingTokens(report, logprobs, is_copied=True)))
 
     def _mask(self, logits: torch.Tensor, firsts: Sequence[int], own: Sequence[Sequence[int]]) -> None:
         """Have grammars forbid tokens; `firsts`: each request's first row, `own`: its draft."""
@@ -342,7 +343,7 @@ class GraphBatch(Generic[K]):
         if repeated is not None:
             return repeated
         if self._sampler is None:
-            self._sampler = self._new_sampler(self._sampling)
+            self._sampler = self._samplers.sampler(len(self._keys)) or self._new_sampler(self._sampling)
         repeated = self._sampler.repeated(self._decoder.rows.layout[0, : sum(lengths)])
         if repeated is None:
             pairs = zip(self._sampling, lengths, strict=True)
@@ -367,29 +368,39 @@ class GraphBatch(Generic[K]):
         return rows
 
     def _send_changes(self) -> None:
-        decoder, device = self._decoder, self._engine.device
+        """Tell the device which rows and pages are others than in the last step."""
+        if not (self._members_changed or self._table_changes):
+            return
+        decoder, moved = self._decoder, self._moved
+        if moved and self._engine.graph_head is not None:
+            columns = np.array([[*moved.keys()], [*moved.values()]], np.int64)
+            targets, origins = upload([*columns], self._engine.device)
+            decoder.state.guesses[targets] = decoder.state.guesses[origins]
+        self._changes.send(len(self._keys), self._changed_rows(), *self._changed_pages())
+
+    def _changed_rows(self) -> np.ndarray:
+        """See `RowChanges.send`."""
+        fields = [(row, -1, *of_row) for row, of_row in self._joined.items()]
+        fields += [(row, origin, 0, 0, 0) for row, origin in self._moved.items()]
+        for row, *_ in fields:
+            self._samplers.put(row, self._sampling[row])
         if self._members_changed:
             self._members = tuple(self._keys)
-            joined = np.array([(row, *of_row) for row, of_row in self._joined.items()], np.int64).reshape(-1, 4)
-            columns = [np.array([*column], np.int64) for column in (self._moved.keys(), self._moved.values())]
-            targets, origins, rows, *values = upload([*columns, *joined.T.copy()], device)
-            for column in (*decoder.state.columns, decoder.state.guesses) if self._moved else ():
-                column[targets] = column[origins]
-            for column, of_joined in zip(decoder.state.columns, values, strict=True):
-                column[rows] = of_joined.to(column.dtype)
-            decoder.state.positions[len(self._keys) :] = -1
             self._moved, self._joined, self._sampler, self._members_changed = {}, {}, None, False
             self._drafted_samplers.clear()
-        if self._table_changes:
-            width, page_size = decoder.block_table.shape[1], self._engine.layout.page_size
-            at, new = list[int](), list[int]()
-            for row, first in self._table_changes:
-                if row < len(self._tables):  # or its request has left
-                    table = self._tables[row]
-                    at += range(row * width + first, row * width + len(table))
-                    new += table[first:]
-                    self._limits[row] = min(len(table) * page_size, self._engine.max_model_len)
-            cells, pages, limits = upload([np.array(at, np.int64), np.array(new, np.int32), self._limits], device)
-            decoder.block_table.view(-1)[cells] = pages
-            decoder.limits.copy_(limits)
-            self._table_changes = []
+        state = np.array(fields, np.int64).reshape(-1, STATE_FIELDS).T
+        return np.concatenate((state, self._samplers.fields(state[0])))
+
+    def _changed_pages(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `RowChanges.send`: cells of the block table, and how many tokens rows have pages for."""
+        width, page_size = self._decoder.block_table.shape[1], self._engine.layout.page_size
+        at, new = list[int](), list[int]()
+        limits = dict[int, int]()
+        for row, first in self._table_changes:
+            if row < len(self._tables):  # or its request has left
+                table = self._tables[row]
+                at += range(row * width + first, row * width + len(table))
+                new += table[first:]
+                limits[row] = min(len(table) * page_size, self._engine.max_model_len)
+        self._table_changes = []
+        return np.array([at, new], np.int64), np.array([[*limits.keys()], [*limits.values()]], np.int64)

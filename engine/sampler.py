@@ -48,6 +48,11 @@ class SamplingRow:
         floats = np.array([params.temperature, params.top_k, params.top_p, params.min_p], np.float64)
         return np.append(floats.view(np.int64), params.seed)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether what it said so far makes no difference, and no token is told apart from others."""
+        return self.counts is None and not self.params.logit_bias and not self.params.min_tokens
+
     @cached_property
     def takes_likeliest(self) -> bool:
         """Whether its token is the one with the highest logit, whatever came before."""
@@ -76,9 +81,7 @@ class BatchSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._logprobs = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
-        self._repeatable = not self._logprobs and not any(
-            row.counts is not None or row.params.logit_bias or row.params.min_tokens for row in rows
-        )
+        self._repeatable = not self._logprobs and all(row.is_plain for row in rows)
         self._on_device = DeviceSampler.of(rows, vocab_size, device) if device.type == "cuda" else None
         if self._on_device is not None:
             return
@@ -95,6 +98,13 @@ class BatchSampler:
         self._seed = torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)
         self._prepare_penalties([rows[i] for i in self._penalized])
         self._prepare_masks(params)
+
+    @classmethod
+    def on_device(cls, logprobs: dict[int, int], sampler: DeviceSampler) -> BatchSampler:
+        """Of plain rows on a GPU; `logprobs`: how many of them are wanted, by row."""
+        made = cls.__new__(cls)
+        made._logprobs, made._repeatable, made._on_device = logprobs, not logprobs, sampler
+        return made
 
     def repeated(self, owners: torch.Tensor) -> BatchSampler | None:
         """For rows of which each has the parameters of row `owners[i]` of this one: [R], on the device, where nothing

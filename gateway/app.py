@@ -76,6 +76,8 @@ class GatewayApp:
         self._tracer = mesh.node.telemetry.tracer
         self._started = int(time.time())
         self.live = LiveFeed(mesh.node, self.readiness, model)
+        self._description = b""
+        """What /openapi.json says, once it was asked for."""
 
     def build(self) -> web.Application:
         """The aiohttp application."""
@@ -183,7 +185,9 @@ class GatewayApp:
 
     async def openapi(self, request: web.Request) -> web.Response:
         """GET /openapi.json: this description."""
-        return _json(await self._tokenizer.in_thread(lambda: openapi(request.app)))
+        if not self._description:
+            self._description = await self._tokenizer.in_thread(lambda: encode_json(openapi(request.app)))
+        return web.Response(body=self._description, content_type="application/json")
 
     def stop(self) -> None:
         """Take no new requests and end those that run."""

@@ -53,7 +53,7 @@ class ReadyBatch(GraphBatch[Any]):
     def __init__(self, engine: Engine, rows: int) -> None:
         """`rows`: of a full batch, whose steps are timed."""
         block_table = torch.empty(rows, engine.pool.pages_for(engine.max_model_len))
-        super().__init__(engine, cast(Any, SimpleNamespace(block_table=block_table)))
+        super().__init__(engine, cast(Any, SimpleNamespace(block_table=block_table, state=None, limits=None)))
         self._ones = torch.ones(rows, dtype=torch.int64)
         self._started = 0.0
         self.host_seconds: list[float] = []

@@ -56,6 +56,7 @@ class WorkerMetrics:
         self._labels = (tier, worker, model)
         self._counts: Tally[str] = Tally()
         if tier == "decode":  # looked up once: a step is short
+            self._decode_time = histograms.decode_time.labels(*self._labels)
             self._batch_size = histograms.batch_size.labels(*self._labels)
             self._step_time = histograms.step_time.labels(*self._labels)
 
@@ -80,7 +81,7 @@ class WorkerMetrics:
                 self._counts["preemptions_total"] += event.code == "preempted"
                 if event.outcome == "finished":
                     seconds = event.ended_at - event.started_at
-                    self._histograms.decode_time.labels(*self._labels).observe(seconds, exemplar(event.of.traceparent))
+                    self._decode_time.observe(seconds, exemplar(event.of.traceparent))
 
     def _count_end(self, event: PrefillEnded | DecodeEnded) -> None:
         self._counts[f"requests_{event.outcome}_total"] += 1

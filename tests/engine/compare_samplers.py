@@ -6,6 +6,7 @@ import torch
 
 from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.sampler import BatchSampler, SamplingRow
+from headrace.engine.sampling_table import SamplingTable
 from headrace.messages.request import SamplingParams
 
 
@@ -67,3 +68,20 @@ def compare(
         got = kernel_sampler.sample(logits.to(device), positions.to(device)).cpu()
         different += int((got != expected).sum())
         assert different <= strays, f"step {step}: {got.tolist()} instead of {expected.tolist()}"
+
+
+def compare_table(vocab_size: int, device: str) -> None:
+    """Rows of a table that others take over, batch after batch, and samplers that are made for each batch."""
+    rows = [SamplingRow(p) for p in some_params(vocab_size) if p.repetition_penalty == 1 and p.presence_penalty == 0]
+    rows = [row for row in rows if row.is_plain]
+    table = SamplingTable(len(rows), vocab_size, torch.device(device))
+    logits, positions = (torch.randn(len(rows), vocab_size) * 3).to(device), torch.arange(len(rows)).to(device)
+    for count in (1, 5, len(rows), 5):
+        now = rows[:count]
+        for row, sampling in enumerate(now):
+            table.put(row, sampling)
+        table.parameters[:, :count] = torch.from_numpy(table.fields(range(count))).to(device)
+        alone = DeviceSampler.of(now, vocab_size, torch.device(device))
+        got = table.device_sampler(count).sample(logits[:count], positions[:count])
+        assert got.tolist() == alone.sample(logits[:count], positions[:count]).tolist()
+        rows.insert(0, rows.pop())

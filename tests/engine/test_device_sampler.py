@@ -7,7 +7,7 @@ import torch
 
 from headrace.kernels import sample as kernel
 from headrace.messages.request import SamplingParams
-from tests.engine.compare_samplers import compare, masked, some_params
+from tests.engine.compare_samplers import compare, compare_table, masked, some_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered")  # as on a GPU
 
@@ -51,3 +51,8 @@ def test_greedy_rows_take_the_first_of_equals() -> None:
     logits[0, [7, 8, 40]] = 1.0
     logits[1, [49]] = 1.0
     compare(logits, [SamplingParams(max_tokens=9, temperature=0)] * 3, 4, 16, "cpu")
+
+
+def test_rows_of_a_table_are_those_of_a_sampler_of_their_own() -> None:
+    """Also after others have taken them over."""
+    compare_table(150, "cpu")

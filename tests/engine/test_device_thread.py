@@ -57,7 +57,7 @@ async def test_who_is_cancelled_does_not_stop_a_job(thread: DeviceThread) -> Non
         may_end.wait(10)
         ended.set()
 
-    waiting = asyncio.create_task(thread.run(job))
+    waiting = thread.run(job)
     await asyncio.to_thread(begun.wait, 10)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -72,9 +72,11 @@ def test_a_job_may_outlive_the_loop_that_waited_for_it(thread: DeviceThread) -> 
     may_end = threading.Event()
 
     async def give() -> None:
-        asyncio.get_running_loop().create_task(thread.run(may_end.wait, 10))
-        await asyncio.sleep(0)
+        thread.run(may_end.wait, 10)
+
+    async def five() -> int:
+        return await thread.run(lambda: 5)
 
     asyncio.run(give())
     may_end.set()
-    assert asyncio.run(thread.run(lambda: 5)) == 5
+    assert asyncio.run(five()) == 5

@@ -13,6 +13,7 @@ from tests.kernels.comparisons import (
     compare_decode_linear,
     compare_draft_rows,
     compare_quantize_rows,
+    compare_row_changes,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,6 +84,13 @@ def test_rows_of_drafts_and_what_stands_equal_their_reference(lengths: list[int]
     """Requests with and without drafts; some rows are nobody's."""
     rows = sum(lengths) + len(lengths)
     compare_draft_rows("cuda", lengths, rows + 5, rows)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 5])
+@pytest.mark.parametrize("cells", [0, 1, 700])
+def test_changed_rows_and_pages_equal_their_reference(moved: int, cells: int) -> None:
+    """Rows that take over the state of others, in circles too, rows that join, and nothing at all."""
+    compare_row_changes("cuda", moved, cells)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128])

@@ -9,7 +9,7 @@ from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.sampler import SamplingRow
 from headrace.kernels.sample import PART
 from headrace.messages.request import SamplingParams
-from tests.engine.compare_samplers import compare, masked, some_params
+from tests.engine.compare_samplers import compare, compare_table, masked, some_params
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -53,3 +53,8 @@ def test_a_row_gives_the_same_token_in_any_batch_and_in_a_graph() -> None:
         replayed = together.sample(logits, positions)
     graph.replay()
     assert replayed.tolist() == alone
+
+
+def test_rows_of_a_table_are_those_of_a_sampler_of_their_own() -> None:
+    """Also after others have taken them over."""
+    compare_table(49152, "cuda")

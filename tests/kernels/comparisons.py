@@ -30,6 +30,7 @@ from headrace.kernels.epilogue import SQUARES_SCALE, Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.mask_logits import launch_mask_logits, mask_logits_reference
 from headrace.kernels.rope import RopeTables
+from headrace.kernels.row_changes import STATE_FIELDS, launch_row_changes, row_changes_reference
 from tests.kernels.references import (
     accept_rows_reference,
     begin_decode_reference,
@@ -178,6 +179,30 @@ def compare_begin_decode(device: str, dtype: torch.dtype, batch: int, hidden: in
     begin_decode_reference(tokens, embedding, 2.0, expected, squares[1])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(squares[0].double(), squares[1].double(), rtol=1e-5, atol=0)
+
+
+def compare_row_changes(device: str, moved: int, num_cells: int) -> None:
+    """So many of some rows take over each other's state, as many get a new one; cells of the block table change."""
+    requests, parameters, width = 12, 3, 90
+    order = torch.randperm(requests - 1)
+    rows = torch.randint(50, (STATE_FIELDS + parameters, 2 * moved))
+    rows[0], rows[1] = order[: 2 * moved], -1
+    rows[1, :moved] = rows[0, :moved].roll(1)
+    cells = torch.stack((torch.randperm(requests * width)[:num_cells], torch.randint(999, (num_cells,))))
+    limits = torch.stack((order[:moved], torch.randint(999, (moved,))))
+    changes = torch.cat((rows.flatten(), cells.flatten(), limits.flatten()))
+    state = [torch.randint(99, (requests,)), *torch.randint(99, (2, requests)).int(), torch.zeros(requests, 1).long()]
+    others = [
+        torch.randint(99, (parameters, requests)),
+        torch.zeros(requests, width).int(),
+        torch.zeros(requests).int(),
+    ]
+    found = []
+    for on, change in ((device, launch_row_changes), ("cpu", row_changes_reference)):
+        own, after = RequestState(*(column.clone().to(on) for column in state)), [x.clone().to(on) for x in others]
+        change(requests - 1, changes.to(on), (2 * moved, num_cells, moved), own, *after)
+        found.append([column.tolist() for column in (*own.columns, *after)])
+    assert found[0] == found[1]
 
 
 def compare_draft_rows(device: str, lengths: list[int], max_rows: int, size: int) -> None:
