@@ -52,8 +52,8 @@ class Unread:
     position: int
     """Of the first."""
     token_ids: list[int]
-    features: list[torch.Tensor] = field(default_factory=list)
-    """The target's at these positions, [T, F], of a drafter that reads them, in parts."""
+    features: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
+    """The target's at these positions, of a drafter that reads them, in parts: [rows, F], the first row and the end."""
     is_lost: bool = False
     """There was too much."""
 
@@ -112,7 +112,8 @@ class ChainDrafter(ABC):
         if depth > 0:
             states, keys, positions = self._catch_up(batch)
             for one in self._unread.values():
-                one.features[-1:] = [part.clone() for part in one.features[-1:]]  # not read, after all
+                for part, first, end in one.features[-1:]:  # not read, after all
+                    one.features[-1] = part[first:end].clone(), 0, end - first
             if keys:
                 drafts = draft_chains(self._guesser, partial(self._read, batch), batch, states, keys, positions, depth)
         self.seconds = time.perf_counter() - started
@@ -135,7 +136,7 @@ class ChainDrafter(ABC):
                 features = self._features(end)
                 features = features.clone() if waits and features is not None else features
             if features is not None:
-                unread.features.append(features[seen.first_row : end])
+                unread.features.append((features, seen.first_row, end))
             unread.token_ids += seen.token_ids
             if len(unread.token_ids) > MAX_UNREAD:
                 unread.features, unread.token_ids, unread.is_lost = [], [], True
@@ -151,7 +152,7 @@ class ChainDrafter(ABC):
         if not keys:
             return torch.empty(0), [], []
         reads = [self._unread[key] for key in keys]
-        states = self._first_states([part for one in reads for part in one.features])
+        states = self._first_states([part[first:end] for one in reads for part, first, end in one.features])
         states = self._read(batch, states, keys, [one.position for one in reads], [one.token_ids for one in reads])
         for one in reads:
             one.position += len(one.token_ids)

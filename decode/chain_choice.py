@@ -33,13 +33,10 @@ TRY_AGAIN_STEPS = 32
 """After so many steps without one, a token is guessed, to see whether guesses have become good."""
 TRYING_SHARE = 0.005
 """Of the time, which that may take at most: where it takes longer it comes less often."""
+NEARLY_RIGHT = [0.9 ** (place + 1) for place in range(MAX_HEAD_DEPTH)]
+"""Chances by place, better than any head's: where these would not pay nothing is tried."""
 GOES_ON, GOES_ON_STRIDE = 0.5, 0.02
 """How often a draft that may get longer is taken to do so at first, and what a draft shows of it."""
-PLAIN_STEPS = 2
-"""In a row without anything of a head on the device, so that what these take is measured, too: of steps that run ahead,
-the time from one's end to the next one's is known."""
-FIRST_PLAIN, MOST_BETWEEN_PLAIN = 16, 256
-"""They come after so many steps with its guesses, then after twice as many each time, up to a bound."""
 FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
 """Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
 has guessed is known."""
@@ -63,6 +60,8 @@ class ThreadChain:
         self._paying_depth = 0
         """How far it pays to guess with `_depth_of` requests, for `_depth_lasts` more steps."""
         self._depth_of = self._depth_lasts = 0
+        self._may_pay = True
+        """Whether it would if nearly all guesses were right."""
         self._steps_without = 0
         self._trying_seconds = 0.0
         """Seconds of tries that are not made up for yet."""
@@ -99,13 +98,21 @@ class ThreadChain:
         if self._depth_lasts == 0 or requests != self._depth_of:
             expected = self._expected(requests, cost)
             self._paying_depth = max(best_lengths(chances(), requests, *expected)[0])
+            self._may_pay = (
+                self._paying_depth > 0 or max(best_lengths([NEARLY_RIGHT] * requests, requests, *expected)[0]) > 0
+            )
             self._depth_lasts, self._depth_of = DEPTH_STEPS, requests
         self._depth_lasts -= 1
         self.depth = self._paying_depth
         self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
-        if self._steps_without >= TRY_AGAIN_STEPS and self._trying_seconds <= 0.0:
+        if self._steps_without >= TRY_AGAIN_STEPS and self._trying_seconds <= 0.0 and self._may_pay:
             self.depth, self._steps_without = 1, 0
         return self.depth
+
+    def rest(self) -> None:
+        """The next step has nothing of it, and nobody asks."""
+        self.depth = 0
+        self._steps_without += 1
 
     def _expected(self, requests: int, cost: StepCost) -> tuple[list[float], float, list[float]]:
         """What `best_lengths` is to know, where drafts that may have so many tokens are expected to have fewer."""
@@ -144,24 +151,19 @@ class DeviceHead:
         """Each request's, as chosen last."""
         self._steps_to_choice = self._chosen_for = 0
         self._steps_without = 0
-        self._between_plain = self._steps_to_plain = FIRST_PLAIN
-        self._plain_left = 0
 
     def rests(self, requests: int) -> bool:
         """Whether it does not pay and the next step, of so many requests, need not ask."""
         if not self.can_guess_for(requests):
             self.depth, self.rate, self._tree, self._chosen_for = 0, 0.0, [], requests
             return True
-        if self._steps_to_plain <= 0:
-            self._between_plain = min(2 * self._between_plain, MOST_BETWEEN_PLAIN)
-            self._steps_to_plain, self._plain_left = self._between_plain, PLAIN_STEPS
-        if self._plain_left > 0:
-            self._plain_left -= 1
-            self.depth = self._steps_to_choice = 0
-            return True
         rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
         self._steps_without += rests
         return rests
+
+    def pause(self) -> None:
+        """The next step has nothing of it."""
+        self.depth = self._steps_to_choice = 0
 
     def can_guess_for(self, requests: int) -> bool:
         """Whether it guesses for so many at all."""
@@ -183,7 +185,6 @@ class DeviceHead:
                 self.depth, self._steps_without = 1, 0
             self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
             self._chosen_for = requests
-        self._steps_to_plain -= 1 if self._tree else 0
         return as_draft(self._tree, guessed) if self._tree else chain(guessed)
 
     def price(self, requests: int) -> float:

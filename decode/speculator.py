@@ -7,6 +7,7 @@ whether the next one should wait for its tokens (`waits`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,18 @@ from headrace.decode.draft_counters import Counters
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
-from headrace.decode.step_cost import Kind, StepCost
+from headrace.decode.step_cost import Kind, PlainSteps, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
 from headrace.kernels.draft_tree import chain
 
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a `ThreadChain`'s guesses were right by their place alone."""
-PLAIN_STEP = 64
-"""After so many steps with drafts comes one without: what those take is measured now and then, too."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
+LOOKING_SHARE = 0.0025
+"""Of the time, which looks that find nothing may take where steps do not run ahead: the dearer, the fewer."""
+WEIGHED_STEPS = 16
+"""At most so many steps are weighed together."""
 REQUESTS_A_STEP_BESIDE_HEAD = 8
 """The same where a head drafts meanwhile, and fewer the fewer requests there are, by the square of their number in
 units of this: a lookup must show more, each look is evidence of it, and looks of many requests take the host long."""
@@ -86,9 +89,11 @@ class Speculator:
         """Seconds of drafting and controlling that the balance knows of."""
         self._guessing = 0.0
         """Of what was guessed at the end of the last step: to be weighed with what the next one makes of it."""
-        self._paused = False
-        self._steps_with_drafts = 0
-        """Since the last one without."""
+        self._unweighed: list[tuple[int, int, int, float]] = []
+        """Of each step since then: requests, tokens verified, those that stood, seconds of guessing at its end."""
+        self._weighed_together = 0
+        """How many may be."""
+        self._plain_steps = PlainSteps(in_a_row=1 if self._device is None else 2)  # ahead, two in a row are measured
         self._steps_ahead = 0
         self._steps_left = 0
         self._kind_before: Kind = "plain"
@@ -96,41 +101,54 @@ class Speculator:
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
         self._num_requests = len(requests)
-        self._paused = bool(requests) and self._pauses
-        if self._paused:
+        if requests and self._rests():
             self.ahead = {}
             if self._thread is not None:
-                self._thread.depth = 0
+                self._thread.rest()
             return {}
-        guessed, rests = self.depth_on_device, self._device_rests(requests)
+        started, guessed = time.perf_counter(), self.depth_on_device
+        is_plain = self._plain_steps.begin()
+        rests = self._device_rests(requests, is_plain)
         ahead, chosen = dict[Key, list[int]](), dict[Key, _Choice]()
         if not self._too_many(len(requests)):
             self._follow_all(requests)
             ahead = {} if rests else self._choose_on_device(requests)
             chosen = self._choose(requests, guessed)
-        if self._steps_with_drafts >= PLAIN_STEP:
+        if is_plain:
             chosen = {}
-        self._found(bool(chosen), len(requests))
         if self._thread is not None:
-            started = time.perf_counter()
+            choosing = time.perf_counter()
             depth = self._thread.choose_depth(self._num_requests, self._cost, self._chances_by_place)
-            self.counters.controlling_seconds += time.perf_counter() - started
+            self.counters.controlling_seconds += time.perf_counter() - choosing
             self.ahead = {r.key: self._ahead(r, chosen, depth) for r in requests} if depth > 0 else {}
+        self._found(bool(chosen), len(requests), time.perf_counter() - started)
         for key, choice in chosen.items():
             self._drafted[key].proposed = choice.drafter
         return {key: choice.guess.token_ids[: choice.length] for key, choice in chosen.items()} or ahead
 
+    def _rests(self) -> bool:
+        """Whether nobody looks for drafts before the next step."""
+        if self._device is not None:
+            return False
+        if self._balance.pauses:
+            return True
+        rests = self._steps_left > 0 and (self._thread is None or self._thread.depth == 0)
+        self._steps_left -= rests
+        return rests
+
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
         self._num_requests = len(requests)
-        if self._device_rests(requests):
+        if self._device_rests(requests, self._plain_steps.begin()):
             return {}
         self._follow_all(requests)
         return self._choose_on_device(requests)
 
-    def _device_rests(self, requests: Sequence[Request]) -> bool:
+    def _device_rests(self, requests: Sequence[Request], is_plain: bool) -> bool:
         """Whether the next step need not ask a head on the device, if there is one."""
-        return self._device is None or self._device.rests(len(requests))
+        if self._device is not None and is_plain:
+            self._device.pause()
+        return self._device is None or is_plain or self._device.rests(len(requests))
 
     def _choose_on_device(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         assert self._device is not None
@@ -155,7 +173,7 @@ class Speculator:
         Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
-        if self._too_many(len(requests)) or self._pauses:
+        if self._too_many(len(requests)) or self._plain_steps.is_next or self._pauses:
             return False
         if self._steps_left > 0:
             self._steps_left -= 1
@@ -175,11 +193,17 @@ class Speculator:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
         return self._device is not None and not self._device.can_guess_for(requests)
 
-    def _found(self, drafts: bool, requests: int) -> None:
-        beside_head = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
-        most = MAX_STEPS_AHEAD if self._device is None else min(beside_head, MAX_STEPS_AHEAD)
-        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
-        self._steps_left = self._steps_ahead
+    def _found(self, drafts: bool, requests: int, took: float = math.inf) -> None:
+        """`took`: seconds of the look, where a step waited for it."""
+        if drafts:
+            self._steps_ahead = self._steps_left = 0
+            return
+        most = MAX_STEPS_AHEAD
+        if self._device is not None:
+            most = min((requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2, most)
+        elif took < most * LOOKING_SHARE * self._cost.plain[requests]:
+            most = int(took / (LOOKING_SHARE * self._cost.plain[requests]))
+        self._steps_left = self._steps_ahead = min(2 * self._steps_ahead + 1, most)
 
     def _choose(self, requests: Sequence[Request], guessed: int | None = None) -> dict[Key, _Choice]:
         """Those drafts that pay. `guessed`: how many tokens a head on the device has guessed; None: requests have
@@ -257,22 +281,13 @@ class Speculator:
         counters, drafted, requests = self.counters, sum(map(len, drafts.values())), self._num_requests
         known = {key: draft for key, draft in drafts.items() if draft[0] >= 0}
         kind: Kind = "verifying" if known else "ahead" if self.depth_on_device or drafts else "plain"
-        guessing = 0.0
+        guessing, accepted = 0.0, 0
         if self._thread is not None:
             guessing = self._thread.ran(requests, seconds)
         elif self._device is not None:
             guessing = self._device.price(requests)
         seconds = max(seconds - guessing, 0.0)
         counters.head_seconds += guessing
-        if requests > 0:
-            started = time.perf_counter()
-            # a step that runs ahead was started while the one before it, of whatever kind, took this time
-            if self._device is None or kind in ("verifying", self._kind_before):
-                self._cost.observe(requests + drafted, seconds, kind)
-            self._kind_before = kind
-            if self._device is None:
-                self._weigh(known, drafted, guessing)
-            counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         for key, draft in known.items():
             request = self._drafted[key]
@@ -280,24 +295,40 @@ class Speculator:
             of_drafter.drafts += 1
             of_drafter.drafted += len(draft)
             of_drafter.accepted += request.accepted
+            accepted += request.accepted
         if drafts:
             counters.verification_seconds += seconds
+            self._plain_steps.drafted()
         else:
             counters.steps_without_drafts += 1
+        if requests > 0:
+            started = time.perf_counter()
+            # a step that runs ahead was started while the one before it, of whatever kind, took this time
+            if self._device is None or kind in ("verifying", self._kind_before):
+                self._cost.observe(requests + drafted, seconds, kind)
+            self._kind_before = kind
+            if self._device is None:
+                self._unweighed.append((requests, drafted, accepted, guessing if self.ahead else 0.0))
+                if len(self._unweighed) >= self._weighed_together:
+                    self._weigh()
+            counters.controlling_seconds += time.perf_counter() - started
 
-    def _weigh(self, drafts: Mapping[Key, Sequence[int]], drafted: int, guessing: float) -> None:
-        """Take a step that verified so many tokens into the balance. Costs are those believed, not what this step took:
-        other work on the machine says nothing of drafts.
+    def _weigh(self) -> None:
+        """Take steps into the balance. Costs are those believed, not what these took: other work on the machine says
+        nothing of drafts.
         """
-        counters, cost, requests = self.counters, self._cost, self._num_requests
-        plain, spent = cost.plain[requests], counters.drafting_seconds + counters.controlling_seconds
-        saved = 0.0 if self._paused else min(self._weighed - spent, 0.0) - self._guessing
-        if drafts:
-            saved -= cost.verifying[requests + drafted] - plain
-            saved += sum([self._drafted[key].accepted for key in drafts]) * plain / requests
-        self._balance.add(saved, plain)
-        self._weighed, self._guessing = spent, guessing
-        self._steps_with_drafts = self._steps_with_drafts + 1 if drafts else 0
+        counters, cost, step = self.counters, self._cost, self._cost.plain[self._num_requests]
+        spent = counters.drafting_seconds + counters.controlling_seconds
+        saved = min(self._weighed - spent, 0.0)
+        for requests, drafted, accepted, guessing in self._unweighed:
+            saved -= self._guessing
+            if drafted:
+                plain = cost.plain[requests]
+                saved += plain - cost.verifying[requests + drafted] + accepted * plain / requests
+            self._guessing = guessing
+        self._balance.add(saved, step, len(self._unweighed))
+        self._weighed, self._unweighed = spent, []
+        self._weighed_together = min(self._balance.lasts(step), WEIGHED_STEPS)
 
     def stats(self) -> dict[str, float]:
         """The counters as metrics of a worker."""

@@ -29,8 +29,39 @@ DOUBT = 2.0
 much beside the square of its own evidence."""
 Kind = Literal["plain", "verifying", "ahead"]
 """Of a step: without drafts, with drafts that the host knows, with drafts that the device knows."""
+MOVED = 0.005
+"""A table of seconds by rows is made anew when a point has moved by so much of itself."""
 REFRESH_STEPS = 16
 """After so many steps together they are learned from, and `plain` and the others made anew."""
+PLAIN_AFTER, MOST_BETWEEN_PLAIN = 16, 256
+"""After so many steps with drafts come some without, and then after twice as many each time, up to a bound."""
+
+
+class PlainSteps:
+    """Says when a step is to have no drafts, if only so that what such steps take is measured now and then, too."""
+
+    def __init__(self, in_a_row: int) -> None:
+        self._in_a_row = in_a_row
+        self._between = self._until = PLAIN_AFTER
+        self._left = 0
+
+    @property
+    def is_next(self) -> bool:
+        """Whether the next step is one."""
+        return self._until <= 0
+
+    def begin(self) -> bool:
+        """A step begins; returns whether it is one."""
+        if self._until > 0:
+            return False
+        self._left = (self._left or self._in_a_row) - 1
+        if self._left == 0:
+            self._until = self._between = min(2 * self._between, MOST_BETWEEN_PLAIN)
+        return True
+
+    def drafted(self) -> None:
+        """A step had drafts."""
+        self._until -= 1
 
 
 class StepCost:
@@ -112,6 +143,8 @@ class _Curve:
         self.evidence = np.zeros(len(points))
         """By point, in steps."""
         self._rows = np.arange(1, max_rows + 1)
+        self._seconds: list[float] = []
+        self._made_of = np.zeros(len(points))
 
     def observe(self, rows: int, seconds: float) -> float:
         """A step of so many rows took so long, but for the level; returns how much more that is than expected."""
@@ -132,8 +165,11 @@ class _Curve:
         evidence, near = self.evidence, self._nearness
         others = near @ (evidence * self._drifts) / (near @ evidence + DOUBT)
         drifts = (evidence**2 * self._drifts + DOUBT * others) / (evidence**2 + DOUBT)
-        now = _rising((self._measured * np.exp(drifts) * level).tolist(), (self.evidence + 0.1).tolist())
-        return [0.0, *np.interp(self._rows, self._points, now).tolist()]
+        now = self._measured * np.exp(drifts) * level
+        if (np.abs(now - self._made_of) > MOVED * now).any():
+            self._made_of, rising = now, _rising(now.tolist(), (self.evidence + 0.1).tolist())
+            self._seconds = [0.0, *np.interp(self._rows, self._points, rising).tolist()]
+        return self._seconds
 
 
 def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:

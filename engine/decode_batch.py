@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -77,8 +76,7 @@ class RunningBatch(Protocol[K]):
         """The tokens of the oldest step that was started."""
 
 
-@dataclass(frozen=True)
-class Seen(Generic[K]):
+class Seen(NamedTuple, Generic[K]):
     """What a step has read of a request, and what it said."""
 
     key: K

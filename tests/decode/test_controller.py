@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from headrace.decode.balance import LOSS, MOST_OWED, MOST_SAVED, Balance
 from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, best_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
-from headrace.decode.speculator import PLAIN_STEP
 from headrace.decode.step_cost import MAX_ROWS, StepCost
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
@@ -58,7 +57,7 @@ def test_rows_that_were_timed_too_fast_are_found_out() -> None:
     cost, chances = StepCost({1: 5.5, 4: 7.0, 8: 12.0, 12: 12.5, 32: 39.0}, 64), [[0.6]] * 8
     drafted = 0
     for step in range(600):
-        rows = 8 + (sum(choose_lengths(chances, 8, cost)) if step % PLAIN_STEP else 0)
+        rows = 8 + (sum(choose_lengths(chances, 8, cost)) if step % 64 else 0)
         drafted += (rows > 8) * (step >= 100)
         factor = 1.5 + 0.5 * (step // 50 % 2) + generator.gauss(0.0, 0.1)
         cost.observe(rows, (12.0 + 2.5 * (rows - 8)) * factor, "verifying" if rows > 8 else "plain")
@@ -96,7 +95,7 @@ def test_what_was_slow_for_a_while_is_tried_again() -> None:
     cost, guess = StepCost(MEASURED, 64), [[0.9**length for length in range(1, 16)]]
     usual = choose_lengths(guess, 1, cost)
     for step in range(600):
-        length = choose_lengths(guess, 1, cost)[0] if step % PLAIN_STEP else 0
+        length = choose_lengths(guess, 1, cost)[0] if step % 64 else 0
         cost.observe(1 + length, 410.0 if length else 41.0, "verifying" if length else "plain")
     assert choose_lengths(guess, 1, cost) < usual
     for _ in range(2000):
