@@ -12,8 +12,6 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from headrace.decode.chain import ChainDrafter
 from headrace.decode.controller import HeadCost, best_lengths
 from headrace.decode.drafter import Draft
@@ -88,13 +86,10 @@ class ThreadChain:
         self._guessed = {}
         return found
 
-    def choose_depth(self, requests: int, cost: StepCost, chances: Callable[[], list[list[float]]]) -> int:
-        """How far to guess at the end of the next step. What is guessed is cut to what pays once it is known, so this
-        asks as if `chances`, by place, were all that will be known.
+    def choose_depth(self, requests: int, cost: StepCost, chances: Callable[[], list[list[float]]]) -> None:
+        """Choose `depth`, how far to guess at the end of the next step. What is guessed is cut to what pays once it is
+        known, so this asks as if `chances`, by place, were all that will be known.
         """
-        if not requests:
-            self.depth = 0
-            return 0
         if self._depth_lasts == 0 or requests != self._depth_of:
             expected = self._expected(requests, cost)
             self._paying_depth = max(best_lengths(chances(), requests, *expected)[0])
@@ -107,7 +102,6 @@ class ThreadChain:
         self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
         if self._steps_without >= TRY_AGAIN_STEPS and self._trying_seconds <= 0.0 and self._may_pay:
             self.depth, self._steps_without = 1, 0
-        return self.depth
 
     def rest(self) -> None:
         """The next step has nothing of it, and nobody asks."""
@@ -118,10 +112,10 @@ class ThreadChain:
         """What `best_lengths` is to know, where drafts that may have so many tokens are expected to have fewer."""
         lengths = [0.0, *itertools.accumulate(itertools.accumulate([1.0, *self._goes_on], operator.mul))]
         most = min(requests * MAX_HEAD_DEPTH, MAX_ROWS - requests)
-        along = np.interp(np.arange(most + 1) / requests, range(len(lengths)), lengths)
-        seconds = np.interp(requests * (1 + along), range(len(cost.verifying)), cost.verifying)
+        along = [_between(lengths, drafted / requests) for drafted in range(most + 1)]
+        seconds = [_between(cost.verifying, requests * (1 + length)) for length in along]
         drafting = self._cost.of(requests, lengths[1:])
-        return [0.0] * requests + seconds.tolist(), requests / cost.plain[requests], drafting
+        return [0.0] * requests + seconds, requests / cost.plain[requests], drafting
 
     def ran(self, requests: int, seconds: float) -> float:
         """A step of so many requests, guesses included, took so long; returns what they took of that."""
@@ -131,6 +125,12 @@ class ThreadChain:
         if self._longest > 0 and requests > 0:
             self._cost.observe(requests, self._longest, spent)
         return spent
+
+
+def _between(values: Sequence[float], at: float) -> float:
+    """On the lines between values at 0, 1, and so on."""
+    left = min(int(at), len(values) - 2)
+    return values[left] + (values[left + 1] - values[left]) * (at - left)
 
 
 class DeviceHead:

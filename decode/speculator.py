@@ -117,9 +117,7 @@ class Speculator:
         if is_plain:
             chosen = {}
         if self._thread is not None:
-            choosing = time.perf_counter()
-            depth = self._thread.choose_depth(self._num_requests, self._cost, self._chances_by_place)
-            self.counters.controlling_seconds += time.perf_counter() - choosing
+            depth = self._thread.depth
             self.ahead = {r.key: self._ahead(r, chosen, depth) for r in requests} if depth > 0 else {}
         self._found(bool(chosen), len(requests), time.perf_counter() - started)
         for key, choice in chosen.items():
@@ -128,7 +126,7 @@ class Speculator:
 
     def _rests(self) -> bool:
         """Whether nobody looks for drafts before the next step."""
-        if self._device is not None:
+        if self._device is not None:  # it costs the host hardly anything, and knows by itself when to rest
             return False
         if self._balance.pauses:
             return True
@@ -173,7 +171,8 @@ class Speculator:
         Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
-        if self._too_many(len(requests)) or self._plain_steps.is_next or self._pauses:
+        pauses = self._plain_steps.is_next or (self._device is None and self._balance.pauses)
+        if pauses or self._too_many(len(requests)):
             return False
         if self._steps_left > 0:
             self._steps_left -= 1
@@ -183,11 +182,6 @@ class Speculator:
         if not chosen:
             self._found(False, len(requests))
         return bool(chosen)
-
-    @property
-    def _pauses(self) -> bool:
-        """A head on the device costs the host hardly anything, and knows by itself when to rest."""
-        return self._device is None and self._balance.pauses
 
     def _too_many(self, requests: int) -> bool:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
@@ -206,8 +200,8 @@ class Speculator:
         self._steps_left = self._steps_ahead = min(2 * self._steps_ahead + 1, most)
 
     def _choose(self, requests: Sequence[Request], guessed: int | None = None) -> dict[Key, _Choice]:
-        """Those drafts that pay. `guessed`: how many tokens a head on the device has guessed; None: requests have
-        tokens on their way.
+        """Those drafts that pay; a `ThreadChain` chooses its depth. `guessed`: how many tokens a head on the device
+        has guessed; None: requests have tokens on their way.
         """
         if not requests:
             return {}
@@ -241,6 +235,8 @@ class Speculator:
             rate, price = max(rate, device.rate), [device.price(len(requests))] * (MAX_DRAFT_TOKENS + 1)
         along = [chances for _, _, _, chances in best.values()]
         lengths = best_lengths(along, len(requests), self._cost.verifying, rate, price)[0] if along else []
+        if self._thread is not None:
+            self._thread.choose_depth(len(requests), self._cost, self._chances_by_place)
         self.counters.drafting_seconds += found - started
         self.counters.controlling_seconds += time.perf_counter() - found
         choices = {
