@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from headrace.decode.chain import ChainDrafter
 from headrace.decode.controller import HeadCost, best_lengths
+from headrace.decode.draft_counters import DrafterCounters
 from headrace.decode.drafter import Draft
 from headrace.decode.guess_tree import GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.step_cost import MAX_ROWS, StepCost
-from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.decode_batch import DecodeBatch, Verified
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.kernels.draft_tree import chain
 
@@ -35,7 +36,7 @@ NEARLY_RIGHT = [0.9 ** (place + 1) for place in range(MAX_HEAD_DEPTH)]
 """Chances by place, better than any head's: where these would not pay nothing is tried."""
 GOES_ON, GOES_ON_STRIDE = 0.5, 0.02
 """How often a draft that may get longer is taken to do so at first, and what a draft shows of it."""
-FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
+FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 8
 """Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
 has guessed is known."""
 
@@ -144,11 +145,12 @@ class DeviceHead:
         self.rate = 0.0
         """Tokens a second that steps with its guesses are expected to make, which run ahead."""
         self.trees = GuessTrees()
-        self.verified: dict[Key, dict[int, int]] = {}
-        """Of its guesses, by the step collected last."""
+        self.verified: Mapping[Key, Verified] = {}
+        """Of its guesses, by the step collected last, and not learned from yet."""
         self._cost = cost
-        self._tree: list[int] = []
+        self._tree: Sequence[int] = []
         """Each request's, as chosen last."""
+        self._tree_depth = 0
         self._steps_to_choice = self._chosen_for = 0
         self._steps_without = 0
 
@@ -176,9 +178,9 @@ class DeviceHead:
         if requests and (self._steps_to_choice <= 0 or requests != self._chosen_for):
             plain = requests / cost.plain[requests]
             ahead, drafting = cost.ahead[: MAX_ROWS + 1], self._cost.of(requests)
-            self._tree, self.depth, self.rate = self.trees.choose(
-                requests, ahead, plain, drafting, drafts=bool(self._tree)
-            )
+            kept = self._tree, self._tree_depth
+            self._tree, self.depth, self.rate = self.trees.choose(requests, ahead, plain, drafting, kept)
+            self._tree_depth = self.depth
             self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
             lost = max(ahead[requests] + drafting[1] - cost.plain[requests], 0.0)
             if self._steps_without >= max(2 * TRY_AGAIN_STEPS, lost / (TRYING_SHARE * cost.plain[requests])):
@@ -191,9 +193,11 @@ class DeviceHead:
         """Seconds that it takes to guess as far as it is to."""
         return self._cost.of(requests)[self.depth]
 
-    def learn(self, key: Key, new: Sequence[int]) -> int:
-        """A request has got these tokens; returns how many of its guesses were verified."""
-        verified = self.verified.pop(key, {})
-        if verified:
-            self.trees.learn(verified, new)
-        return len(verified)
+    def learn(self, counters: DrafterCounters) -> None:
+        """From what the step collected last has verified."""
+        for verified in self.verified.values():
+            self.trees.learn(verified)
+            counters.drafts += 1
+            counters.drafted += len(verified.draft)
+            counters.accepted += len(verified.came) - 1
+        self.verified = {}

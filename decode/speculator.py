@@ -30,6 +30,8 @@ MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 LOOKING_SHARE = 0.0025
 """Of the time, which looks that find nothing may take where steps do not run ahead: the dearer, the fewer."""
+REFILL_STRIDE = 0.1
+"""What one time shows of the next ones."""
 WEIGHED_STEPS = 16
 """At most so many steps are weighed together."""
 REQUESTS_A_STEP_BESIDE_HEAD = 8
@@ -82,6 +84,8 @@ class Speculator:
         self._names = [drafter.name, *([chain.name] if chain is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
         self._drafted: dict[Key, _Drafted] = {}
+        self._refill = 0.0
+        """Seconds that the device waits for the host behind steps whose drafts the host knows."""
         self._num_requests = 0
         """Of the step that was proposed for last."""
         self._balance = Balance()
@@ -137,16 +141,16 @@ class Speculator:
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
         self._num_requests = len(requests)
-        if self._device_rests(requests, self._plain_steps.begin()):
-            return {}
-        self._follow_all(requests)
-        return self._choose_on_device(requests)
+        return {} if self._device_rests(requests, self._plain_steps.begin()) else self._choose_on_device(requests)
 
     def _device_rests(self, requests: Sequence[Request], is_plain: bool) -> bool:
         """Whether the next step need not ask a head on the device, if there is one."""
-        if self._device is not None and is_plain:
+        if self._device is None:
+            return True
+        self._device.learn(self.counters.of[self._device.name])
+        if is_plain:
             self._device.pause()
-        return self._device is None or is_plain or self._device.rests(len(requests))
+        return is_plain or self._device.rests(len(requests))
 
     def _choose_on_device(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         assert self._device is not None
@@ -171,6 +175,8 @@ class Speculator:
         Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
+        if self._device is not None:
+            self._device.learn(self.counters.of[self._device.name])
         pauses = self._plain_steps.is_next or (self._device is None and self._balance.pauses)
         if pauses or self._too_many(len(requests)):
             return False
@@ -228,11 +234,12 @@ class Speculator:
                 if key not in best or promised > best[key][0]:
                     best[key] = promised, name, guess, chances
         rate = len(requests) / self._cost.plain[len(requests)]
-        price: Sequence[float] = ()
+        refill = self._refill if guessed is None else 0.0
+        price: Sequence[float] = [refill] * (MAX_DRAFT_TOKENS + 1) if refill else ()
         if device is not None:
             if guessed and best:  # beside a lookup that stops all from running ahead
                 self._add_unseen(device, guessed, limits, best)
-            rate, price = max(rate, device.rate), [device.price(len(requests))] * (MAX_DRAFT_TOKENS + 1)
+            rate, price = max(rate, device.rate), [device.price(len(requests)) + refill] * (MAX_DRAFT_TOKENS + 1)
         along = [chances for _, _, _, chances in best.values()]
         lengths = best_lengths(along, len(requests), self._cost.verifying, rate, price)[0] if along else []
         if self._thread is not None:
@@ -309,6 +316,10 @@ class Speculator:
                     self._weigh()
             counters.controlling_seconds += time.perf_counter() - started
 
+    def refilled(self, seconds: float) -> None:
+        """So long took the start of a step while the device had nothing to do, as behind one that was waited for."""
+        self._refill += (seconds - self._refill) * REFILL_STRIDE
+
     def _weigh(self) -> None:
         """Take steps into the balance. Costs are those believed, not what these took: other work on the machine says
         nothing of drafts.
@@ -361,11 +372,6 @@ class Speculator:
         if not new:
             return new
         drafted.length += len(new)
-        if self._device is not None and (verified := self._device.learn(key, new)):
-            of_head = self.counters.of[self._device.name]
-            of_head.drafts += 1
-            of_head.drafted += verified
-            of_head.accepted += len(new) - 1
         for name, guessed in drafted.guesses.items():
             self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
         drafted.guesses = {}

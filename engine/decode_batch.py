@@ -26,13 +26,24 @@ K = TypeVar("K", bound=Hashable)
 NO_DRAFTS: Mapping[Any, Sequence[int]] = MappingProxyType({})
 
 
+class Verified(NamedTuple):
+    """A draft that nobody had seen."""
+
+    draft: Sequence[int]
+    """See `guess_at`."""
+    token_ids: Sequence[int]
+    """Its tokens."""
+    came: Sequence[int]
+    """The step's."""
+
+
 class RunningBatch(Protocol[K]):
     """What a decode worker needs of its batch."""
 
     lookahead: int
     """Steps that may be in flight after a new one was started."""
-    verified: dict[K, dict[int, int]]
-    """What the step collected last has verified of drafts of a head on the device: by `guess_at`, its token."""
+    verified: Mapping[K, Verified]
+    """What the step collected last has verified of drafts of a head on the device."""
 
     @property
     def in_flight(self) -> int:
@@ -125,7 +136,7 @@ class DecodeBatch(Generic[K]):
         """The keys, until one joins or leaves."""
         self._computed: StepTokens[K] = StepTokens((), [])
         self.in_flight = 0
-        self.verified: dict[K, dict[int, int]] = {}
+        self.verified: Mapping[K, Verified] = {}
         self.seen: list[Seen[K]] = []
         """What the last step read, where the engine has a draft head or a draft model."""
         self._rows = np.arange(capacity)

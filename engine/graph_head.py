@@ -20,6 +20,7 @@ from headrace.kernels.attention_plan import plan_decode_attention
 from headrace.kernels.decode_attention import fused_decode_attention
 from headrace.kernels.decode_linear import decode_linear
 from headrace.kernels.draft_head import begin_guess, pick_guess, take_last
+from headrace.kernels.draft_rows import accept_rows, move_leaf
 from headrace.kernels.epilogue import Epilogue
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -64,27 +65,32 @@ class GraphHead:
         """Compile the kernels and capture all sizes."""
         rows = self._decoder.sizes("drafted")
         for done, size in enumerate(reversed(rows)):
-            self._decoder.graphs.capture(("read", size), partial(self._read, size))
+            for report in range(len(self._decoder.rows.reports)):
+                self._decoder.graphs.capture(("read", size, report), partial(self._read, size, report))
             progress("capturing the draft head", (done + 1) / (len(rows) + len(self.sizes)))
         for done, size in enumerate(reversed(self.sizes)):
             for depth in range(1, MAX_HEAD_DEPTH + 1):
                 self._decoder.graphs.capture(("guess", size, depth), partial(self._guess, size, depth))
             progress("capturing the draft head", (len(rows) + done + 1) / (len(rows) + len(self.sizes)))
 
-    def read(self, rows: int) -> None:
-        """Start after `accept_rows` of a step of `rows` rows, to read what it has settled."""
+    def read(self, rows: int, report: int) -> None:
+        """Start after a step of `rows` rows, to bring the requests up to date (`accept_rows`, with `sampled` and one of
+        `reports` of the decoder's `StepRows`), and to read what it has settled.
+        """
         size = next(size for size in self._decoder.sizes("drafted") if size >= rows)
-        self._decoder.graphs.run(("read", size), partial(self._read, size))
+        self._decoder.graphs.run(("read", size, report), partial(self._read, size, report))
 
     def guess(self, requests: int, depth: int) -> None:
-        """Start after that, and after `move_leaf`: guess for `depth` places of each of the first `requests`."""
+        """Start after that: `move_leaf`, and guess for `depth` places of each of the first `requests`."""
         assert 0 < depth <= MAX_HEAD_DEPTH, "a draft has one token or more"
         size = next(size for size in self.sizes if size >= requests)
         self._decoder.graphs.run(("guess", size, depth), partial(self._guess, size, depth))
 
-    def _read(self, size: int) -> None:
+    def _read(self, size: int, report: int) -> None:
         """All rows of the step, up to attention, which the step has planned: K and V go to the cache."""
         decoder, step = self._decoder, self._decoder.inputs(size, "drafted")
+        rows = decoder.rows
+        accept_rows(rows.sampled[:size], rows, decoder.state, rows.reports[report][:size])
         states = self._states[:size]
         self._project_rows(decoder.features[:size], self._weights.fc, states)
         begin_guess(decoder.rows.followers[:size], self._embedding, states, self._config.norm_eps, self._inputs[:size])
@@ -93,6 +99,7 @@ class GraphHead:
 
     def _guess(self, size: int, depth: int) -> None:
         decoder = self._decoder
+        move_leaf(decoder.cache.pages, decoder.block_table, decoder.rows, decoder.state, size)
         take_last(
             (self._states, self._attended),
             decoder.rows.last,

@@ -238,7 +238,9 @@ def built_in(kinds: Sequence[str], batches: Sequence[int], least: float) -> list
             return [prompts.request(message, BUILT_IN_OUTPUT) for message in messages]
 
         speculator = prompts.speculator()
-        plain, drafted = in_turns([partial(run_full, engine, requests, batch, side) for side in (None, speculator)], least)
+        plain, drafted = in_turns(
+            [partial(run_full, engine, requests, batch, side) for side in (None, speculator)], least
+        )
         target = GPU_TARGETS.get((kind, batch), ">= 0.97")
         figures += compare(f"{kind}, 135M, batch {batch}", batch, plain, drafted, speculator, target)
     figures += same_outputs(engine, prompts, kinds)

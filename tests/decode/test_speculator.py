@@ -15,7 +15,7 @@ from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Key, Sequence, Steps
 from headrace.decode.speculator import MAX_STEPS_AHEAD, Speculator
 from headrace.decode.step_cost import StepCost
-from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.decode_batch import DecodeBatch, Verified
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.kernels.draft_tree import CHOICES, chain, place_of
 from headrace.messages.request import SamplingParams
@@ -138,8 +138,8 @@ def ahead(sequence: Sequence, speculating: Speculator, right: bool, seconds: flo
     assert drafted[:length] == chain(length)
     step = len(sequence.token_ids)
     made = [1000 + step + at for at in range((length if right else 0) + 1)]  # of which nothing repeats
-    verified = {token: made[place_of(token)] if right and token in chain(length) else 1 for token in drafted}
-    batch: Any = SimpleNamespace(verified={sequence.key: verified} if drafted else {})
+    tokens = [made[place_of(token)] if right and token in chain(length) else 1 for token in drafted]
+    batch: Any = SimpleNamespace(verified={sequence.key: Verified(drafted, tokens, made)} if drafted else {})
     speculating.look(batch)
     speculating.ran(drafts, seconds if drafts or depth else 1.0)
     for token in made:
