@@ -30,15 +30,21 @@ DEPTH_STEPS = 16
 """On a thread it is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a token is guessed, to see whether guesses have become good."""
-TRYING_SHARE = 0.005
+TRYING_SHARE = 0.0025
 """Of the time, which that may take at most: where it takes longer it comes less often."""
+REST_STEPS, MOST_REST_STEPS = 64, 4096
+"""While a head on the device does not pay, nobody asks for so many steps, and then a token is guessed; the next rest is
+twice as long, until guesses have gained again."""
+LOST, GAINED = 4.0, 12.0
+"""In steps without it: what it may lose before it rests, whatever is believed, and what of its gains counts."""
+MOST_OF_A_STEP = 2.0
+"""So much a step loses at most: beyond that, something else took the time."""
 NEARLY_RIGHT = [0.9 ** (place + 1) for place in range(MAX_HEAD_DEPTH)]
 """Chances by place, better than any head's: where these would not pay nothing is tried."""
 GOES_ON, GOES_ON_STRIDE = 0.5, 0.02
 """How often a draft that may get longer is taken to do so at first, and what a draft shows of it."""
 FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 8
-"""Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
-has guessed is known."""
+"""From when all that it has guessed is known it may rest; while it pays one in so many steps asks how far to guess."""
 
 
 class ThreadChain:
@@ -153,13 +159,16 @@ class DeviceHead:
         self._tree_depth = 0
         self._steps_to_choice = self._chosen_for = 0
         self._steps_without = 0
+        self._rest_for = REST_STEPS
+        self._gained = 0.0
+        """Since there has been a tree, by what was measured: so many steps without it."""
 
     def rests(self, requests: int) -> bool:
         """Whether it does not pay and the next step, of so many requests, need not ask."""
         if not self.can_guess_for(requests):
             self.depth, self.rate, self._tree, self._chosen_for = 0, 0.0, [], requests
             return True
-        rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
+        rests = FOLLOWED_STEPS < self._steps_without < self._rest_for and requests == self._chosen_for
         self._steps_without += rests
         return rests
 
@@ -171,23 +180,38 @@ class DeviceHead:
         """Whether it guesses for so many at all."""
         return self._cost.of(requests)[1] < math.inf
 
-    def choose(self, requests: int, cost: StepCost) -> Sequence[int]:
+    def choose(self, requests: int, cost: StepCost) -> list[int]:
         """What the next step is to verify of what the one before it has guessed for each request. Chooses `depth`."""
         guessed = self.depth
         self._steps_to_choice -= 1
         if requests and (self._steps_to_choice <= 0 or requests != self._chosen_for):
             plain = requests / cost.plain[requests]
             ahead, drafting = cost.ahead[: MAX_ROWS + 1], self._cost.of(requests)
-            kept = self._tree, self._tree_depth
+            kept, had_one = (self._tree, self._tree_depth), bool(self._tree)
             self._tree, self.depth, self.rate = self.trees.choose(requests, ahead, plain, drafting, kept)
             self._tree_depth = self.depth
             self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
-            lost = max(ahead[requests] + drafting[1] - cost.plain[requests], 0.0)
-            if self._steps_without >= max(2 * TRY_AGAIN_STEPS, lost / (TRYING_SHARE * cost.plain[requests])):
+            if not had_one:
+                self._gained = 0.0
+            if self._steps_without >= self._rest_for:
                 self.depth, self._steps_without = 1, 0
+                self._rest_for = min(2 * self._rest_for, MOST_REST_STEPS)
             self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
             self._chosen_for = requests
         return as_draft(self._tree, guessed) if self._tree else chain(guessed)
+
+    def ran(self, requests: int, seconds: float, plain: float) -> None:
+        """The step collected last, of so many requests, took so long, and takes `plain` seconds without it."""
+        if not self._tree:
+            return
+        made = 1.0 + sum([len(verified.came) - 1 for verified in self.verified.values()]) / requests
+        self._gained = min(self._gained + max(made - seconds / plain, -MOST_OF_A_STEP), GAINED)
+        if self._gained >= GAINED:
+            self._rest_for = REST_STEPS
+        elif self._gained < -LOST:
+            self._tree, self._steps_without = [], FOLLOWED_STEPS + 1
+            self._rest_for = min(2 * self._rest_for, MOST_REST_STEPS)
+            self.pause()
 
     def price(self, requests: int) -> float:
         """Seconds that it takes to guess as far as it is to."""

@@ -113,20 +113,23 @@ class Speculator:
         started, guessed = time.perf_counter(), self.depth_on_device
         is_plain = self._plain_steps.begin()
         rests = self._device_rests(requests, is_plain)
-        ahead, chosen = dict[Key, list[int]](), dict[Key, _Choice]()
+        draft, chosen = list[int](), dict[Key, _Choice]()
         if not self._too_many(len(requests)):
             self._follow_all(requests)
-            ahead = {} if rests else self._choose_on_device(requests)
+            draft = [] if rests else self._choose_on_device(len(requests))
             chosen = self._choose(requests, guessed)
         if is_plain:
             chosen = {}
+        else:
+            self._found(bool(chosen), len(requests), time.perf_counter() - started)
         if self._thread is not None:
             depth = self._thread.depth
             self.ahead = {r.key: self._ahead(r, chosen, depth) for r in requests} if depth > 0 else {}
-        self._found(bool(chosen), len(requests), time.perf_counter() - started)
         for key, choice in chosen.items():
             self._drafted[key].proposed = choice.drafter
-        return {key: choice.guess.token_ids[: choice.length] for key, choice in chosen.items()} or ahead
+        if draft and not chosen:
+            return self._drafts_on_device(requests, draft)
+        return {key: choice.guess.token_ids[: choice.length] for key, choice in chosen.items()}
 
     def _rests(self) -> bool:
         """Whether nobody looks for drafts before the next step."""
@@ -141,7 +144,9 @@ class Speculator:
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
         self._num_requests = len(requests)
-        return {} if self._device_rests(requests, self._plain_steps.begin()) else self._choose_on_device(requests)
+        if self._device_rests(requests, self._plain_steps.begin()):
+            return {}
+        return self._drafts_on_device(requests, self._choose_on_device(len(requests)))
 
     def _device_rests(self, requests: Sequence[Request], is_plain: bool) -> bool:
         """Whether the next step need not ask a head on the device, if there is one."""
@@ -152,15 +157,20 @@ class Speculator:
             self._device.pause()
         return is_plain or self._device.rests(len(requests))
 
-    def _choose_on_device(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
+    def _choose_on_device(self, requests: int) -> list[int]:
         assert self._device is not None
         started = time.perf_counter()
-        draft, drafts = self._device.choose(len(requests), self._cost), dict[Key, list[int]]()
+        draft = self._device.choose(requests, self._cost)
+        self.counters.controlling_seconds += time.perf_counter() - started
+        return draft
+
+    def _drafts_on_device(self, requests: Sequence[Request], draft: list[int]) -> dict[Key, list[int]]:
+        """Each request's, in which there is room for so much of it."""
+        drafts = dict[Key, list[int]]()
         for request in requests if draft else ():
             limit = self._limit(request, request.longest, request.in_flight)
             if limit > 0:
-                drafts[request.key] = [*draft[:limit]]
-        self.counters.controlling_seconds += time.perf_counter() - started
+                drafts[request.key] = draft[:limit]
         return drafts
 
     @property
@@ -289,6 +299,8 @@ class Speculator:
             guessing = self._thread.ran(requests, seconds)
         elif self._device is not None:
             guessing = self._device.price(requests)
+            if requests > 0 and kind != "verifying":
+                self._device.ran(requests, seconds, self._cost.plain[requests])
         seconds = max(seconds - guessing, 0.0)
         counters.head_seconds += guessing
         counters.steps += 1
