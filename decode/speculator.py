@@ -29,14 +29,16 @@ BY_PLACE = "by place"
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 LOOKING_SHARE = 0.0025
-"""Of the time, which looks that find nothing may take where steps do not run ahead: the dearer, the fewer."""
+"""Of the time, which looks that find nothing may take where steps wait for them: the dearer, the fewer."""
+REQUESTS_A_STEP_BESIDE_HEAD = 8
+"""Where a head on the device drafts meanwhile there are more looks the fewer requests there are, by the square of their
+number in units of this: a lookup must show more, and each look is evidence of it."""
+SOME_REQUESTS, SHARE_BESIDE_HEAD, MOST_BESIDE_HEAD = 16, 0.01, 255
+"""From so many on a look takes longer than the device has to do: so much of the time at most, and so many steps."""
 REFILL_STRIDE = 0.1
 """What one time shows of the next ones."""
 WEIGHED_STEPS = 16
 """At most so many steps are weighed together."""
-REQUESTS_A_STEP_BESIDE_HEAD = 8
-"""The same where a head drafts meanwhile, and fewer the fewer requests there are, by the square of their number in
-units of this: a lookup must show more, each look is evidence of it, and looks of many requests take the host long."""
 
 
 @dataclass
@@ -193,27 +195,31 @@ class Speculator:
         if self._steps_left > 0:
             self._steps_left -= 1
             return False
+        started = time.perf_counter()
         self._follow_all(requests)
         chosen = self._choose(requests)
         if not chosen:
-            self._found(False, len(requests))
+            took = math.inf if self._device is None else time.perf_counter() - started
+            self._found(False, len(requests), took)
         return bool(chosen)
 
     def _too_many(self, requests: int) -> bool:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
         return self._device is not None and not self._device.can_guess_for(requests)
 
-    def _found(self, drafts: bool, requests: int, took: float = math.inf) -> None:
-        """`took`: seconds of the look, where a step waited for it."""
+    def _found(self, drafts: bool, requests: int, took: float) -> None:
+        """`took`: seconds of the look, or infinity where that makes no difference."""
         if drafts:
             self._steps_ahead = self._steps_left = 0
             return
-        most = MAX_STEPS_AHEAD
-        if self._device is not None:
-            most = min((requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2, most)
-        elif took < most * LOOKING_SHARE * self._cost.plain[requests]:
-            most = int(took / (LOOKING_SHARE * self._cost.plain[requests]))
-        self._steps_left = self._steps_ahead = min(2 * self._steps_ahead + 1, most)
+        looks = took / max(self._cost.plain[requests], 1e-9)
+        if self._device is None:
+            most = min(looks / LOOKING_SHARE, MAX_STEPS_AHEAD)
+        else:
+            most = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
+            if requests >= SOME_REQUESTS:
+                most = min(max(looks / SHARE_BESIDE_HEAD, most), MOST_BESIDE_HEAD)
+        self._steps_left = self._steps_ahead = min(2 * self._steps_ahead + 1, int(most))
 
     def _choose(self, requests: Sequence[Request], guessed: int | None = None) -> dict[Key, _Choice]:
         """Those drafts that pay; a `ThreadChain` chooses its depth. `guessed`: how many tokens a head on the device

@@ -321,19 +321,27 @@ class GraphBatch(Generic[K]):
         layout = self._layout
         assert not (layout.is_known and self._running), "the host's drafts follow tokens that it knows"
         rows = len(layout.depths)
-        penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
-        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(layout.lengths)
-        logits = decoder.step_drafted(rows)
-        if self._matchers:
-            self._mask(logits, layout.firsts, own)
-        sampled = sampler.sample(logits, decoder.rows.generated[:rows], decoder.rows.sampled[:rows])
-        logprobs, report = sampler.logprobs(sampled, logits), decoder.rows.reports[turn][:rows]
-        if depth and head is not None:
-            head.read(rows, turn)
+        logits, report = decoder.step_drafted(rows), decoder.rows.reports[turn][:rows]
+        penalized, logprobs = list[SamplingRow](), dict[int, TokenLogprobs]()
+        is_greedy = not self._matchers and all(
+            row.takes_likeliest and row.params.logprobs is None for row in self._sampling
+        )
+        if depth and head is not None and is_greedy:
+            head.read(rows, turn, is_greedy=True)
         else:
-            accept_rows(sampled, decoder.rows, decoder.state, report)
-        if penalized:  # its counts are not those of the rows that will stand
-            self._sampler = None
+            if any(row.counts is not None for row in self._sampling):
+                penalized = self._penalized_rows(own)
+            sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(layout.lengths)
+            if self._matchers:
+                self._mask(logits, layout.firsts, own)
+            sampled = sampler.sample(logits, decoder.rows.generated[:rows], decoder.rows.sampled[:rows])
+            logprobs = sampler.logprobs(sampled, logits)
+            if depth and head is not None:
+                head.read(rows, turn)
+            else:
+                accept_rows(sampled, decoder.rows, decoder.state, report)
+            if penalized:  # its counts are not those of the rows that will stand
+                self._sampler = None
         arriving = ArrivingTokens(report, logprobs, is_copied=True, done=self._done[turn])
         self._running.append(_Running(self._members, arriving, layout, penalized if layout.is_known else ()))
         if depth and head is not None:

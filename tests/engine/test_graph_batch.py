@@ -48,6 +48,7 @@ class SumDecoder:
             position = int(positions[row])
             page = int(self.block_table[owner, position // PAGE])
             logits[row, following(int(tokens[row]), position, page)] = 1.0
+        self.logits = logits
         return logits
 
 
@@ -65,9 +66,11 @@ class SumHead:
         self._decoder = decoder
         self._rng = rng
 
-    def read(self, rows: int, report: int) -> None:
+    def read(self, rows: int, report: int, *, is_greedy: bool = False) -> None:
         """It needs no features."""
         step = self._decoder.rows
+        if is_greedy:
+            step.sampled[:rows] = self._decoder.logits.argmax(-1)
         accept_rows_reference(step.sampled[:rows], step, self._decoder.state, step.reports[report][:rows])
 
     def guess(self, requests: int, depth: int) -> None:
