@@ -30,6 +30,8 @@ MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
 LOOKING_SHARE = 0.0025
 """Of the time, which looks that find nothing may take where steps wait for them: the dearer, the fewer."""
+STEPS_MORE = 0.25
+"""By so much the steps between two such looks grow, as drafts often come back soon."""
 REQUESTS_A_STEP_BESIDE_HEAD = 8
 """Where a head on the device drafts meanwhile there are more looks the fewer requests there are, by the square of their
 number in units of this: a lookup must show more, and each look is evidence of it."""
@@ -100,7 +102,7 @@ class Speculator:
         self._weighed_together = 0
         """How many may be."""
         self._plain_steps = PlainSteps(in_a_row=1 if self._device is None else 2)  # ahead, two in a row are measured
-        self._steps_ahead = 0
+        self._steps_ahead = 0.0
         self._steps_left = 0
         self._kind_before: Kind = "plain"
 
@@ -125,6 +127,8 @@ class Speculator:
         else:
             self._found(bool(chosen), len(requests), time.perf_counter() - started)
         if self._thread is not None:
+            if self._balance.pauses:
+                self._thread.rest()
             depth = self._thread.depth
             self.ahead = {r.key: self._ahead(r, chosen, depth) for r in requests} if depth > 0 else {}
         for key, choice in chosen.items():
@@ -137,9 +141,11 @@ class Speculator:
         """Whether nobody looks for drafts before the next step."""
         if self._device is not None:  # it costs the host hardly anything, and knows by itself when to rest
             return False
+        if self._thread is not None and self._thread.depth > 0:  # what was guessed is to show what it is worth
+            return False
         if self._balance.pauses:
             return True
-        rests = self._steps_left > 0 and (self._thread is None or self._thread.depth == 0)
+        rests = self._steps_left > 0
         self._steps_left -= rests
         return rests
 
@@ -212,14 +218,17 @@ class Speculator:
         if drafts:
             self._steps_ahead = self._steps_left = 0
             return
-        looks = took / max(self._cost.plain[requests], 1e-9)
+        looks, more = took / max(self._cost.plain[requests], 1e-9), 2 * self._steps_ahead + 1
         if self._device is None:
             most = min(looks / LOOKING_SHARE, MAX_STEPS_AHEAD)
+            if took < math.inf:
+                more = self._steps_ahead + STEPS_MORE
         else:
             most = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
             if requests >= SOME_REQUESTS:
                 most = min(max(looks / SHARE_BESIDE_HEAD, most), MOST_BESIDE_HEAD)
-        self._steps_left = self._steps_ahead = min(2 * self._steps_ahead + 1, int(most))
+        self._steps_ahead = min(more, most)
+        self._steps_left = int(self._steps_ahead)
 
     def _choose(self, requests: Sequence[Request], guessed: int | None = None) -> dict[Key, _Choice]:
         """Those drafts that pay; a `ThreadChain` chooses its depth. `guessed`: how many tokens a head on the device

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headrace.decode.balance import LOSS, MOST_OWED, MOST_SAVED, Balance
 from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, best_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
-from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.decode.step_cost import MAX_ROWS, PlainSteps, StepCost
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
@@ -77,6 +77,30 @@ def test_no_more_is_lost_than_may_be(gains: list[float]) -> None:
             balance.add(max(gain, -MOST_OWED), 1.0)
             lost, pause = lost - max(gain, -MOST_OWED), 0
     assert lost <= LOSS * len(gains) + MOST_OWED + MOST_SAVED + 1e-6
+
+
+@given(st.lists(st.floats(-2.0, 2.0), max_size=30))
+def test_steps_that_need_not_be_weighed_change_nothing(gains: list[float]) -> None:
+    """However many of those are weighed together, each losing what it may, or nothing while there is a pause."""
+    balance = Balance()
+    for gain in gains:
+        balance.add(gain, 1.0)
+    pauses, steps = balance.pauses, balance.lasts(1.0)
+    balance.add(0.0 if pauses else -MOST_OWED * steps, 1.0, steps - 1 if pauses else steps)
+    assert balance.pauses == pauses
+    assert not pauses or 0 < steps <= 51
+
+
+def test_steps_without_drafts_come_ever_more_seldom() -> None:
+    """After 16, 32 and so on up to 256 with drafts, two in a row."""
+    plain, found = PlainSteps(in_a_row=2), list[int]()
+    for step in range(1500):
+        if plain.begin():
+            found.append(step)
+        else:
+            plain.drafted()
+    assert found[:6] == [16, 17, 50, 51, 116, 117]
+    assert [late - early for early, late in itertools.pairwise(found[6::2])] == [258] * (len(found[6::2]) - 1)
 
 
 def test_drafts_that_cost_more_than_was_measured_are_left_away() -> None:
