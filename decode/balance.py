@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 LOSS = 0.005
 """Share of the time that steps take without it."""
 MOST_OWED = 0.25
@@ -25,7 +27,11 @@ class Balance:
         """Whether the next step is to have no drafts, and nobody is to look for some."""
         return self._saved < 0.0
 
-    def add(self, saved: float, step: float) -> None:
-        """A step that takes `step` seconds without drafts has saved so many, or lost them."""
-        saved += self._saved + LOSS * step
+    def add(self, saved: float, step: float, steps: int = 1) -> None:
+        """So many steps that take `step` seconds each without drafts have saved so many seconds, or lost them."""
+        saved += self._saved + LOSS * step * steps
         self._saved = min(max(saved, -MOST_OWED * step), MOST_SAVED)
+
+    def lasts(self, step: float) -> int:
+        """So many steps, each of which saves or loses what may be owed at most, change nothing of `pauses`."""
+        return math.ceil(-self._saved / (LOSS * step)) if self.pauses else int(self._saved / (MOST_OWED * step))

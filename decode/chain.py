@@ -52,8 +52,8 @@ class Unread:
     position: int
     """Of the first."""
     token_ids: list[int]
-    features: list[torch.Tensor] = field(default_factory=list)
-    """The target's at these positions, [T, F], of a drafter that reads them, in parts."""
+    features: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
+    """The target's at these positions, of a drafter that reads them, in parts: [rows, F], the first row and the end."""
     is_lost: bool = False
     """There was too much."""
 
@@ -100,7 +100,6 @@ class ChainDrafter(ABC):
         """Read these tokens of each request from its position on; returns the states [T, H] after them."""
         return self._forward(states, batch.pack(keys, positions, token_ids, self._cache))
 
-    @torch.inference_mode()
     def draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
         """Up to `depth` tokens for requests of the step that has just ended. To be called after each step.
 
@@ -108,21 +107,22 @@ class ChainDrafter(ABC):
         """
         started = time.perf_counter()
         self._follow(batch, waits=depth == 0)
-        drafts: dict[Key, Draft] = {}
-        if depth > 0:
-            states, keys, positions = self._catch_up(batch)
-            for one in self._unread.values():
-                one.features[-1:] = [part.clone() for part in one.features[-1:]]  # not read, after all
-            if keys:
-                drafts = draft_chains(self._guesser, partial(self._read, batch), batch, states, keys, positions, depth)
+        drafts = self._draft(batch, depth) if depth > 0 else {}
         self.seconds = time.perf_counter() - started
         return drafts
 
+    @torch.inference_mode()
+    def _draft(self, batch: DecodeBatch[Key], depth: int) -> dict[Key, Draft]:
+        states, keys, positions = self._catch_up(batch)
+        for one in self._unread.values():
+            for part, first, end in one.features[-1:]:  # not read, after all
+                one.features[-1] = part[first:end].clone(), 0, end - first
+        if not keys:
+            return {}
+        return draft_chains(self._guesser, partial(self._read, batch), batch, states, keys, positions, depth)
+
     def _follow(self, batch: DecodeBatch[Key], *, waits: bool) -> None:
         """Take in what the step has settled; `waits`: nothing of it will be read before the next one."""
-        stays = {seen.key for seen in batch.seen}
-        for key in [key for key in self._unread if key not in stays]:
-            del self._unread[key]
         features: torch.Tensor | None = None
         for seen in reversed(batch.seen):  # so that the first that needs features needs the most
             unread = self._unread.get(seen.key)
@@ -135,10 +135,13 @@ class ChainDrafter(ABC):
                 features = self._features(end)
                 features = features.clone() if waits and features is not None else features
             if features is not None:
-                unread.features.append(features[seen.first_row : end])
+                unread.features.append((features, seen.first_row, end))
             unread.token_ids += seen.token_ids
             if len(unread.token_ids) > MAX_UNREAD:
                 unread.features, unread.token_ids, unread.is_lost = [], [], True
+        if len(self._unread) > len(batch.seen):
+            stays = {seen.key for seen in batch.seen}
+            self._unread = {key: unread for key, unread in self._unread.items() if key in stays}
 
     def _catch_up(self, batch: DecodeBatch[Key]) -> tuple[torch.Tensor, list[Key], list[int]]:
         """Read what waits, of all requests or of those least behind; returns their newest states and positions."""
@@ -151,7 +154,7 @@ class ChainDrafter(ABC):
         if not keys:
             return torch.empty(0), [], []
         reads = [self._unread[key] for key in keys]
-        states = self._first_states([part for one in reads for part in one.features])
+        states = self._first_states([part[first:end] for one in reads for part, first, end in one.features])
         states = self._read(batch, states, keys, [one.position for one in reads], [one.token_ids for one in reads])
         for one in reads:
             one.position += len(one.token_ids)

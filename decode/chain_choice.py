@@ -12,16 +12,15 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from headrace.decode.chain import ChainDrafter
 from headrace.decode.controller import HeadCost, best_lengths
+from headrace.decode.draft_counters import DrafterCounters
 from headrace.decode.drafter import Draft
 from headrace.decode.guess_tree import GuessTrees, as_draft
 from headrace.decode.head import HeadDrafter
 from headrace.decode.sequence import Key
 from headrace.decode.step_cost import MAX_ROWS, StepCost
-from headrace.engine.decode_batch import DecodeBatch
+from headrace.engine.decode_batch import DecodeBatch, Verified
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 from headrace.kernels.draft_tree import chain
 
@@ -31,18 +30,21 @@ DEPTH_STEPS = 16
 """On a thread it is chosen anew after so many steps, and when requests join or leave."""
 TRY_AGAIN_STEPS = 32
 """After so many steps without one, a token is guessed, to see whether guesses have become good."""
-TRYING_SHARE = 0.005
+TRYING_SHARE = 0.0025
 """Of the time, which that may take at most: where it takes longer it comes less often."""
+REST_STEPS, MOST_REST_STEPS = 64, 4096
+"""While a head on the device does not pay, nobody asks for so many steps, and then a token is guessed; the next rest is
+twice as long, until guesses have gained again."""
+LOST, GAINED = 4.0, 12.0
+"""In steps without it: what it may lose before it rests, whatever is believed, and what of its gains counts."""
+MOST_OF_A_STEP = 2.0
+"""So much a step loses at most: beyond that, something else took the time."""
+NEARLY_RIGHT = [0.9 ** (place + 1) for place in range(MAX_HEAD_DEPTH)]
+"""Chances by place, better than any head's: where these would not pay nothing is tried."""
 GOES_ON, GOES_ON_STRIDE = 0.5, 0.02
 """How often a draft that may get longer is taken to do so at first, and what a draft shows of it."""
-PLAIN_STEPS = 2
-"""In a row without anything of a head on the device, so that what these take is measured, too: of steps that run ahead,
-the time from one's end to the next one's is known."""
-FIRST_PLAIN, MOST_BETWEEN_PLAIN = 16, 256
-"""They come after so many steps with its guesses, then after twice as many each time, up to a bound."""
-FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 4
-"""Only one in so many steps asks how far a head on the device is to guess; while it does not pay, from when all that it
-has guessed is known."""
+FOLLOWED_STEPS, LOOK_AGAIN_STEPS = 2, 8
+"""From when all that it has guessed is known it may rest; while it pays one in so many steps asks how far to guess."""
 
 
 class ThreadChain:
@@ -63,6 +65,8 @@ class ThreadChain:
         self._paying_depth = 0
         """How far it pays to guess with `_depth_of` requests, for `_depth_lasts` more steps."""
         self._depth_of = self._depth_lasts = 0
+        self._may_pay = True
+        """Whether it would if nearly all guesses were right."""
         self._steps_without = 0
         self._trying_seconds = 0.0
         """Seconds of tries that are not made up for yet."""
@@ -89,32 +93,36 @@ class ThreadChain:
         self._guessed = {}
         return found
 
-    def choose_depth(self, requests: int, cost: StepCost, chances: Callable[[], list[list[float]]]) -> int:
-        """How far to guess at the end of the next step. What is guessed is cut to what pays once it is known, so this
-        asks as if `chances`, by place, were all that will be known.
+    def choose_depth(self, requests: int, cost: StepCost, chances: Callable[[], list[list[float]]]) -> None:
+        """Choose `depth`, how far to guess at the end of the next step. What is guessed is cut to what pays once it is
+        known, so this asks as if `chances`, by place, were all that will be known.
         """
-        if not requests:
-            self.depth = 0
-            return 0
         if self._depth_lasts == 0 or requests != self._depth_of:
             expected = self._expected(requests, cost)
             self._paying_depth = max(best_lengths(chances(), requests, *expected)[0])
+            self._may_pay = (
+                self._paying_depth > 0 or max(best_lengths([NEARLY_RIGHT] * requests, requests, *expected)[0]) > 0
+            )
             self._depth_lasts, self._depth_of = DEPTH_STEPS, requests
         self._depth_lasts -= 1
         self.depth = self._paying_depth
         self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
-        if self._steps_without >= TRY_AGAIN_STEPS and self._trying_seconds <= 0.0:
+        if self._steps_without >= TRY_AGAIN_STEPS and self._trying_seconds <= 0.0 and self._may_pay:
             self.depth, self._steps_without = 1, 0
-        return self.depth
+
+    def rest(self) -> None:
+        """The next step has nothing of it, and nobody asks."""
+        self.depth = 0
+        self._steps_without += 1
 
     def _expected(self, requests: int, cost: StepCost) -> tuple[list[float], float, list[float]]:
         """What `best_lengths` is to know, where drafts that may have so many tokens are expected to have fewer."""
         lengths = [0.0, *itertools.accumulate(itertools.accumulate([1.0, *self._goes_on], operator.mul))]
         most = min(requests * MAX_HEAD_DEPTH, MAX_ROWS - requests)
-        along = np.interp(np.arange(most + 1) / requests, range(len(lengths)), lengths)
-        seconds = np.interp(requests * (1 + along), range(len(cost.verifying)), cost.verifying)
+        along = [_between(lengths, drafted / requests) for drafted in range(most + 1)]
+        seconds = [_between(cost.verifying, requests * (1 + length)) for length in along]
         drafting = self._cost.of(requests, lengths[1:])
-        return [0.0] * requests + seconds.tolist(), requests / cost.plain[requests], drafting
+        return [0.0] * requests + seconds, requests / cost.plain[requests], drafting
 
     def ran(self, requests: int, seconds: float) -> float:
         """A step of so many requests, guesses included, took so long; returns what they took of that."""
@@ -124,6 +132,12 @@ class ThreadChain:
         if self._longest > 0 and requests > 0:
             self._cost.observe(requests, self._longest, spent)
         return spent
+
+
+def _between(values: Sequence[float], at: float) -> float:
+    """On the lines between values at 0, 1, and so on."""
+    left = min(int(at), len(values) - 2)
+    return values[left] + (values[left + 1] - values[left]) * (at - left)
 
 
 class DeviceHead:
@@ -137,62 +151,77 @@ class DeviceHead:
         self.rate = 0.0
         """Tokens a second that steps with its guesses are expected to make, which run ahead."""
         self.trees = GuessTrees()
-        self.verified: dict[Key, dict[int, int]] = {}
-        """Of its guesses, by the step collected last."""
+        self.verified: Mapping[Key, Verified] = {}
+        """Of its guesses, by the step collected last, and not learned from yet."""
         self._cost = cost
-        self._tree: list[int] = []
+        self._tree: Sequence[int] = []
         """Each request's, as chosen last."""
+        self._tree_depth = 0
         self._steps_to_choice = self._chosen_for = 0
         self._steps_without = 0
-        self._between_plain = self._steps_to_plain = FIRST_PLAIN
-        self._plain_left = 0
+        self._rest_for = REST_STEPS
+        self._gained = 0.0
+        """Since there has been a tree, by what was measured: so many steps without it."""
 
     def rests(self, requests: int) -> bool:
         """Whether it does not pay and the next step, of so many requests, need not ask."""
         if not self.can_guess_for(requests):
             self.depth, self.rate, self._tree, self._chosen_for = 0, 0.0, [], requests
             return True
-        if self._steps_to_plain <= 0:
-            self._between_plain = min(2 * self._between_plain, MOST_BETWEEN_PLAIN)
-            self._steps_to_plain, self._plain_left = self._between_plain, PLAIN_STEPS
-        if self._plain_left > 0:
-            self._plain_left -= 1
-            self.depth = self._steps_to_choice = 0
-            return True
-        rests = self._steps_without > FOLLOWED_STEPS and self._steps_without % LOOK_AGAIN_STEPS != 0
+        rests = FOLLOWED_STEPS < self._steps_without < self._rest_for and requests == self._chosen_for
         self._steps_without += rests
         return rests
+
+    def pause(self) -> None:
+        """The next step has nothing of it."""
+        self.depth = self._steps_to_choice = 0
 
     def can_guess_for(self, requests: int) -> bool:
         """Whether it guesses for so many at all."""
         return self._cost.of(requests)[1] < math.inf
 
-    def choose(self, requests: int, cost: StepCost) -> Sequence[int]:
+    def choose(self, requests: int, cost: StepCost) -> list[int]:
         """What the next step is to verify of what the one before it has guessed for each request. Chooses `depth`."""
         guessed = self.depth
         self._steps_to_choice -= 1
         if requests and (self._steps_to_choice <= 0 or requests != self._chosen_for):
             plain = requests / cost.plain[requests]
             ahead, drafting = cost.ahead[: MAX_ROWS + 1], self._cost.of(requests)
-            self._tree, self.depth, self.rate = self.trees.choose(
-                requests, ahead, plain, drafting, drafts=bool(self._tree)
-            )
+            kept, had_one = (self._tree, self._tree_depth), bool(self._tree)
+            self._tree, self.depth, self.rate = self.trees.choose(requests, ahead, plain, drafting, kept)
+            self._tree_depth = self.depth
             self._steps_without = 0 if self.depth > 0 else self._steps_without + 1
-            lost = max(ahead[requests] + drafting[1] - cost.plain[requests], 0.0)
-            if self._steps_without >= max(2 * TRY_AGAIN_STEPS, lost / (TRYING_SHARE * cost.plain[requests])):
+            if not had_one:
+                self._gained = 0.0
+            if self._steps_without >= self._rest_for:
                 self.depth, self._steps_without = 1, 0
+                self._rest_for = min(2 * self._rest_for, MOST_REST_STEPS)
             self._steps_to_choice = LOOK_AGAIN_STEPS if self._tree else 0
             self._chosen_for = requests
-        self._steps_to_plain -= 1 if self._tree else 0
         return as_draft(self._tree, guessed) if self._tree else chain(guessed)
+
+    def ran(self, requests: int, seconds: float, plain: float) -> None:
+        """The step collected last, of so many requests, took so long, and takes `plain` seconds without it."""
+        if not self._tree:
+            return
+        made = 1.0 + sum([len(verified.came) - 1 for verified in self.verified.values()]) / requests
+        self._gained = min(self._gained + max(made - seconds / plain, -MOST_OF_A_STEP), GAINED)
+        if self._gained >= GAINED:
+            self._rest_for = REST_STEPS
+        elif self._gained < -LOST:
+            self._tree, self._steps_without = [], FOLLOWED_STEPS + 1
+            self._rest_for = min(2 * self._rest_for, MOST_REST_STEPS)
+            self.pause()
 
     def price(self, requests: int) -> float:
         """Seconds that it takes to guess as far as it is to."""
         return self._cost.of(requests)[self.depth]
 
-    def learn(self, key: Key, new: Sequence[int]) -> int:
-        """A request has got these tokens; returns how many of its guesses were verified."""
-        verified = self.verified.pop(key, {})
-        if verified:
-            self.trees.learn(verified, new)
-        return len(verified)
+    def learn(self, counters: DrafterCounters) -> None:
+        """From what the step collected last has verified."""
+        for verified in self.verified.values():
+            self.trees.learn(verified)
+            counters.drafts += 1
+            counters.drafted += len(verified.draft)
+            counters.accepted += len(verified.came) - 1
+        self.verified = {}

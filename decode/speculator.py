@@ -7,6 +7,7 @@ whether the next one should wait for its tokens (`waits`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +20,27 @@ from headrace.decode.draft_counters import Counters
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft, Drafter
 from headrace.decode.sequence import Key
 from headrace.decode.sequence import Sequence as Request
-from headrace.decode.step_cost import Kind, StepCost
+from headrace.decode.step_cost import Kind, PlainSteps, StepCost
 from headrace.engine.decode_batch import DecodeBatch, RunningBatch
 from headrace.kernels.draft_tree import chain
 
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a `ThreadChain`'s guesses were right by their place alone."""
-PLAIN_STEP = 64
-"""After so many steps with drafts comes one without: what those take is measured now and then, too."""
 MAX_STEPS_AHEAD = 15
 """At most so many steps start without a look whether drafts would pay."""
+LOOKING_SHARE = 0.0025
+"""Of the time, which looks that find nothing may take where steps wait for them: the dearer, the fewer."""
+STEPS_MORE = 0.25
+"""By so much the steps between two such looks grow, as drafts often come back soon."""
 REQUESTS_A_STEP_BESIDE_HEAD = 8
-"""The same where a head drafts meanwhile, and fewer the fewer requests there are, by the square of their number in
-units of this: a lookup must show more, each look is evidence of it, and looks of many requests take the host long."""
+"""Where a head on the device drafts meanwhile there are more looks the fewer requests there are, by the square of their
+number in units of this: a lookup must show more, and each look is evidence of it."""
+SOME_REQUESTS, SHARE_BESIDE_HEAD, MOST_BESIDE_HEAD = 16, 0.01, 255
+"""From so many on a look takes longer than the device has to do: so much of the time at most, and so many steps."""
+REFILL_STRIDE = 0.1
+"""What one time shows of the next ones."""
+WEIGHED_STEPS = 16
+"""At most so many steps are weighed together."""
 
 
 @dataclass
@@ -79,6 +88,8 @@ class Speculator:
         self._names = [drafter.name, *([chain.name] if chain is not None else [])]
         self._acceptance = {name: Acceptance() for name in [*self._names, BY_PLACE]}
         self._drafted: dict[Key, _Drafted] = {}
+        self._refill = 0.0
+        """Seconds that the device waits for the host behind steps whose drafts the host knows."""
         self._num_requests = 0
         """Of the step that was proposed for last."""
         self._balance = Balance()
@@ -86,61 +97,88 @@ class Speculator:
         """Seconds of drafting and controlling that the balance knows of."""
         self._guessing = 0.0
         """Of what was guessed at the end of the last step: to be weighed with what the next one makes of it."""
-        self._paused = False
-        self._steps_with_drafts = 0
-        """Since the last one without."""
-        self._steps_ahead = 0
+        self._unweighed: list[tuple[int, int, int, float]] = []
+        """Of each step since then: requests, tokens verified, those that stood, seconds of guessing at its end."""
+        self._weighed_together = 0
+        """How many may be."""
+        self._plain_steps = PlainSteps(in_a_row=1 if self._device is None else 2)  # ahead, two in a row are measured
+        self._steps_ahead = 0.0
         self._steps_left = 0
         self._kind_before: Kind = "plain"
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """Drafts that are worth verifying in the next step, which has these requests."""
         self._num_requests = len(requests)
-        self._paused = bool(requests) and self._pauses
-        if self._paused:
+        if requests and self._rests():
             self.ahead = {}
             if self._thread is not None:
-                self._thread.depth = 0
+                self._thread.rest()
             return {}
-        guessed, rests = self.depth_on_device, self._device_rests(requests)
-        ahead, chosen = dict[Key, list[int]](), dict[Key, _Choice]()
+        started, guessed = time.perf_counter(), self.depth_on_device
+        is_plain = self._plain_steps.begin()
+        rests = self._device_rests(requests, is_plain)
+        draft, chosen = list[int](), dict[Key, _Choice]()
         if not self._too_many(len(requests)):
             self._follow_all(requests)
-            ahead = {} if rests else self._choose_on_device(requests)
+            draft = [] if rests else self._choose_on_device(len(requests))
             chosen = self._choose(requests, guessed)
-        if self._steps_with_drafts >= PLAIN_STEP:
+        if is_plain:
             chosen = {}
-        self._found(bool(chosen), len(requests))
+        else:
+            self._found(bool(chosen), len(requests), time.perf_counter() - started)
         if self._thread is not None:
-            started = time.perf_counter()
-            depth = self._thread.choose_depth(self._num_requests, self._cost, self._chances_by_place)
-            self.counters.controlling_seconds += time.perf_counter() - started
+            if self._balance.pauses:
+                self._thread.rest()
+            depth = self._thread.depth
             self.ahead = {r.key: self._ahead(r, chosen, depth) for r in requests} if depth > 0 else {}
         for key, choice in chosen.items():
             self._drafted[key].proposed = choice.drafter
-        return {key: choice.guess.token_ids[: choice.length] for key, choice in chosen.items()} or ahead
+        if draft and not chosen:
+            return self._drafts_on_device(requests, draft)
+        return {key: choice.guess.token_ids[: choice.length] for key, choice in chosen.items()}
+
+    def _rests(self) -> bool:
+        """Whether nobody looks for drafts before the next step."""
+        if self._device is not None:  # it costs the host hardly anything, and knows by itself when to rest
+            return False
+        if self._thread is not None and self._thread.depth > 0:  # what was guessed is to show what it is worth
+            return False
+        if self._balance.pauses:
+            return True
+        rests = self._steps_left > 0
+        self._steps_left -= rests
+        return rests
 
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
         self._num_requests = len(requests)
-        if self._device_rests(requests):
+        if self._device_rests(requests, self._plain_steps.begin()):
             return {}
-        self._follow_all(requests)
-        return self._choose_on_device(requests)
+        return self._drafts_on_device(requests, self._choose_on_device(len(requests)))
 
-    def _device_rests(self, requests: Sequence[Request]) -> bool:
+    def _device_rests(self, requests: Sequence[Request], is_plain: bool) -> bool:
         """Whether the next step need not ask a head on the device, if there is one."""
-        return self._device is None or self._device.rests(len(requests))
+        if self._device is None:
+            return True
+        self._device.learn(self.counters.of[self._device.name])
+        if is_plain:
+            self._device.pause()
+        return is_plain or self._device.rests(len(requests))
 
-    def _choose_on_device(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
+    def _choose_on_device(self, requests: int) -> list[int]:
         assert self._device is not None
         started = time.perf_counter()
-        draft, drafts = self._device.choose(len(requests), self._cost), dict[Key, list[int]]()
+        draft = self._device.choose(requests, self._cost)
+        self.counters.controlling_seconds += time.perf_counter() - started
+        return draft
+
+    def _drafts_on_device(self, requests: Sequence[Request], draft: list[int]) -> dict[Key, list[int]]:
+        """Each request's, in which there is room for so much of it."""
+        drafts = dict[Key, list[int]]()
         for request in requests if draft else ():
             limit = self._limit(request, request.longest, request.in_flight)
             if limit > 0:
-                drafts[request.key] = [*draft[:limit]]
-        self.counters.controlling_seconds += time.perf_counter() - started
+                drafts[request.key] = draft[:limit]
         return drafts
 
     @property
@@ -155,35 +193,46 @@ class Speculator:
         Guesses are made without those tokens, so the first one of each is of a token that is on its way. Where nothing
         was found, the next steps run ahead unasked: twice as many each time, up to a bound.
         """
-        if self._too_many(len(requests)) or self._pauses:
+        if self._device is not None:
+            self._device.learn(self.counters.of[self._device.name])
+        pauses = self._plain_steps.is_next or (self._device is None and self._balance.pauses)
+        if pauses or self._too_many(len(requests)):
             return False
         if self._steps_left > 0:
             self._steps_left -= 1
             return False
+        started = time.perf_counter()
         self._follow_all(requests)
         chosen = self._choose(requests)
         if not chosen:
-            self._found(False, len(requests))
+            took = math.inf if self._device is None else time.perf_counter() - started
+            self._found(False, len(requests), took)
         return bool(chosen)
-
-    @property
-    def _pauses(self) -> bool:
-        """A head on the device costs the host hardly anything, and knows by itself when to rest."""
-        return self._device is None and self._balance.pauses
 
     def _too_many(self, requests: int) -> bool:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
         return self._device is not None and not self._device.can_guess_for(requests)
 
-    def _found(self, drafts: bool, requests: int) -> None:
-        beside_head = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
-        most = MAX_STEPS_AHEAD if self._device is None else min(beside_head, MAX_STEPS_AHEAD)
-        self._steps_ahead = 0 if drafts else min(2 * self._steps_ahead + 1, most)
-        self._steps_left = self._steps_ahead
+    def _found(self, drafts: bool, requests: int, took: float) -> None:
+        """`took`: seconds of the look, or infinity where that makes no difference."""
+        if drafts:
+            self._steps_ahead = self._steps_left = 0
+            return
+        looks, more = took / max(self._cost.plain[requests], 1e-9), 2 * self._steps_ahead + 1
+        if self._device is None:
+            most = min(looks / LOOKING_SHARE, MAX_STEPS_AHEAD)
+            if took < math.inf:
+                more = self._steps_ahead + STEPS_MORE
+        else:
+            most = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
+            if requests >= SOME_REQUESTS:
+                most = min(max(looks / SHARE_BESIDE_HEAD, most), MOST_BESIDE_HEAD)
+        self._steps_ahead = min(more, most)
+        self._steps_left = int(self._steps_ahead)
 
     def _choose(self, requests: Sequence[Request], guessed: int | None = None) -> dict[Key, _Choice]:
-        """Those drafts that pay. `guessed`: how many tokens a head on the device has guessed; None: requests have
-        tokens on their way.
+        """Those drafts that pay; a `ThreadChain` chooses its depth. `guessed`: how many tokens a head on the device
+        has guessed; None: requests have tokens on their way.
         """
         if not requests:
             return {}
@@ -210,13 +259,16 @@ class Speculator:
                 if key not in best or promised > best[key][0]:
                     best[key] = promised, name, guess, chances
         rate = len(requests) / self._cost.plain[len(requests)]
-        price: Sequence[float] = ()
+        refill = self._refill if guessed is None else 0.0
+        price: Sequence[float] = [refill] * (MAX_DRAFT_TOKENS + 1) if refill else ()
         if device is not None:
             if guessed and best:  # beside a lookup that stops all from running ahead
                 self._add_unseen(device, guessed, limits, best)
-            rate, price = max(rate, device.rate), [device.price(len(requests))] * (MAX_DRAFT_TOKENS + 1)
+            rate, price = max(rate, device.rate), [device.price(len(requests)) + refill] * (MAX_DRAFT_TOKENS + 1)
         along = [chances for _, _, _, chances in best.values()]
         lengths = best_lengths(along, len(requests), self._cost.verifying, rate, price)[0] if along else []
+        if self._thread is not None:
+            self._thread.choose_depth(len(requests), self._cost, self._chances_by_place)
         self.counters.drafting_seconds += found - started
         self.counters.controlling_seconds += time.perf_counter() - found
         choices = {
@@ -257,22 +309,15 @@ class Speculator:
         counters, drafted, requests = self.counters, sum(map(len, drafts.values())), self._num_requests
         known = {key: draft for key, draft in drafts.items() if draft[0] >= 0}
         kind: Kind = "verifying" if known else "ahead" if self.depth_on_device or drafts else "plain"
-        guessing = 0.0
+        guessing, accepted = 0.0, 0
         if self._thread is not None:
             guessing = self._thread.ran(requests, seconds)
         elif self._device is not None:
             guessing = self._device.price(requests)
+            if requests > 0 and kind != "verifying":
+                self._device.ran(requests, seconds, self._cost.plain[requests])
         seconds = max(seconds - guessing, 0.0)
         counters.head_seconds += guessing
-        if requests > 0:
-            started = time.perf_counter()
-            # a step that runs ahead was started while the one before it, of whatever kind, took this time
-            if self._device is None or kind in ("verifying", self._kind_before):
-                self._cost.observe(requests + drafted, seconds, kind)
-            self._kind_before = kind
-            if self._device is None:
-                self._weigh(known, drafted, guessing)
-            counters.controlling_seconds += time.perf_counter() - started
         counters.steps += 1
         for key, draft in known.items():
             request = self._drafted[key]
@@ -280,24 +325,44 @@ class Speculator:
             of_drafter.drafts += 1
             of_drafter.drafted += len(draft)
             of_drafter.accepted += request.accepted
+            accepted += request.accepted
         if drafts:
             counters.verification_seconds += seconds
+            self._plain_steps.drafted()
         else:
             counters.steps_without_drafts += 1
+        if requests > 0:
+            started = time.perf_counter()
+            # a step that runs ahead was started while the one before it, of whatever kind, took this time
+            if self._device is None or kind in ("verifying", self._kind_before):
+                self._cost.observe(requests + drafted, seconds, kind)
+            self._kind_before = kind
+            if self._device is None:
+                self._unweighed.append((requests, drafted, accepted, guessing if self.ahead else 0.0))
+                if len(self._unweighed) >= self._weighed_together:
+                    self._weigh()
+            counters.controlling_seconds += time.perf_counter() - started
 
-    def _weigh(self, drafts: Mapping[Key, Sequence[int]], drafted: int, guessing: float) -> None:
-        """Take a step that verified so many tokens into the balance. Costs are those believed, not what this step took:
-        other work on the machine says nothing of drafts.
+    def refilled(self, seconds: float) -> None:
+        """So long took the start of a step while the device had nothing to do, as behind one that was waited for."""
+        self._refill += (seconds - self._refill) * REFILL_STRIDE
+
+    def _weigh(self) -> None:
+        """Take steps into the balance. Costs are those believed, not what these took: other work on the machine says
+        nothing of drafts.
         """
-        counters, cost, requests = self.counters, self._cost, self._num_requests
-        plain, spent = cost.plain[requests], counters.drafting_seconds + counters.controlling_seconds
-        saved = 0.0 if self._paused else min(self._weighed - spent, 0.0) - self._guessing
-        if drafts:
-            saved -= cost.verifying[requests + drafted] - plain
-            saved += sum([self._drafted[key].accepted for key in drafts]) * plain / requests
-        self._balance.add(saved, plain)
-        self._weighed, self._guessing = spent, guessing
-        self._steps_with_drafts = self._steps_with_drafts + 1 if drafts else 0
+        counters, cost, step = self.counters, self._cost, self._cost.plain[self._num_requests]
+        spent = counters.drafting_seconds + counters.controlling_seconds
+        saved = min(self._weighed - spent, 0.0)
+        for requests, drafted, accepted, guessing in self._unweighed:
+            saved -= self._guessing
+            if drafted:
+                plain = cost.plain[requests]
+                saved += plain - cost.verifying[requests + drafted] + accepted * plain / requests
+            self._guessing = guessing
+        self._balance.add(saved, step, len(self._unweighed))
+        self._weighed, self._unweighed = spent, []
+        self._weighed_together = min(self._balance.lasts(step), WEIGHED_STEPS)
 
     def stats(self) -> dict[str, float]:
         """The counters as metrics of a worker."""
@@ -334,11 +399,6 @@ class Speculator:
         if not new:
             return new
         drafted.length += len(new)
-        if self._device is not None and (verified := self._device.learn(key, new)):
-            of_head = self.counters.of[self._device.name]
-            of_head.drafts += 1
-            of_head.drafted += verified
-            of_head.accepted += len(new) - 1
         for name, guessed in drafted.guesses.items():
             self._acceptance[name].observe(drafted.acceptance[name], guessed, new)
         drafted.guesses = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,8 +29,39 @@ DOUBT = 2.0
 much beside the square of its own evidence."""
 Kind = Literal["plain", "verifying", "ahead"]
 """Of a step: without drafts, with drafts that the host knows, with drafts that the device knows."""
+MOVED = 0.01
+"""A table of seconds by rows is made anew when a point has moved by so much of itself."""
 REFRESH_STEPS = 16
 """After so many steps together they are learned from, and `plain` and the others made anew."""
+PLAIN_AFTER, MOST_BETWEEN_PLAIN = 16, 256
+"""After so many steps with drafts come some without, and then after twice as many each time, up to a bound."""
+
+
+class PlainSteps:
+    """Says when a step is to have no drafts, if only so that what such steps take is measured now and then, too."""
+
+    def __init__(self, in_a_row: int) -> None:
+        self._in_a_row = in_a_row
+        self._between = self._until = PLAIN_AFTER
+        self._left = 0
+
+    @property
+    def is_next(self) -> bool:
+        """Whether the next step is one."""
+        return self._until <= 0
+
+    def begin(self) -> bool:
+        """A step begins; returns whether it is one."""
+        if self._until > 0:
+            return False
+        self._left = (self._left or self._in_a_row) - 1
+        if self._left == 0:
+            self._until = self._between = min(2 * self._between, MOST_BETWEEN_PLAIN)
+        return True
+
+    def drafted(self) -> None:
+        """A step had drafts."""
+        self._until -= 1
 
 
 class StepCost:
@@ -75,7 +106,7 @@ class StepCost:
             more = self._curves[kind].observe(rows, seconds * math.exp(-self._level))
             self._level += min(max(more, -LEVEL_STRIDE), LEVEL_STRIDE)
         for curve in {*self._curves.values()}:
-            curve.evidence *= FADING ** len(self._observed)
+            curve.fade(len(self._observed))
         self._observed = []
         self._refresh()
 
@@ -104,22 +135,23 @@ class _Curve:
         while points[-1] < max_rows:
             seconds.append(seconds[-1] + slope * points[-1])
             points.append(2 * points[-1])
-        self._points, self._measured = points, np.array(seconds)
-        apart = np.abs(np.subtract.outer(np.arange(len(points)), np.arange(len(points))))
-        self._nearness = np.where(apart > 0, NEIGHBOUR**apart, 0.0)
-        self._drifts = np.zeros(len(points))
+        self._points, self._measured = points, seconds
+        self._drifts = [0.0] * len(points)
         """By point: logarithm of what a step takes now over what it took at the start, but for the level."""
-        self.evidence = np.zeros(len(points))
+        self._evidence = [0.0] * len(points)
         """By point, in steps."""
         self._rows = np.arange(1, max_rows + 1)
+        self._now = [0.0] * len(points)
+        """By point: what `_seconds` was made of."""
+        self._seconds: list[float] = []
 
     def observe(self, rows: int, seconds: float) -> float:
         """A step of so many rows took so long, but for the level; returns how much more that is than expected."""
-        points, drifts, evidence = self._points, self._drifts, self.evidence
+        points, drifts, evidence = self._points, self._drifts, self._evidence
         right = min(max(bisect_left(points, rows), 1), len(points) - 1)
         left = right - 1
         inner = min(max((rows - points[left]) / (points[right] - points[left]), 0.0), 1.0)
-        low, high = (self._measured[at] * math.exp(drifts[at]) for at in (left, right))
+        low, high = self._measured[left] * math.exp(drifts[left]), self._measured[right] * math.exp(drifts[right])
         more = math.log(max(seconds, 1e-9) / (low + (high - low) * inner))
         for at, share in ((left, 1.0 - inner), (right, inner)):
             evidence[at] = min(evidence[at] + share, EVIDENCE)
@@ -127,13 +159,32 @@ class _Curve:
             drifts[at] += min(max(more, -most), most) * share
         return more
 
+    def fade(self, steps: int) -> None:
+        """So many steps have ended, of this kind or another."""
+        self._evidence = [evidence * FADING**steps for evidence in self._evidence]
+
     def seconds(self, level: float) -> list[float]:
         """By rows, from 0 on."""
-        evidence, near = self.evidence, self._nearness
-        others = near @ (evidence * self._drifts) / (near @ evidence + DOUBT)
-        drifts = (evidence**2 * self._drifts + DOUBT * others) / (evidence**2 + DOUBT)
-        now = _rising((self._measured * np.exp(drifts) * level).tolist(), (self.evidence + 0.1).tolist())
-        return [0.0, *np.interp(self._rows, self._points, now).tolist()]
+        own = [evidence * drift for evidence, drift in zip(self._evidence, self._drifts, strict=True)]
+        of_others = zip(_spread(own), _spread(self._evidence), strict=True)
+        others = [drift / (evidence + DOUBT) for drift, evidence in of_others]
+        now = [
+            measured * math.exp((evidence * weighted + DOUBT * other) / (evidence * evidence + DOUBT)) * level
+            for measured, evidence, weighted, other in zip(self._measured, self._evidence, own, others, strict=True)
+        ]
+        if any(abs(new - old) > MOVED * new for new, old in zip(now, self._now, strict=True)):
+            rising = _rising(now, [evidence + 0.1 for evidence in self._evidence])
+            self._now, self._seconds = now, [0.0, *np.interp(self._rows, self._points, rising).tolist()]
+        return self._seconds
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """What each point's neighbours have, the nearer ones more of it."""
+
+    def before(values: Iterable[float]) -> list[float]:
+        return [*itertools.accumulate(values, lambda found, value: NEIGHBOUR * (found + value), initial=0.0)][:-1]
+
+    return [a + b for a, b in zip(before(values), reversed(before(reversed(values))), strict=True)]
 
 
 def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:

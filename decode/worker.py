@@ -195,8 +195,11 @@ class DecodeWorker:
                 self._output.take_step(tokens)
             if tokens:
                 self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
-            if self._speculator is not None and plan is not None and tokens is not None and not plan.is_shared:
-                self._speculator.ran(plan.drafts, loop.time() - started)
+            if self._speculator is not None and plan is not None and not plan.is_shared:
+                if tokens is not None:
+                    self._speculator.ran(plan.drafts, loop.time() - started)
+                elif running:
+                    self._speculator.refilled(loop.time() - started)
         self._mover.after_step()
 
     def _schedule(self) -> Plan | None:

@@ -15,12 +15,17 @@ class ArrivingTokens:
     """A copy that was started when this was made; nothing that is started later delays it."""
 
     def __init__(
-        self, sampled: torch.Tensor, logprobs: Mapping[int, TokenLogprobs], *, is_copied: bool = False
+        self,
+        sampled: torch.Tensor,
+        logprobs: Mapping[int, TokenLogprobs],
+        *,
+        is_copied: bool = False,
+        done: torch.cuda.Event | None = None,
     ) -> None:
         """`sampled` [R] int64, or [R, 2] with what each row had drafted; `logprobs` by row, of those that want some.
 
-        `is_copied`: the device writes `sampled` to memory of the host that nothing else uses, pinned where there is a
-        device.
+        `is_copied`: the device writes `sampled` to memory of the host that nothing else uses until then. `done`: an
+        event to record that with, where there is a device.
         """
         self.sampled = sampled
         self.drafted: list[int] = []
@@ -30,9 +35,10 @@ class ArrivingTokens:
         if not is_copied:
             self._tokens = torch.empty(sampled.shape, dtype=torch.int64, pin_memory=sampled.is_cuda)
             self._tokens.copy_(sampled, non_blocking=True)
-        self._done: torch.cuda.Event | None = None
-        if sampled.is_cuda or self._tokens.is_pinned():
+        self._done = done
+        if done is None and sampled.is_cuda:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if self._done is not None:
             self._done.record()
 
     @property

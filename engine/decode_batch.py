@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +26,24 @@ K = TypeVar("K", bound=Hashable)
 NO_DRAFTS: Mapping[Any, Sequence[int]] = MappingProxyType({})
 
 
+class Verified(NamedTuple):
+    """A draft that nobody had seen."""
+
+    draft: Sequence[int]
+    """See `guess_at`."""
+    token_ids: Sequence[int]
+    """Its tokens."""
+    came: Sequence[int]
+    """The step's."""
+
+
 class RunningBatch(Protocol[K]):
     """What a decode worker needs of its batch."""
 
     lookahead: int
     """Steps that may be in flight after a new one was started."""
-    verified: dict[K, dict[int, int]]
-    """What the step collected last has verified of drafts of a head on the device: by `guess_at`, its token."""
+    verified: Mapping[K, Verified]
+    """What the step collected last has verified of drafts of a head on the device."""
 
     @property
     def in_flight(self) -> int:
@@ -77,8 +87,7 @@ class RunningBatch(Protocol[K]):
         """The tokens of the oldest step that was started."""
 
 
-@dataclass(frozen=True)
-class Seen(Generic[K]):
+class Seen(NamedTuple, Generic[K]):
     """What a step has read of a request, and what it said."""
 
     key: K
@@ -127,7 +136,7 @@ class DecodeBatch(Generic[K]):
         """The keys, until one joins or leaves."""
         self._computed: StepTokens[K] = StepTokens((), [])
         self.in_flight = 0
-        self.verified: dict[K, dict[int, int]] = {}
+        self.verified: Mapping[K, Verified] = {}
         self.seen: list[Seen[K]] = []
         """What the last step read, where the engine has a draft head or a draft model."""
         self._rows = np.arange(capacity)

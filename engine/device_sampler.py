@@ -85,11 +85,11 @@ class DeviceSampler:
         )
         return DeviceSampler._alone(repeated, self._vocab_size, self._workspace.part)
 
-    def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `BatchSampler.sample`. A next call with tensors at the same places overwrites what this one returns."""
         places = (logits.data_ptr(), positions.data_ptr(), len(logits))
         if self._sampling is None or places != self._places:
-            self._sampling, self._places = Sampling(logits, positions, self._rows, self._workspace), places
+            self._sampling, self._places = Sampling(logits, positions, self._rows, self._workspace, out), places
         return self._sampling.run()
 
 

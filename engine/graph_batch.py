@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Generic, TypeVar
@@ -19,7 +19,7 @@ import torch
 
 from headrace.engine.arriving import ArrivingTokens
 from headrace.engine.base import LayerAnnounced
-from headrace.engine.decode_batch import NO_DRAFTS
+from headrace.engine.decode_batch import NO_DRAFTS, Verified
 from headrace.engine.engine import Engine, PrefillChunk, StartedPrefill
 from headrace.engine.graph_decoder import GraphDecoder
 from headrace.engine.sampler import BatchSampler, SamplingRow
@@ -27,11 +27,12 @@ from headrace.engine.sampling_table import SamplingTable
 from headrace.engine.step_tokens import StepTokens
 from headrace.engine.token_masks import ConstrainedRows, mask_rows
 from headrace.grammar import Matcher
-from headrace.kernels.draft_rows import accept_rows, move_leaf
+from headrace.kernels.draft_rows import STEPS_AT_ONCE, accept_rows, move_leaf
 from headrace.kernels.draft_tree import depths_of, place_of, standing_row
 from headrace.kernels.row_changes import STATE_FIELDS, RowChanges, advance_rows
 from headrace.kernels.upload import upload
 from headrace.messages.request import SamplingParams
+from headrace.messages.stream import TokenLogprobs
 
 K = TypeVar("K", bound=Hashable)
 MAX_SAMPLERS = 16
@@ -70,14 +71,14 @@ class _Layout:
         """Whether a draft is more than a chain."""
         return any(draft and depths_of(draft)[-1] != len(draft) for draft in self.drafts)
 
-    def fill(self, columns: int) -> np.ndarray:
-        """As `StepRows` has it, in one row."""
-        layout, rows = np.full((4, columns), -1, np.int32), len(self.depths)
+    def fill(self, layout: np.ndarray) -> None:
+        """As `StepRows` has it, [4, rows]."""
+        rows = len(self.depths)
+        layout.fill(-1)
         layout[0, :rows] = np.repeat(np.arange(len(self.lengths)), self.lengths)
         layout[1, :rows] = np.repeat(self.firsts, self.lengths)
         layout[2, :rows] = [token for draft in self.drafts for token in (0, *draft)]
         layout[3, :rows] = self.depths
-        return layout.reshape(-1)
 
 
 @dataclass
@@ -92,6 +93,8 @@ class _Running(Generic[K]):
     """Where requests have penalties and there are drafts that the host knew: the sampling state after each row."""
     found: StepTokens[K] | None = None
     """Its tokens, once they have been waited for."""
+    verified: dict[K, Verified] = field(default_factory=dict)
+    """See `RunningBatch`; known then."""
 
 
 class GraphBatch(Generic[K]):
@@ -132,9 +135,15 @@ class GraphBatch(Generic[K]):
         """The step that was collected last had ended before that: the device may have waited for the next one."""
         self._layout = _Layout(())
         """Of the last step with drafts, which the device still has."""
+        on_device = engine.device.type == "cuda"
+        self._done = [torch.cuda.Event() if on_device else None for _ in range(STEPS_AT_ONCE)]  # type: ignore[no-untyped-call]
+        """Of steps with drafts in turn: their reports are there."""
+        self._turn = 0
+        self._greedy_samplers: dict[int, BatchSampler] = {}
+        """Of so many rows that take the likeliest token and nothing else, whoever they belong to."""
         self._guessed: dict[K, int] = {}
         """How many tokens of these requests the head has guessed behind the newest step."""
-        self.verified: dict[K, dict[int, int]] = {}
+        self.verified: Mapping[K, Verified] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -211,12 +220,7 @@ class GraphBatch(Generic[K]):
         step = self._running.popleft()
         self.collected_late = step.tokens.are_here
         found = self._found(step)
-        self.verified = {}
-        if step.layout is not None:
-            drafted = step.tokens.drafted
-            for key, draft, first in zip(step.keys, step.layout.drafts, step.layout.firsts, strict=True):
-                if draft and draft[0] < 0:
-                    self.verified[key] = dict(zip(draft, drafted[first + 1 : first + len(draft) + 1], strict=True))
+        self.verified = step.verified
         return found
 
     def _found(self, step: _Running[K]) -> StepTokens[K]:
@@ -235,15 +239,20 @@ class GraphBatch(Generic[K]):
     def _standing(self, step: _Running[K], layout: _Layout, drawn: list[int]) -> StepTokens[K]:
         """What was drawn after each request's newest token and after the drafted tokens that stand."""
         drafted, depths, scores = step.tokens.drafted, layout.depths, step.tokens.logprobs
-        keys, rows = list[K](), list[int]()
+        keys, tokens, of_rows = list[K](), list[int](), dict[int, TokenLogprobs]()
         for request, (key, draft, first) in enumerate(zip(step.keys, layout.drafts, layout.firsts, strict=True)):
             last = standing_row(first, len(draft) + 1, drafted, depths, drawn)
-            rows += [*range(first, first + depths[last]), last]
-            keys += [key] * (depths[last] + 1)
+            came = [*drawn[first : first + depths[last]], drawn[last]]
+            for index, row in enumerate((*range(first, first + depths[last]), last) if scores else (), len(tokens)):
+                if row in scores:
+                    of_rows[index] = scores[row]
+            tokens += came
+            keys += [key] * len(came)
+            if draft and draft[0] < 0:
+                step.verified[key] = Verified(draft, drafted[first + 1 : first + len(draft) + 1], came)
             if step.penalized:
                 self._sampling[request] = step.penalized[last]
-        of_rows = {index: scores[row] for index, row in enumerate(rows) if row in scores} if scores else scores
-        return StepTokens(keys, [drawn[row] for row in rows], of_rows)
+        return StepTokens(keys, tokens, of_rows)
 
     @torch.inference_mode()
     def start(self, drafts: Mapping[K, Sequence[int]] = NO_DRAFTS, depth: int = 0) -> None:
@@ -305,52 +314,65 @@ class GraphBatch(Generic[K]):
     def _start_drafted(self, own: Sequence[Sequence[int]], depth: int) -> None:
         """`own`: each request's draft; a head then guesses for `depth` places."""
         decoder, head = self._decoder, self._engine.graph_head
+        self._turn = turn = (self._turn + 1) % STEPS_AT_ONCE
         if own != self._layout.drafts:
             self._layout = _Layout(own)
-            there = decoder.rows.layout
-            there.copy_(upload([self._layout.fill(there.shape[1])], self._engine.device)[0].view(there.shape))
+            self._layout.fill(decoder.rows.layouts[turn].numpy())
+            decoder.rows.layout.copy_(decoder.rows.layouts[turn], non_blocking=True)
         layout = self._layout
         assert not (layout.is_known and self._running), "the host's drafts follow tokens that it knows"
         rows = len(layout.depths)
-        penalized = self._penalized_rows(own) if any(row.counts is not None for row in self._sampling) else []
-        sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(layout.lengths)
-        logits = decoder.step_drafted(rows)
-        if self._matchers:
-            self._mask(logits, layout.firsts, own)
-        sampled = sampler.sample(logits, decoder.rows.generated[:rows])
-        logprobs = sampler.logprobs(sampled, logits)
-        # written by the kernel itself: a copy would keep the head behind it waiting for 20 microseconds
-        report = torch.empty(rows, 2, dtype=torch.int64, pin_memory=sampled.is_cuda)
-        accept_rows(sampled, decoder.rows, decoder.state, report)
-        if penalized:  # its counts are not those of the rows that will stand
-            self._sampler = None
-        arriving = ArrivingTokens(report, logprobs, is_copied=True)
+        logits, report = decoder.step_drafted(rows), decoder.rows.reports[turn][:rows]
+        penalized, logprobs = list[SamplingRow](), dict[int, TokenLogprobs]()
+        is_greedy = not self._matchers and all(
+            row.takes_likeliest and row.params.logprobs is None for row in self._sampling
+        )
+        if depth and head is not None and is_greedy:
+            head.read(rows, turn, is_greedy=True)
+        else:
+            if any(row.counts is not None for row in self._sampling):
+                penalized = self._penalized_rows(own)
+            sampler = self._new_sampler(penalized) if penalized else self._drafted_sampler(layout.lengths)
+            if self._matchers:
+                self._mask(logits, layout.firsts, own)
+            sampled = sampler.sample(logits, decoder.rows.generated[:rows], decoder.rows.sampled[:rows])
+            logprobs = sampler.logprobs(sampled, logits)
+            if depth and head is not None:
+                head.read(rows, turn)
+            else:
+                accept_rows(sampled, decoder.rows, decoder.state, report)
+            if penalized:  # its counts are not those of the rows that will stand
+                self._sampler = None
+        arriving = ArrivingTokens(report, logprobs, is_copied=True, done=self._done[turn])
         self._running.append(_Running(self._members, arriving, layout, penalized if layout.is_known else ()))
         if depth and head is not None:
-            head.read(rows)
-        if layout.has_leaves:
+            head.guess(len(self._keys), depth)
+        elif layout.has_leaves:
             pages = self._engine.cache.pages
             move_leaf(pages, decoder.block_table, decoder.rows, decoder.state, len(self._keys))
-        if depth and head is not None:
-            head.guess(len(self._keys), depth)
 
     def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
         return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
 
     def _drafted_sampler(self, lengths: Sequence[int]) -> BatchSampler:
         """Of requests without penalties, whose samplers hold nothing that a step changes."""
-        repeated = self._drafted_samplers.get(key := tuple(lengths))
+        rows = sum(lengths)
+        is_greedy = all(row.takes_likeliest and row.params.logprobs is None for row in self._sampling)
+        repeated = self._greedy_samplers.get(rows) if is_greedy else self._drafted_samplers.get(tuple(lengths))
         if repeated is not None:
             return repeated
         if self._sampler is None:
             self._sampler = self._samplers.sampler(len(self._keys)) or self._new_sampler(self._sampling)
-        repeated = self._sampler.repeated(self._decoder.rows.layout[0, : sum(lengths)])
+        repeated = self._sampler.repeated(self._decoder.rows.layout[0, :rows])
         if repeated is None:
             pairs = zip(self._sampling, lengths, strict=True)
             repeated = self._new_sampler([row for row, length in pairs for _ in range(length)])
+        if is_greedy:
+            self._greedy_samplers[rows] = repeated
+            return repeated
         if len(self._drafted_samplers) == MAX_SAMPLERS:
             self._drafted_samplers.clear()
-        self._drafted_samplers[key] = repeated
+        self._drafted_samplers[tuple(lengths)] = repeated
         return repeated
 
     def _penalized_rows(self, drafts: Sequence[Sequence[int]]) -> list[SamplingRow]:

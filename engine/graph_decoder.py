@@ -155,7 +155,7 @@ class GraphDecoder:
         self._qkv = torch.zeros(self.max_narrow, qkv_size, dtype=dtype, device=device)
         self._attended = torch.zeros(most, config.num_heads * config.head_dim, dtype=dtype, device=device)
         self._activated = torch.zeros(len(self._qkv), config.intermediate_size, dtype=dtype, device=device)
-        self._logits = torch.zeros(
+        self.logits = torch.zeros(
             max(decoded, MAX_PROMPTS + max_batch), config.vocab_size, dtype=torch.float32, device=device
         )
         self._sizes: dict[Kind, list[int]] = {
@@ -196,7 +196,7 @@ class GraphDecoder:
     def step(self, rows: int) -> torch.Tensor:
         """Start the step of the first `rows` requests; returns their logits, float32 [rows, vocabulary]."""
         self._run(rows, "plain")
-        return self._logits[:rows]
+        return self.logits[:rows]
 
     def step_drafted(self, rows: int) -> torch.Tensor:
         """Start a step of `rows` rows as `self.rows.layout` has them, which must be -1 beyond; returns their logits.
@@ -204,7 +204,7 @@ class GraphDecoder:
         What follows from the layout is filled in `self.rows`; `accept_rows` brings `state` up to date afterwards.
         """
         self._run(rows, "drafted")
-        return self._logits[:rows]
+        return self.logits[:rows]
 
     def step_shared(
         self, rows: int, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Started
@@ -215,7 +215,7 @@ class GraphDecoder:
         """
         self._prompts.fill(chunks, rows, wanted, self.cache.layout.page_size)
         self._run(rows + sum(chunk.length for chunk in chunks), "shared", started)
-        return self._logits[: len(wanted)], self._logits[MAX_PROMPTS : MAX_PROMPTS + rows]
+        return self.logits[: len(wanted)], self.logits[MAX_PROMPTS : MAX_PROMPTS + rows]
 
     def compute_prompts(self, chunks: Sequence[PrefillChunk], wanted: Sequence[int], started: Started) -> torch.Tensor:
         """Start a pass of these chunks alone, which `can_share` with no request; returns the logits after the last
@@ -223,7 +223,7 @@ class GraphDecoder:
         """
         self._prompts.fill(chunks, 0, wanted, self.cache.layout.page_size)
         self._run(sum(chunk.length for chunk in chunks), "prompts", started)
-        return self._logits[: len(wanted)]
+        return self.logits[: len(wanted)]
 
     def can_share(self, rows: int, chunks: Sequence[PrefillChunk]) -> bool:
         """Whether a step of so many requests can have these chunks beside it."""
@@ -278,7 +278,7 @@ class GraphDecoder:
             self._squares[:, :size],
         )
         hidden = yield from (self._forward_narrow(step) if size <= self.max_narrow else self._forward_wide(step))
-        logits = self._logits[: len(hidden)]
+        logits = self.logits[: len(hidden)]
         if len(hidden) <= self.max_narrow:
             decode_linear(hidden, self._weights.head.weight, logits, Epilogue(), self.linear_workspace)
         else:

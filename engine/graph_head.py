@@ -8,6 +8,7 @@ lie in the requests' state, where the next step finds them.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import torch
@@ -15,12 +16,15 @@ import torch
 from headrace.engine.draft_head import MAX_HEAD_DEPTH, HeadWeights
 from headrace.engine.graph_decoder import GraphDecoder, StepInputs
 from headrace.engine.model_config import ModelConfig
+from headrace.engine.sampler import BatchSampler, SamplingRow
 from headrace.engine.weights import Progress
 from headrace.kernels.attention_plan import plan_decode_attention
 from headrace.kernels.decode_attention import fused_decode_attention
 from headrace.kernels.decode_linear import decode_linear
 from headrace.kernels.draft_head import begin_guess, pick_guess, take_last
+from headrace.kernels.draft_rows import STEPS_AT_ONCE, accept_rows, move_leaf
 from headrace.kernels.epilogue import Epilogue
+from headrace.messages.request import SamplingParams
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Captured numbers of requests. With more, the host takes longer for drafts than they save, see docs/log.md."""
@@ -54,6 +58,8 @@ class GraphHead:
         self._squares = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._activated = torch.zeros(most, weights.down.shape[1], dtype=dtype, device=device)
         self._logits = torch.zeros(most, len(weights.rows), dtype=torch.float32, device=device)
+        self._samplers: dict[int, BatchSampler] = {}
+        """Of so many greedy rows of a step."""
 
     @property
     def max_requests(self) -> int:
@@ -64,27 +70,40 @@ class GraphHead:
         """Compile the kernels and capture all sizes."""
         rows = self._decoder.sizes("drafted")
         for done, size in enumerate(reversed(rows)):
-            self._decoder.graphs.capture(("read", size), partial(self._read, size))
+            for report, is_greedy in itertools.product(range(STEPS_AT_ONCE), (False, True)):
+                key = ("read", size, report, is_greedy)
+                self._decoder.graphs.capture(key, partial(self._read, size, report, is_greedy))
             progress("capturing the draft head", (done + 1) / (len(rows) + len(self.sizes)))
         for done, size in enumerate(reversed(self.sizes)):
             for depth in range(1, MAX_HEAD_DEPTH + 1):
                 self._decoder.graphs.capture(("guess", size, depth), partial(self._guess, size, depth))
             progress("capturing the draft head", (len(rows) + done + 1) / (len(rows) + len(self.sizes)))
 
-    def read(self, rows: int) -> None:
-        """Start after `accept_rows` of a step of `rows` rows, to read what it has settled."""
+    def read(self, rows: int, report: int, *, is_greedy: bool = False) -> None:
+        """Start after a step of `rows` rows, to bring the requests up to date (`accept_rows`, with `sampled` and one of
+        `reports` of the decoder's `StepRows`), and to read what it has settled. `is_greedy`: first take the likeliest
+        tokens as `sampled`.
+        """
         size = next(size for size in self._decoder.sizes("drafted") if size >= rows)
-        self._decoder.graphs.run(("read", size), partial(self._read, size))
+        work = partial(self._read, size, report, is_greedy)
+        self._decoder.graphs.run(("read", size, report, is_greedy), work)
 
     def guess(self, requests: int, depth: int) -> None:
-        """Start after that, and after `move_leaf`: guess for `depth` places of each of the first `requests`."""
+        """Start after that: `move_leaf`, and guess for `depth` places of each of the first `requests`."""
         assert 0 < depth <= MAX_HEAD_DEPTH, "a draft has one token or more"
         size = next(size for size in self.sizes if size >= requests)
         self._decoder.graphs.run(("guess", size, depth), partial(self._guess, size, depth))
 
-    def _read(self, size: int) -> None:
+    def _read(self, size: int, report: int, is_greedy: bool) -> None:
         """All rows of the step, up to attention, which the step has planned: K and V go to the cache."""
         decoder, step = self._decoder, self._decoder.inputs(size, "drafted")
+        rows = decoder.rows
+        if is_greedy:
+            if size not in self._samplers:
+                greedy = [SamplingRow(SamplingParams(max_tokens=1, temperature=0))] * size
+                self._samplers[size] = BatchSampler(greedy, self._config.vocab_size, self._embedding.device)
+            self._samplers[size].sample(decoder.logits[:size], rows.generated[:size], rows.sampled[:size])
+        accept_rows(rows.sampled[:size], rows, decoder.state, rows.reports[report][:size])
         states = self._states[:size]
         self._project_rows(decoder.features[:size], self._weights.fc, states)
         begin_guess(decoder.rows.followers[:size], self._embedding, states, self._config.norm_eps, self._inputs[:size])
@@ -93,6 +112,7 @@ class GraphHead:
 
     def _guess(self, size: int, depth: int) -> None:
         decoder = self._decoder
+        move_leaf(decoder.cache.pages, decoder.block_table, decoder.rows, decoder.state, size)
         take_last(
             (self._states, self._attended),
             decoder.rows.last,

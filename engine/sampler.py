@@ -141,10 +141,12 @@ class BatchSampler:
             self._stops[row, [token for token in params[index].stop_token_ids if token < self._vocab_size]] = True
         self._min_tokens = self._column([params[i].min_tokens for i in self._held_open], torch.int64)
 
-    def sample(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Next tokens [R] int64 from `logits` [R, V] float32; `positions` [R] are their indices in each output."""
+    def sample(self, logits: torch.Tensor, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Next tokens [R] int64 from `logits` [R, V] float32; `positions` [R] are their indices in each output. They
+        are written to `out`, if it is given: always the same one.
+        """
         if self._on_device is not None:
-            return self._on_device.sample(logits, positions)
+            return self._on_device.sample(logits, positions, out)
         logits = self._adjusted(logits, positions)
         tokens = likeliest(logits)
         if self._unfiltered or self._filtered:
@@ -155,7 +157,7 @@ class BatchSampler:
                     tokens[index] = draw(index, logits[index] / self._temperature[index], uniform[index].unsqueeze(1))
         if self._penalized:
             self._counts.scatter_add_(1, tokens[self._penalized].unsqueeze(1), torch.ones_like(self._counts[:, :1]))
-        return tokens
+        return tokens if out is None else out.copy_(tokens)
 
     def _adjusted(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not (self._penalized or self._biased or self._held_open):

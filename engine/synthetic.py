@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -25,6 +25,9 @@ from headrace.grammar import Matcher
 from headrace.messages.request import SamplingParams
 from headrace.messages.stream import TokenLogprobs
 from headrace.scaling.step_costs import StepCosts
+
+if TYPE_CHECKING:
+    from headrace.engine.decode_batch import Verified
 
 K = TypeVar("K", bound=Hashable)
 HEAD_DIM = 8
@@ -100,7 +103,7 @@ class SyntheticBatch(Generic[K]):
         """The keys, until one joins or leaves."""
         self._kv_tokens = 0
         self.in_flight = 0
-        self.verified: dict[K, dict[int, int]] = {}
+        self.verified: Mapping[K, Verified] = {}
 
     def __len__(self) -> int:
         return len(self._rows)

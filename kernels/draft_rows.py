@@ -21,6 +21,8 @@ from headrace.kernels.launch import power_of_two
 from headrace.kernels.launcher import Launcher
 
 BLOCK = 128
+STEPS_AT_ONCE = 2
+"""So many have been started and not collected at most."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,21 @@ class StepRows:
         guessed at i), and its depth: by how many positions it is behind the first row. All are -1 in rows without a
         request, as at the start: graphs are captured before there are requests.
         """
+        pinned = device.type == "cuda"
+        self.layouts = [torch.empty(4, max_rows, dtype=torch.int32, pin_memory=pinned) for _ in range(STEPS_AT_ONCE)]
+        """On their way there from the host, of steps in turn."""
         self.drafted = DraftRows(self.layout[0], self.layout[1])
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """A request's newest token and its draft."""
         self.positions = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         """-1 in rows without a request."""
         self.generated = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.followers = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """What was drawn after each row."""
+        self.reports = [torch.zeros(max_rows, 2, dtype=torch.int64, pin_memory=pinned) for _ in range(STEPS_AT_ONCE)]
+        """Of steps in turn, on the host, see `accept_rows`."""
+        self.followers = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        """The same, for a head to read."""
         self.last = torch.zeros(max_rows, dtype=torch.int32, device=device)
         """By request: its last row that stands."""
 

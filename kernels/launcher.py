@@ -27,10 +27,10 @@ class Launcher:
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
     ) -> None:
         """Launch on the current device and stream; `options` are Triton's: num_warps, num_stages."""
-        key = self._key(arguments, constants, options)
+        key, values = self._key(arguments, constants, options)
         compiled = self._compiled.get(key) if key is not None else None
         if compiled is not None:
-            compiled[grid](*arguments, *constants)  # type: ignore[index]
+            compiled[grid](*values, *constants)  # type: ignore[index]
             return
         compiled = self._kernel[grid](*arguments, *constants, **options)
         if key is not None and not INTERPRETED:
@@ -40,21 +40,34 @@ class Launcher:
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
     ) -> Callable[[], None]:
         """The same launch for any number of times, of which only the first looks at the arguments."""
-        key = self._key(arguments, constants, options)
+        key, values = self._key(arguments, constants, options)
         if key is None or key not in self._compiled:
             return partial(self, grid, arguments, constants, **options)
-        return partial(self._compiled[key][grid], *arguments, *constants)  # type: ignore[index]
+        run: Callable[..., Any] = self._compiled[key][grid]  # type: ignore[index]
+
+        def launch(_alive: object = arguments) -> None:
+            run(*values, *constants)
+
+        return launch
 
     @staticmethod
-    def _key(arguments: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, int]) -> tuple[Any, ...] | None:
-        """What a launch is compiled for; None where tensors do not start as they mostly do."""
+    def _key(
+        arguments: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, int]
+    ) -> tuple[tuple[Any, ...] | None, list[Any]]:
+        """What a launch is compiled for, None where tensors do not start as they mostly do; and the arguments with
+        addresses for tensors, each of which Triton would ask the driver about.
+        """
         addresses, device = 0, None
-        kinds: list[object] = []
+        kinds, values = list[object](), list[Any]()
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
-                addresses |= argument.data_ptr()
+                address = argument.data_ptr()
+                addresses |= address
                 kinds.append(argument.dtype)
+                values.append(address)
                 device = argument.device
             else:
                 kinds.append(type(argument))
-        return (constants, device, *kinds, *options.values()) if addresses % ALIGNMENT == 0 else None
+                values.append(argument)
+        key = (constants, device, *kinds, *options.values()) if addresses % ALIGNMENT == 0 else None
+        return key, values

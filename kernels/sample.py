@@ -104,10 +104,15 @@ class Sampling:
     """
 
     def __init__(
-        self, logits: torch.Tensor, positions: torch.Tensor, rows: SampleRows, workspace: SampleWorkspace
+        self,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampleRows,
+        workspace: SampleWorkspace,
+        out: torch.Tensor | None = None,
     ) -> None:
         count, vocab_size = logits.shape
-        self.out = torch.empty(count, dtype=torch.int64, device=logits.device)
+        self.out = torch.empty(count, dtype=torch.int64, device=logits.device) if out is None else out
         """[R] int64: the next tokens. Each run fills it."""
         space, parts = workspace, workspace.num_parts
         arguments = (

@@ -82,9 +82,9 @@ class EmulatedHead:
         self._high = shares.cumsum(1)
         self._low = self._high - shares
 
-    def read(self, rows: int) -> None:
+    def read(self, rows: int, report: int, *, is_greedy: bool = False) -> None:
         """See `GraphHead`."""
-        self._head.read(rows)
+        self._head.read(rows, report, is_greedy=is_greedy)
 
     def guess(self, requests: int, depth: int) -> None:
         """See `GraphHead`."""

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,27 @@ def random_requests(engine: Engine, count: int, input_tokens: int, output_tokens
 
 
 def run_full(
-    engine: Engine, new_requests: Callable[[], list[Request]], batch: int, speculator: Speculator | None, turns: int
+    engine: Engine, new_requests: Callable[[], list[Request]], batch: int, speculator: Speculator | None
 ) -> list[Step]:
-    """The steps of some turns, each of which runs as long as the batch is full."""
-    steps = []
-    for _ in range(turns):
-        requests = new_requests()
-        side = Side(engine, iter(requests), batch, speculator)
-        for _ in range(WARM_STEPS):
-            side.step()
-        side.steps.clear()
-        while len(side.ended) <= len(requests) - batch:
-            side.step()
-        side.close()
-        steps += side.steps
-    return steps
+    """The steps of a turn, which goes on as long as the batch is full."""
+    requests = new_requests()
+    side = Side(engine, iter(requests), batch, speculator)
+    for _ in range(WARM_STEPS):
+        side.step()
+    side.steps.clear()
+    while len(side.ended) <= len(requests) - batch:
+        side.step()
+    side.close()
+    return side.steps
+
+
+def in_turns(sides: Sequence[Callable[[], list[Step]]], seconds: float) -> list[list[Step]]:
+    """The steps of each side, which take turns until all of them have had so long."""
+    found = [list[Step]() for _ in sides]
+    while not found[0] or min(sum(step.seconds for step in steps) for steps in found) < seconds:
+        for steps, turn in zip(found, sides, strict=True):
+            steps += turn()
+    return found
 
 
 def compare(
@@ -160,9 +167,9 @@ def compare(
 
 
 def emulated(
-    shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, int], heads: Sequence[str], turns: int
+    shape: dict[str, Any], batches: Sequence[int], lengths: tuple[int, int], heads: Sequence[str], least: float
 ) -> list[Figure]:
-    """The `EmulatedHead` at all batch sizes."""
+    """The `EmulatedHead` at all batch sizes, for `least` seconds of each side at least."""
     started = time.perf_counter()
     engine, head = load_random(shape, max(batches), sum(lengths) + 64)
     seconds = time_steps(engine)
@@ -174,11 +181,16 @@ def emulated(
         def requests(batch: int = batch) -> list[Request]:
             return random_requests(engine, max(batch, fewest), *lengths)
 
-        plain = run_full(engine, requests, batch, None, turns)
-        for name in heads:
+        def turn(
+            name: str, speculator: Speculator, batch: int = batch, requests: Callable[[], list[Request]] = requests
+        ) -> list[Step]:
             head.be_right(RATES[name])
-            speculator = new_speculator(engine, seconds, seconds.guess)
-            drafted = run_full(engine, requests, batch, speculator, turns)
+            return run_full(engine, requests, batch, speculator)
+
+        speculators = {name: new_speculator(engine, seconds, seconds.guess) for name in heads}
+        drafting = [partial(turn, name, speculator) for name, speculator in speculators.items()]
+        plain, *with_drafts = in_turns([partial(run_full, engine, requests, batch, None), *drafting], least)
+        for (name, speculator), drafted in zip(speculators.items(), with_drafts, strict=True):
             target = ">= 2.5" if batch == 1 and name == "assumed rates" else ">= 0.97"
             figures += compare(f"emulated {name}, 8B, batch {batch}", batch, plain, drafted, speculator, target)
     return figures
@@ -202,7 +214,7 @@ def step_figures(name: str, seconds: StepSeconds) -> list[Figure]:
     return figures
 
 
-def built_in(kinds: Sequence[str], batches: Sequence[int], turns: int) -> list[Figure]:
+def built_in(kinds: Sequence[str], batches: Sequence[int], least: float) -> list[Figure]:
     """The built-in model with its head and `ngram`, and how many of its outputs are the same."""
     try:
         folder = locate_model("smollm2").path
@@ -226,8 +238,9 @@ def built_in(kinds: Sequence[str], batches: Sequence[int], turns: int) -> list[F
             return [prompts.request(message, BUILT_IN_OUTPUT) for message in messages]
 
         speculator = prompts.speculator()
-        plain = run_full(engine, requests, batch, None, turns)
-        drafted = run_full(engine, requests, batch, speculator, turns)
+        plain, drafted = in_turns(
+            [partial(run_full, engine, requests, batch, side) for side in (None, speculator)], least
+        )
         target = GPU_TARGETS.get((kind, batch), ">= 0.97")
         figures += compare(f"{kind}, 135M, batch {batch}", batch, plain, drafted, speculator, target)
     figures += same_outputs(engine, prompts, kinds)
@@ -262,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny shape and batch 1, on whatever device there is")
     parser.add_argument("--only", choices=["emulated", "built-in"], help="one part alone")
-    parser.add_argument("--turns", type=int, default=2, help="of each side of a cell")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each side of a cell at least")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=list(KINDS), help="of built-in prompts")
     options = parser.parse_args()
@@ -276,9 +289,9 @@ def main() -> None:
             lengths = (QUICK_INPUT, QUICK_OUTPUT) if options.quick else (INPUT, OUTPUT)
             shape, batches = (QUICK_SHAPE, [1]) if options.quick else (LLAMA_8B, options.batches)
             heads = list(RATES)[: 1 if options.quick else None]
-            figures += emulated(shape, batches, lengths, heads, 1 if options.quick else options.turns)
+            figures += emulated(shape, batches, lengths, heads, 0.0 if options.quick else options.seconds)
         if options.only != "emulated" and not options.quick:
-            figures += built_in(options.kinds, options.batches, options.turns)
+            figures += built_in(options.kinds, options.batches, options.seconds)
     finally:
         publish("-".join(parts), figures, card=torch.cuda.get_device_name() if has_gpu else None)
 

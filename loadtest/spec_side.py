@@ -86,8 +86,11 @@ class Side:
             for key, of_request in itertools.groupby(found, lambda keyed: keyed[0]):
                 tokens += self._take(key, [token.token_id for _, token in of_request])
         seconds = time.perf_counter() - started
-        if self.speculator is not None and plan is not None and found is not None:
-            self.speculator.ran(plan.drafts, seconds)
+        if self.speculator is not None and plan is not None:
+            if found is not None:
+                self.speculator.ran(plan.drafts, seconds)
+            else:
+                self.speculator.refilled(seconds)
         drafting, controlling = counters.drafting_seconds - drafting, counters.controlling_seconds - controlling
         self.steps.append(Step(seconds, tokens, drafting, controlling))
         return True

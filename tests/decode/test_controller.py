@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from headrace.decode.balance import LOSS, MOST_OWED, MOST_SAVED, Balance
 from headrace.decode.controller import GAIN, Acceptance, HeadCost, RequestAcceptance, best_lengths
 from headrace.decode.drafter import MAX_DRAFT_TOKENS, Draft
-from headrace.decode.speculator import PLAIN_STEP
-from headrace.decode.step_cost import MAX_ROWS, StepCost
+from headrace.decode.step_cost import MAX_ROWS, PlainSteps, StepCost
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
 
 MEASURED = {1: 41.0, 2: 40.0, 4: 49.0, 8: 59.0, 16: 82.0, 32: 140.0, 64: 237.0}
@@ -58,7 +57,7 @@ def test_rows_that_were_timed_too_fast_are_found_out() -> None:
     cost, chances = StepCost({1: 5.5, 4: 7.0, 8: 12.0, 12: 12.5, 32: 39.0}, 64), [[0.6]] * 8
     drafted = 0
     for step in range(600):
-        rows = 8 + (sum(choose_lengths(chances, 8, cost)) if step % PLAIN_STEP else 0)
+        rows = 8 + (sum(choose_lengths(chances, 8, cost)) if step % 64 else 0)
         drafted += (rows > 8) * (step >= 100)
         factor = 1.5 + 0.5 * (step // 50 % 2) + generator.gauss(0.0, 0.1)
         cost.observe(rows, (12.0 + 2.5 * (rows - 8)) * factor, "verifying" if rows > 8 else "plain")
@@ -80,6 +79,30 @@ def test_no_more_is_lost_than_may_be(gains: list[float]) -> None:
     assert lost <= LOSS * len(gains) + MOST_OWED + MOST_SAVED + 1e-6
 
 
+@given(st.lists(st.floats(-2.0, 2.0), max_size=30))
+def test_steps_that_need_not_be_weighed_change_nothing(gains: list[float]) -> None:
+    """However many of those are weighed together, each losing what it may, or nothing while there is a pause."""
+    balance = Balance()
+    for gain in gains:
+        balance.add(gain, 1.0)
+    pauses, steps = balance.pauses, balance.lasts(1.0)
+    balance.add(0.0 if pauses else -MOST_OWED * steps, 1.0, steps - 1 if pauses else steps)
+    assert balance.pauses == pauses
+    assert not pauses or 0 < steps <= 51
+
+
+def test_steps_without_drafts_come_ever_more_seldom() -> None:
+    """After 16, 32 and so on up to 256 with drafts, two in a row."""
+    plain, found = PlainSteps(in_a_row=2), list[int]()
+    for step in range(1500):
+        if plain.begin():
+            found.append(step)
+        else:
+            plain.drafted()
+    assert found[:6] == [16, 17, 50, 51, 116, 117]
+    assert [late - early for early, late in itertools.pairwise(found[6::2])] == [258] * (len(found[6::2]) - 1)
+
+
 def test_drafts_that_cost_more_than_was_measured_are_left_away() -> None:
     """They seemed to cost nothing, and hardly one is right."""
 
@@ -96,7 +119,7 @@ def test_what_was_slow_for_a_while_is_tried_again() -> None:
     cost, guess = StepCost(MEASURED, 64), [[0.9**length for length in range(1, 16)]]
     usual = choose_lengths(guess, 1, cost)
     for step in range(600):
-        length = choose_lengths(guess, 1, cost)[0] if step % PLAIN_STEP else 0
+        length = choose_lengths(guess, 1, cost)[0] if step % 64 else 0
         cost.observe(1 + length, 410.0 if length else 41.0, "verifying" if length else "plain")
     assert choose_lengths(guess, 1, cost) < usual
     for _ in range(2000):

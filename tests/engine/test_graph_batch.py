@@ -48,6 +48,7 @@ class SumDecoder:
             position = int(positions[row])
             page = int(self.block_table[owner, position // PAGE])
             logits[row, following(int(tokens[row]), position, page)] = 1.0
+        self.logits = logits
         return logits
 
 
@@ -65,8 +66,12 @@ class SumHead:
         self._decoder = decoder
         self._rng = rng
 
-    def read(self, rows: int) -> None:
+    def read(self, rows: int, report: int, *, is_greedy: bool = False) -> None:
         """It needs no features."""
+        step = self._decoder.rows
+        if is_greedy:
+            step.sampled[:rows] = self._decoder.logits.argmax(-1)
+        accept_rows_reference(step.sampled[:rows], step, self._decoder.state, step.reports[report][:rows])
 
     def guess(self, requests: int, depth: int) -> None:
         """From each request's newest token on."""
@@ -183,7 +188,7 @@ def test_requests_with_a_grammar_run_ahead_among_others(
             draft = [*chain(rng.randint(1, 3)), *([guess_at(0, 1)] if rng.random() < 0.5 else [])]
             batch.start(dict.fromkeys(running, draft), rng.choice((0, 3, 3)))
             collect(batch, batch.lookahead, got)
-            verified |= {key for key, draft in batch.verified.items() if draft}
+            verified |= {key for key, one in batch.verified.items() if one.draft}
         elif drafts_of == "host" and rng.random() < 0.6:
             collect(batch, 0, got)
             drafts = {}
@@ -285,7 +290,7 @@ def test_guesses_of_the_device_are_verified_before_the_host_has_seen_them(
             steps += 1
             for k, token in batch.collect():
                 got[k].append(token.token_id)
-            drafted += sum(map(len, batch.verified.values()))
+            drafted += sum(len(one.draft) for one in batch.verified.values())
     for k, (prompt, pages) in running.items():
         assert got[k] == true_draft(prompt, pages, len(got[k]))
     assert steps > 30

@@ -60,7 +60,7 @@ def generate(engine: Engine, sampling: SamplingParams, depth: int, length: int) 
         if batch.in_flight > batch.lookahead or not left:
             for key, token in batch.collect():
                 outputs[key].append(token.token_id)
-            verified += sum(map(len, batch.verified.values()))
+            verified += sum(len(one.draft) for one in batch.verified.values())
             for key in [key for key in left if len(outputs[key]) >= TOKENS]:
                 left.remove(key)
                 batch.leave(key)

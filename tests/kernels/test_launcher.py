@@ -46,7 +46,7 @@ def test_arguments_are_analysed_once_for_each_of_their_kinds(monkeypatch: pytest
     launch((1, 1, 1), (x, None, 5), (8,), num_warps=4)
     launch((2, 1, 1), (y, None, 7), (8,), num_warps=4)
     assert kernel.analysed == 1
-    assert kernel.launched == [((2, 1, 1), y, None, 7, 8)]
+    assert kernel.launched == [((2, 1, 1), y.data_ptr(), None, 7, 8)]
     for count, (arguments, constant, warps) in enumerate(
         [((x.half(), None, 5), 8, 4), ((x, y, 5), 8, 4), ((x, None, 5), 16, 4), ((x, None, 5), 8, 8)], start=2
     ):
