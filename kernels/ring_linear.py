@@ -63,10 +63,9 @@ def ring_linear(
         block, shape, strides = [ROWS, block_k], list(weight.shape), list(weight.stride())
     processors = num_processors(x.device)
     split = _split(tiles, steps, ring, processors) if epilogue.activation is None else 1
+    x_block, x_shape = [columns, block_k], [min(columns, _rows_in_memory(x)), k]
     _ring_kernel[(min(tiles * split, processors),)](
-        TensorDescriptor.from_tensor(
-            x, [columns, block_k], gl.NVMMASharedLayout.get_default_for([columns, block_k], dtype)
-        ),
+        TensorDescriptor(x, x_shape, list(x.stride()), x_block, gl.NVMMASharedLayout.get_default_for(x_block, dtype)),
         TensorDescriptor(weight, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype)),
         out, epilogue.weight_scale, epilogue.x_scale, epilogue.squares, epilogue.bias, epilogue.squares_out,
         workspace.partial, workspace.counters, x.shape[0], tiles, steps, 1 / k, epilogue.eps,
@@ -74,6 +73,12 @@ def ring_linear(
         SPLIT=split, ROWS=ROWS, PIECE=PIECE, MAX_SHARED_TILES=MAX_SHARED_TILES,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
+
+
+def _rows_in_memory(x: torch.Tensor) -> int:
+    """Those of x and behind it, whatever they hold: a load takes longer where rows are outside of its descriptor."""
+    elements = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
+    return 1 + (elements - x.shape[1]) // x.stride(0)
 
 
 def _split(tiles: int, steps: int, ring: _Ring, processors: int) -> int:

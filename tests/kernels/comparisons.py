@@ -52,9 +52,10 @@ def compare_decode_linear(
     surrounded: bool,
     fp8: bool = False,
 ) -> None:
-    """Shape is (rows, out, in). `surrounded`: with norm and bias before, residual sum and squares after it."""
+    """Shape is (rows, out, in). `surrounded`: norm and bias before, residual sum and squares after, NaNs behind x."""
     rows, out_size, in_size = shape
-    x = torch.randn(rows, in_size, device=device, dtype=dtype)
+    x = torch.full((rows + (128 if surrounded else 0), in_size), torch.nan, device=device, dtype=dtype)[:rows]
+    x.normal_()
     weight = torch.randn(out_size * (2 if activation else 1), in_size, device=device, dtype=dtype) / in_size**0.5
     weight, scale = quantize_rows(weight) if fp8 else (weight, None)
     x, x_scale = quantize_rows(x) if fp8 and rows > 1 and device != "cpu" else (x, None)
