@@ -22,7 +22,7 @@ import torch
 import uvloop
 
 from headrace.data_lines import DataLines, data_listener
-from headrace.decode import worker as decode_worker
+from headrace.decode import step_runner
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.arriving import ArrivingTokens
 from headrace.engine.device_thread import DeviceThread
@@ -115,7 +115,7 @@ async def measure(engine: Engine, thread: DeviceThread, url: str, rows: int, cha
     ):
         while not node.registry.tier("gateway"):  # noqa: ASYNC110 (it comes once)
             await asyncio.sleep(0.1)
-        with patch.object(decode_worker, "new_batch", ready_batch):
+        with patch.object(step_runner, "new_batch", ready_batch):
             worker = DecodeWorker(node, engine, thread, layout, rows, listener, lines)
             lengths = [STEPS - 16] * rows
             if changing:  # one of the first ends at each step, and so does one of those that take their places
