@@ -58,10 +58,6 @@ class DecodeScheduler:
         """A request of the batch, if it still is one."""
         self._leaving: list[Key] = []
         self._kept_pages: dict[Key, int] = {}
-        self._reminders: dict[int, list[Sequence]] = {}
-        """By step: whose pages may not last longer. So a step looks at few of its requests."""
-        self._reminded = 0
-        """Reminders of the steps before this one are over."""
         self.steps = Steps()
         """Since the beginning."""
         self.on_leave: list[Callable[[Key], None]] = []
@@ -145,28 +141,6 @@ class DecodeScheduler:
     def _look_ahead(self, sequence: Sequence) -> None:
         room = len(sequence.pages) * self._pool.page_size - sequence.longest
         sequence.pages_last_until = self.steps.started + room
-        self._remind(sequence)
-
-    def _remind(self, sequence: Sequence) -> None:
-        at = max(sequence.pages_last_until, self._reminded)
-        if not self._reminded <= sequence.reminded_at <= at:  # else that comes first
-            sequence.reminded_at = at
-            self._reminders.setdefault(at, []).append(sequence)
-
-    def _due(self, step: int) -> list[Sequence]:
-        """Running requests that may have no pages for this step."""
-        reminders = [self._reminders.get(at, []) for at in range(self._reminded, step)]
-        found = itertools.chain.from_iterable(reminders)
-        return [s for s in found if s.steps is not None and self._reminded <= s.reminded_at < step]
-
-    def _remind_again(self, due: list[Sequence], step: int) -> None:
-        """They have pages for it, or have left."""
-        for at in range(self._reminded, step):
-            self._reminders.pop(at, None)
-        self._reminded = step
-        for sequence in due:
-            if sequence.steps is not None:
-                self._remind(sequence)
 
     def started(self, drafts: Mapping[Key, Sized] = NO_DRAFTS) -> None:
         """The step that was scheduled runs, with all running requests and these drafts."""
@@ -202,8 +176,7 @@ class DecodeScheduler:
         page_size, step = self._pool.page_size, self.steps.started
         for sequence in joining:
             self._look_ahead(sequence)
-        due = [*self._due(step), *joining]
-        short = [sequence for sequence in due if sequence.pages_last_until < step]
+        short = [s for s in itertools.chain(self._running.values(), joining) if s.pages_last_until < step]
         wanted = [-(-(step - sequence.pages_last_until) // page_size) for sequence in short]
         missing = sum(wanted)
         if missing > self._pool.num_free:
@@ -227,7 +200,6 @@ class DecodeScheduler:
             for sequence in short:
                 if sequence.key in self._running:
                     self._grow(sequence, plan)
-        self._remind_again(due, step)
         joined = {sequence.key for sequence in plan.joins}
         plan.joins = [sequence for sequence in plan.joins if sequence.key in self._running]
         plan.leaves += [key for key in self._leaving if key not in joined]

@@ -40,8 +40,6 @@ class Sequence:
     """How many of these had been started before it joined."""
     pages_last_until: int = 0
     """The last step, so counted, for which its pages are enough if each makes one token."""
-    reminded_at: int = -1
-    """The step at which the scheduler will look at that."""
     drafts_in_flight: int = 0
     """Drafted tokens of the steps in flight, which may stand."""
     started_at: float = field(default_factory=time.time)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import replace
-from functools import partial
 
 from headrace.data_line import Listener
 from headrace.data_lines import identify_by
 from headrace.decode.in_place import InPlacePrompts
 from headrace.decode.mover import Mover
 from headrace.decode.output import Output
-from headrace.decode.scheduler import DecodeScheduler, Plan
-from headrace.decode.sequence import Key, Sequence, repeat_tokens
+from headrace.decode.scheduler import DecodeScheduler
+from headrace.decode.sequence import Sequence, repeat_tokens
 from headrace.decode.speculator import Speculator
-from headrace.decode.step import Alongside, plan_step, run_step
-from headrace.decode.step_gauge import StepGauge
-from headrace.engine.decode_batch import RunningBatch, new_batch
+from headrace.decode.step import Alongside
+from headrace.decode.step_runner import StepRunner
 from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine
-from headrace.engine.step_tokens import StepTokens
 from headrace.farewell import Farewell
 from headrace.kvtransfer.departures import LineDepartures, Lines
 from headrace.kvtransfer.incoming import OwnPrompt, ReceivedRequest
@@ -38,7 +35,6 @@ from headrace.messages.stream import Moved, RequestFailed, TokenBatch
 from headrace.node import Node
 from headrace.registry import Member
 from headrace.tasks import end_task
-from headrace.telemetry.events import StepRan
 from headrace.wire import Decoder, Message
 
 log = logging.getLogger(__name__)
@@ -76,14 +72,14 @@ class DecodeWorker:
         call_soon = asyncio.get_running_loop().call_soon_threadsafe
         self._node = node
         self._engine = engine
-        self._device_thread = device_thread
-        self._batch: RunningBatch[Key] | None = None
-        """Made and used on the device thread alone, see `_run_step`."""
         self._max_num_seqs = max_num_seqs
         self._scheduler = DecodeScheduler(engine.pool, max_num_seqs)
         self._output = Output(self._scheduler, self._post, node.telemetry)
         self._most_held = max_num_seqs + max(max_num_seqs // READY_PART, 1)
         self._speculator = speculator
+        self._steps = StepRunner(
+            engine, device_thread, self._scheduler, self._output, speculator, alongside, node.telemetry, max_num_seqs
+        )
         self.receiver = Receiver(
             layout,
             [engine.cache],
@@ -99,7 +95,6 @@ class DecodeWorker:
         )
         self._prompts = InPlacePrompts(engine, device_thread, most_prompt_tokens)
         self._listener = listener
-        self._alongside = alongside
         departures = LineDepartures([engine.cache], layout.dtype, lines, call_soon)
         # where there is one beside, the staging memory is its
         exports, staging = exports_of(engine.cache, nixl), engine.cache.staging_blocks
@@ -122,7 +117,6 @@ class DecodeWorker:
         self._moved_here = 0
         engine.pool.on_freed.append(self._pages_came_free)
         self._stats_at = 0.0
-        self._gauge = StepGauge()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._decode: Decoder[Inbound] = Decoder(Inbound)
@@ -168,68 +162,13 @@ class DecodeWorker:
             if self._prompts:
                 await self._prompts.run_pass()
             if self._scheduler.has_work:
-                await self._step()
+                await self._steps.run_one(self._publish)
+                if self._mover.num_open:  # another worker's tokens must not be there before these
+                    self._publish()
+                self._mover.after_step()
             if self._prompts or not self._scheduler.has_work:
                 self._publish()
                 self._rest()
-
-    async def _step(self) -> None:
-        """Run a step. What it made is published when the device has the next one, or before what else comes first."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        if self._alongside is not None:
-            self._publish()
-            requests = self._scheduler.num_running + self._scheduler.num_ready
-            await self._alongside.before_step(min(requests, self._max_num_seqs))
-        plan = self._schedule()
-        running = self._scheduler.num_running
-        step = self._device_thread.run(self._run_step, plan, partial(loop.call_soon_threadsafe, self._publish))
-        try:
-            tokens = await step
-        except Exception:
-            log.exception("a decode step failed, giving its requests up")
-            self._give_up_running()
-        else:
-            self._gauge.ended(loop.time(), self._scheduler.num_running)
-            if tokens is not None:
-                self._output.take_step(tokens)
-            if tokens:
-                self._node.telemetry.emit(StepRan(running, len(tokens), loop.time() - started))
-            if self._speculator is not None and plan is not None and not plan.is_shared:
-                if tokens is not None:
-                    self._speculator.ran(plan.drafts, loop.time() - started)
-                elif running:
-                    self._speculator.refilled(loop.time() - started)
-        self._mover.after_step()
-
-    def _schedule(self) -> Plan | None:
-        plan = plan_step(self._scheduler, self._speculator)
-        if plan is not None:
-            for sequence in plan.preempted:
-                self._output.fail(sequence, "preempted", "the KV cache was full; the request is computed again")
-        return plan
-
-    def _give_up_running(self) -> None:
-        for sequence in self._scheduler.sequences():
-            self._output.fail(sequence, "worker_error", "a decode step failed")
-        self._scheduler.abandon_steps()
-        self._scheduler.schedule()
-        self._batch = None
-        if self._alongside is not None:
-            self._alongside.abandoned()
-
-    def _run_step(self, plan: Plan | None, started: Callable[[], object]) -> StepTokens[Key] | None:
-        """`run_step` on the device's own thread.
-
-        No other thread may run a parallel operation of torch: libgomp would see more threads than cores and, for ever
-        after, let those that wait sleep at once, and a step would take half as long again.
-        """
-        if self._batch is None:
-            self._batch = new_batch(self._engine)
-        tokens = run_step(self._batch, plan, self._alongside, started)
-        if self._speculator is not None and tokens is not None:
-            self._speculator.look(self._batch)
-        return tokens
 
     def _start_decoding(self, received: ReceivedRequest) -> None:
         """The receiver's hand-over: the first token goes to the client before any step runs."""
@@ -257,7 +196,6 @@ class DecodeWorker:
 
     def _moved(self, sequence: Sequence, receiver: str) -> None:
         request_id, attempt = sequence.key
-        self._output.publish()  # the gateway takes who spoke last for the one that has it
         self._post(sequence.gateway, Moved(request_id=request_id, attempt=attempt, decode_worker=receiver))
 
     def _publish(self) -> None:
@@ -272,7 +210,7 @@ class DecodeWorker:
         if not self._scheduler.has_work and not self._prompts:
             self._work.clear()
             self._engine.cpu_share.rest()
-            self._gauge.rest()
+            self._steps.gauge.rest()
             self._idle.set()
             self._publish_stats()
 
@@ -403,7 +341,7 @@ class DecodeWorker:
             "handoff_moved_here_total": self._moved_here,
             "messages_refused_total": self._node.mesh.refused,
         }
-        stats |= self._gauge.stats() | self._prompts.figures()
+        stats |= self._steps.gauge.stats() | self._prompts.figures()
         stats |= {f"handoff_aborts_{cause}_total": count for cause, count in self.receiver.aborts.items()}
         if self._speculator is not None:
             stats |= self._speculator.stats()

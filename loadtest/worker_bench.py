@@ -25,7 +25,8 @@ from unittest.mock import patch
 import torch
 
 from headrace.data_lines import DataLines, data_listener
-from headrace.decode import worker as decode_worker
+from headrace.decode import step_runner
+from headrace.decode.worker import DecodeWorker
 from headrace.engine.decode_batch import RunningBatch, new_batch
 from headrace.engine.device_thread import DeviceThread
 from headrace.engine.engine import Engine
@@ -120,8 +121,8 @@ async def _serve(connection: Connection, url: str, shape: Shape) -> None:
             join_mesh(settings, "decode", MODEL, listener.address) as node,
             DataLines(node.registry, None) as lines,
         ):
-            with patch.object(decode_worker, "new_batch", timed_batch):
-                worker = decode_worker.DecodeWorker(node, engine, device_thread, layout, largest, listener, lines)
+            with patch.object(step_runner, "new_batch", timed_batch):
+                worker = DecodeWorker(node, engine, device_thread, layout, largest, listener, lines)
                 stopped: asyncio.Future[None] = loop.create_future()
                 running = asyncio.create_task(worker.run(stopped, 5.0))
                 connection.send((engine.layout, engine.model_config.vocab_size))

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from headrace.decode import step_runner
 from headrace.decode import worker as decode_worker
 from headrace.gateway.mesh_client import MeshClient
 from tests.e2e.tiny_mesh import MODEL, tiny_mesh
@@ -20,7 +21,7 @@ async def test_a_decode_worker_lets_go_though_no_gateway_tells_it_to(
 ) -> None:
     """The gateway may be cut off: its cancellation is lost here."""
     steps = 0
-    run_step = decode_worker.run_step
+    run_step = step_runner.run_step
 
     def slow_step(*arguments: Any) -> Any:
         nonlocal steps
@@ -28,7 +29,7 @@ async def test_a_decode_worker_lets_go_though_no_gateway_tells_it_to(
         time.sleep(0.05)
         return run_step(*arguments)
 
-    monkeypatch.setattr(decode_worker, "run_step", slow_step)
+    monkeypatch.setattr(step_runner, "run_step", slow_step)
     monkeypatch.setattr(decode_worker, "REAP_SECONDS", 0.1)
     monkeypatch.setattr(MeshClient, "cancel", lambda *arguments: None)
     body = {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 90, "ignore_eos": True}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headrace.decode import worker as decode_worker
+from headrace.decode import step_runner
 from headrace.decode.worker import DecodeWorker
 from headrace.engine.decode_batch import NO_DRAFTS, DecodeBatch
 from headrace.engine.engine import Engine
@@ -124,7 +124,7 @@ async def test_running_requests_move_and_no_prompt_is_computed_again(
 ) -> None:
     """The worker leaves while all its streams run; another has them all, and each text is as it is undisturbed."""
     if kind == "a step ahead":
-        monkeypatch.setattr(decode_worker, "new_batch", LateBatch)
+        monkeypatch.setattr(step_runner, "new_batch", LateBatch)
     asked = prompts(6)
     drafts = {"speculates": kind.startswith("draft"), "drafts_itself": kind == "draft model"}
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[60], decode_pages=[60]) as mesh:
@@ -223,7 +223,7 @@ async def test_a_colocated_worker_moves_its_requests_to_another_kind(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its prefill side leaves first, then what it decodes goes to a worker of the other tier alone."""
-    monkeypatch.setattr(decode_worker, "new_batch", SlowBatch)
+    monkeypatch.setattr(step_runner, "new_batch", SlowBatch)
     asked = prompts(12)
     async with tiny_mesh(redis_url, tmp_path, prefill_pages=[90], decode_pages=[90]) as mesh:
         undisturbed = await ask_all(mesh, asked)
