@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from headrace.decode.balance import Balance
+from headrace.decode.balance import Balance, Looks
 from headrace.decode.chain_choice import DEEPEST, DeviceHead, ThreadChain
 from headrace.decode.controller import Acceptance, RequestAcceptance, best_lengths
 from headrace.decode.draft_counters import Counters
@@ -26,17 +26,6 @@ from headrace.kernels.draft_tree import chain
 
 BY_PLACE = "by place"
 """Beside the drafters' names: how often a `ThreadChain`'s guesses were right by their place alone."""
-MAX_STEPS_AHEAD = 15
-"""At most so many steps start without a look whether drafts would pay."""
-LOOKING_SHARE = 0.0025
-"""Of the time, which looks that find nothing may take where steps wait for them: the dearer, the fewer."""
-STEPS_MORE = 0.25
-"""By so much the steps between two such looks grow, as drafts often come back soon."""
-REQUESTS_A_STEP_BESIDE_HEAD = 8
-"""Where a head on the device drafts meanwhile there are more looks the fewer requests there are, by the square of their
-number in units of this: a lookup must show more, and each look is evidence of it."""
-SOME_REQUESTS, SHARE_BESIDE_HEAD, MOST_BESIDE_HEAD = 16, 0.01, 255
-"""From so many on a look takes longer than the device has to do: so much of the time at most, and so many steps."""
 REFILL_STRIDE = 0.1
 """What one time shows of the next ones."""
 WEIGHED_STEPS = 16
@@ -102,8 +91,7 @@ class Speculator:
         self._weighed_together = 0
         """How many may be."""
         self._plain_steps = PlainSteps(in_a_row=1 if self._device is None else 2)  # ahead, two in a row are measured
-        self._steps_ahead = 0.0
-        self._steps_left = 0
+        self._looks = Looks(beside_head=self._device is not None)
         self._kind_before: Kind = "plain"
 
     def propose(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
@@ -125,7 +113,8 @@ class Speculator:
         if is_plain:
             chosen = {}
         else:
-            self._found(bool(chosen), len(requests), time.perf_counter() - started)
+            took = time.perf_counter() - started
+            self._looks.found(bool(chosen), len(requests), took, self._cost.plain[len(requests)])
         if self._thread is not None:
             if self._balance.pauses:
                 self._thread.rest()
@@ -145,9 +134,7 @@ class Speculator:
             return False
         if self._balance.pauses:
             return True
-        rests = self._steps_left > 0
-        self._steps_left -= rests
-        return rests
+        return self._looks.skips()
 
     def propose_ahead(self, requests: Sequence[Request]) -> dict[Key, list[int]]:
         """The same for a step that runs ahead: what a head on the device has guessed, which nobody has seen yet."""
@@ -198,37 +185,19 @@ class Speculator:
         pauses = self._plain_steps.is_next or (self._device is None and self._balance.pauses)
         if pauses or self._too_many(len(requests)):
             return False
-        if self._steps_left > 0:
-            self._steps_left -= 1
+        if self._looks.skips():
             return False
         started = time.perf_counter()
         self._follow_all(requests)
         chosen = self._choose(requests)
         if not chosen:
             took = math.inf if self._device is None else time.perf_counter() - started
-            self._found(False, len(requests), took)
+            self._looks.found(False, len(requests), took, self._cost.plain[len(requests)])
         return bool(chosen)
 
     def _too_many(self, requests: int) -> bool:
         """More than a head on the device guesses for: there the host takes longer for lookups than they save, too."""
         return self._device is not None and not self._device.can_guess_for(requests)
-
-    def _found(self, drafts: bool, requests: int, took: float) -> None:
-        """`took`: seconds of the look, or infinity where that makes no difference."""
-        if drafts:
-            self._steps_ahead = self._steps_left = 0
-            return
-        looks, more = took / max(self._cost.plain[requests], 1e-9), 2 * self._steps_ahead + 1
-        if self._device is None:
-            most = min(looks / LOOKING_SHARE, MAX_STEPS_AHEAD)
-            if took < math.inf:
-                more = self._steps_ahead + STEPS_MORE
-        else:
-            most = (requests // REQUESTS_A_STEP_BESIDE_HEAD) ** 2
-            if requests >= SOME_REQUESTS:
-                most = min(max(looks / SHARE_BESIDE_HEAD, most), MOST_BESIDE_HEAD)
-        self._steps_ahead = min(more, most)
-        self._steps_left = int(self._steps_ahead)
 
     def _choose(self, requests: Sequence[Request], guessed: int | None = None) -> dict[Key, _Choice]:
         """Those drafts that pay; a `ThreadChain` chooses its depth. `guessed`: how many tokens a head on the device

@@ -66,12 +66,12 @@ class FixedHeadCost(HeadCost):
         """See `HeadCost`."""
 
 
-COST = FixedCost({1: 1.0, 16: 2.0, 48: 2.4, 256: 17.0}, 16)
-"""Of steps, in any unit: drafts pay for one request and for 16."""
-HEAD_COST = FixedHeadCost({1: 0.05, 16: 0.1})
+COST = FixedCost({1: 1e3, 16: 2e3, 48: 2.4e3, 256: 17e3}, 16)
+"""Of steps, in seconds: drafts pay for one request and for 16, however long it takes to find some."""
+HEAD_COST = FixedHeadCost({1: 50.0, 16: 100.0})
 DRAWS, TOGETHER = 50_000, 100
-FREE = FixedCost({1: 1.0, 256: 1.001}, TOGETHER, verifying={1: 0.5, 256: 0.501})
-FREE_HEAD = FixedHeadCost({1: 1e-6})
+FREE = FixedCost({1: 1e3, 256: 1.001e3}, TOGETHER, verifying={1: 500.0, 256: 501.0})
+FREE_HEAD = FixedHeadCost({1: 1e-3})
 """For drawn answers: a tiny model's guesses are seldom right, and all of them are to be verified."""
 TEMPERATURES = (0.5, 1.0, 1.5)
 TOP_K, TOP_P = 12, 0.95

@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 
+from headrace.decode.balance import MAX_STEPS_AHEAD
 from headrace.decode.chain_choice import DeviceHead, ThreadChain
 from headrace.decode.controller import HeadCost
 from headrace.decode.drafter import Draft
 from headrace.decode.ngram import NgramDrafter
 from headrace.decode.sequence import Key, Sequence, Steps
-from headrace.decode.speculator import MAX_STEPS_AHEAD, Speculator
+from headrace.decode.speculator import Speculator
 from headrace.decode.step_cost import StepCost
 from headrace.engine.decode_batch import DecodeBatch, Verified
 from headrace.engine.draft_head import MAX_HEAD_DEPTH
