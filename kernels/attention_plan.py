@@ -85,7 +85,8 @@ class AttentionWorkspace:
         self.few_rows = FEW_DRAFTED_ROWS if drafted else FEW_ROWS
         block = 2**13 // max(dim, 128)
         if drafted:
-            self.few, self.many = Tiling(2 * block, 8, 1, "registers"), Tiling(block, 4, 2, "L2")
+            self.few = Tiling(2 * block, 8, 1, "registers")
+            self.many = Tiling(2**13 // max(dim, 64), 4, 2, "registers")
         else:
             self.few, self.many = Tiling(block, 4, 2, "registers"), Tiling(block, 2, 4, "L2")
         if is_hopper() and not drafted and shape.head_dim in SHARED_DIMS and group <= TILE_ROWS and dtype.itemsize == 2:
@@ -155,3 +156,12 @@ def rotated(start, d, angles, norm_ptr, eps, mask, DIM: tl.constexpr, ROTARY: tl
         x *= scale * tl.load(norm_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)
         y *= scale * tl.load(norm_ptr + partner, mask=d < DIM, other=0.0).to(tl.float32)
     return x * angles[0] + y * tl.where(d < half, -angles[1], angles[1])
+
+
+@triton.jit
+def joined(highest, weight, acc, other_highest, other_weight, other_acc):
+    """Two parts of an online softmax as one: highest scores, sums of weights and weighted sums of values."""
+    higher = tl.maximum(highest, other_highest)
+    shrink = tl.exp2(highest - higher)
+    factor = tl.exp2(other_highest - higher)
+    return higher, weight * shrink + other_weight * factor, acc * shrink[:, None] + other_acc * factor[:, None]

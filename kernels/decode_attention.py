@@ -1,9 +1,9 @@
 """Attention of a decode step straight from the packed projections: rotation, cache write and attention in one kernel.
 
 The work is cut and dealt out by `attention_plan`. A KV head's query heads are the rows of one tile, so that each key is
-read once. Where several programs share a request's head, the last to arrive merges
-their parts (flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The newest token's K and V are
-taken from the projections, and go to the cache on the way.
+read once. Where several programs share a request's head, the one with its first tokens adds the others' parts to its
+own (flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The newest token's K and V are taken from
+the projections, and go to the cache on the way.
 
 A step that verifies drafts has several rows a request, one after the other. As many of them as fit share a tile, which
 costs tensor cores nothing: their 16 rows are there anyway. K and V of its own step, of all rows up to its own, a tile
@@ -24,6 +24,7 @@ from headrace.kernels.attention_plan import (
     AttentionWorkspace,
     DraftRows,
     HeadShape,
+    joined,
     rotated,
     rotation,
 )
@@ -71,17 +72,17 @@ def fused_decode_attention(
         return
     line = LINE_BYTES // layer_pages.element_size()
     batch, group = positions.shape[0], power_of_two(shape.group)
-    stored = workspace.queries * group
+    tile = max(TILE_ROWS, group)
     _attention_kernel[(tiling.programs * workspace.processors,)](
         qkv, layer_pages, block_table, positions, workspace.first_units,
         None if drafted is None else drafted.owners, None if drafted is None else drafted.firsts, rope.cos, rope.sin,
         norms[0] if norms else None, norms[1] if norms else None, out, workspace.partial, workspace.arrivals,
         batch, block_table.stride(0), shape.head_dim**-0.5, eps,
         KV_HEADS=shape.kv_heads, GROUP=shape.group, DIM=shape.head_dim, ROTARY=shape.rotary_dim,
-        PAGE=layer_pages.shape[3], GROUP_PADDED=group, QUERIES=workspace.queries, TILE=max(TILE_ROWS, group),
+        PAGE=layer_pages.shape[3], GROUP_PADDED=group, QUERIES=workspace.queries, TILE=tile,
         DIM_PADDED=power_of_two(shape.head_dim), BATCH=workspace.padded_rows, BLOCK=tiling.block,
         STEP_ROWS=MAX_STEP_ROWS, EARLY=tiling.first == "registers", STAGES=STAGES,
-        MERGED=min(max(MERGE_REGISTERS * 32 * tiling.warps // (stored * power_of_two(shape.head_dim)), 1), 8),
+        MERGED=min(max(MERGE_REGISTERS * 32 * tiling.warps // (tile * power_of_two(shape.head_dim)), 1), 8),
         LINE=line,
         LINES=power_of_two(max(shape.head_dim // line, 1)), num_warps=tiling.warps,
         **dependent_launch(not fresh),
@@ -134,7 +135,9 @@ def _attention_kernel(
     rows = tl.arange(0, BATCH)
     first_units = tl.load(first_units_ptr + rows, mask=rows < batch, other=2**30 // KV_HEADS)
     total = tl.load(first_units_ptr + batch) * KV_HEADS
-    unit, end, programs = share_of(pid, tl.num_programs(0), total)
+    programs = tl.minimum(tl.num_programs(0), total)
+    program = tl.where(pid < programs, programs - 1 - pid, pid)  # the last one's share comes first, see the end
+    unit, end, programs = share_of(program, tl.num_programs(0), total)
     # a tile's rows: the heads of its first query, those of its second one
     g = tl.arange(0, TILE)
     d = tl.arange(0, DIM_PADDED)[None, :]
@@ -253,58 +256,42 @@ def _attention_kernel(
                 before = (key_position == key_at)[None, :] & (key_position[None, :] < until)
                 visible = is_key[None, :] & (before | (key_row[None, :] == own_row[:, None]))
                 highest, weight, acc = _attend(q, k.to(q.dtype), v.to(q.dtype), visible, highest, weight, acc)
-        if last - first == blocks:
-            tl.store(out + d, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
-        else:
-            first_owner = owner(row_units * KV_HEADS + head * blocks, programs, total)
-            parts = owner(row_units * KV_HEADS + (head + 1) * blocks - 1, programs, total) - first_owner + 1
-            # a program may have the end of one head's units and the start of another's: two places
-            part = partial_ptr + (pid * 2 + tl.where(first == 0, 1, 0)) * part_size
+        arrivals = arrivals_ptr + row * KV_HEADS + head
+        if first > 0:  # the program that has the first units waits for the others, which have been started before it
+            part = partial_ptr + program * part_size
             tl.store(part + g, highest, mask=in_tile, cache_modifier=".cg")
             tl.store(part + stored + g, weight, mask=in_tile, cache_modifier=".cg")
             tl.store(part + 2 * stored + g[:, None] * DIM_PADDED + d, acc, mask=is_query, cache_modifier=".cg")
             tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
-            if arrived == parts - 1:
-                tl.store(arrivals_ptr + row * KV_HEADS + head, 0)
-                gs = tl.arange(0, stored)
-                if firsts_ptr is None:
-                    is_stored = gs < GROUP
-                else:
-                    stored_row = row + gs // GROUP_PADDED
-                    is_stored = (gs % GROUP_PADDED < GROUP) & (stored_row < batch)
-                    is_stored = is_stored & (tl.load(firsts_ptr + stored_row, mask=is_stored, other=-1) == first_row)
-                top = tl.full((stored,), -1e30, tl.float32)
-                denominator = tl.zeros((stored,), tl.float32)
-                numerator = tl.zeros((stored, DIM_PADDED), tl.float32)
-                # part by part, since a sum over parts in one tile would cross warps; several are on their way at once
-                for begin in range(0, parts, MERGED):
-                    asked = ()
-                    for index in tl.static_range(MERGED):
-                        i = begin + index
-                        cells = partial_ptr + ((first_owner + i) * 2 + tl.where(i == 0, 1, 0)) * part_size
-                        there = is_stored & (i + gs * 0 < parts)
-                        acc_at = cells + 2 * stored + gs[:, None] * DIM_PADDED + d
-                        is_there = there[:, None] & (d < DIM)
-                        part_top = tl.load(cells + gs, mask=there, other=-1e30, cache_modifier=".cg")
-                        part_weight = tl.load(cells + stored + gs, mask=there, other=0.0, cache_modifier=".cg")
-                        part_acc = tl.load(acc_at, mask=is_there, other=0.0, cache_modifier=".cg")
-                        asked = asked + ((part_top, part_weight, part_acc),)  # type: ignore[assignment] # noqa: RUF005
-                    for index in tl.static_range(MERGED):
-                        new_top = tl.maximum(top, asked[index][0])
-                        factor = tl.exp2(asked[index][0] - new_top)
-                        shrink = tl.exp2(top - new_top)
-                        denominator = denominator * shrink + factor * asked[index][1]
-                        numerator = numerator * shrink[:, None] + factor[:, None] * asked[index][2]
-                        top = new_top
-                merged = numerator / tl.where(denominator > 0, denominator, 1.0)[:, None]
-                if firsts_ptr is None:
-                    merged_at = out_ptr + (row * KV_HEADS + head).to(tl.int64) * (GROUP * DIM) + gs[:, None] * DIM
-                else:
-                    merged_at = out_ptr + stored_row[:, None].to(tl.int64) * (KV_HEADS * GROUP * DIM)
-                    merged_at += (head * GROUP + gs % GROUP_PADDED)[:, None] * DIM
-                is_stored_cell = is_stored[:, None] & (d < DIM)
-                tl.store(merged_at + d, merged.to(out_ptr.dtype.element_ty), mask=is_stored_cell)
+            tl.atomic_add(arrivals, 1, sem="release", scope="gpu")
+        else:
+            others = 0
+            if last < blocks:
+                others = owner(row_units * KV_HEADS + (head + 1) * blocks - 1, programs, total) - program
+                arrived = tl.atomic_add(arrivals, 0, sem="acquire", scope="gpu")
+                while arrived < others:
+                    arrived = tl.atomic_add(arrivals, 0, sem="acquire", scope="gpu")
+                tl.debug_barrier()
+                tl.store(arrivals, 0)
+            # apart from this program's own part, which lies otherwise across warps; several are on their way at once
+            top = tl.full((TILE,), -1e30, tl.float32)
+            total_weight = tl.zeros((TILE,), tl.float32)
+            total_acc = tl.zeros((TILE, DIM_PADDED), tl.float32)
+            for begin in range(1, others + 1, MERGED):
+                asked = ()
+                for index in tl.static_range(MERGED):
+                    part = partial_ptr + (program + begin + index) * part_size
+                    there = in_tile & (begin + index + g * 0 <= others)
+                    is_there = there[:, None] & (d < DIM)
+                    part_highest = tl.load(part + g, mask=there, other=-1e30, cache_modifier=".cg")
+                    part_weight = tl.load(part + stored + g, mask=there, other=0.0, cache_modifier=".cg")
+                    acc_at = part + 2 * stored + g[:, None] * DIM_PADDED + d
+                    part_acc = tl.load(acc_at, mask=is_there, other=0.0, cache_modifier=".cg")
+                    asked = asked + ((part_highest, part_weight, part_acc),)  # type: ignore[assignment] # noqa: RUF005
+                for index in tl.static_range(MERGED):
+                    top, total_weight, total_acc = joined(top, total_weight, total_acc, *asked[index])
+            highest, weight, acc = joined(highest, weight, acc, top, total_weight, total_acc)
+            tl.store(out + d, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
     if PDL:  # a program without units: what is older than the kernel ahead must be complete when this one is
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

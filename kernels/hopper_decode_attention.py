@@ -269,7 +269,7 @@ def _ring_kernel(
                     part_weight = gl.load(cells + STORED, mask=there, other=0.0, cache_modifier=".cg")
                     part_acc = gl.load(
                         (at[:, None] + 2 * STORED + gs[None, :] * DIM)[:, :, None] + ds[None, None, :],
-                        mask=there[:, :, None] & (ds < DIM)[None, None, :], other=0.0, cache_modifier=".cg",
+                        mask=there[:, :, None], other=0.0, cache_modifier=".cg",
                     )  # fmt: skip
                     new_top = gl.maximum(top, gl.max(part_top, 0))
                     factor = gl.exp2(part_top - new_top[None, :])
@@ -283,7 +283,6 @@ def _ring_kernel(
                 merged = (numerator / denominator[:, None]).to(out_ptr.dtype.element_ty)
                 gr = gl.arange(0, STORED, layout=gl.SliceLayout(1, gl.SliceLayout(0, merge)))
                 dr = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, merge)))
-                is_stored = (gr < GROUP)[:, None] & (dr < DIM)[None, :]
-                gl.store(out + gr[:, None] * DIM + dr[None, :], merged, mask=is_stored)
+                gl.store(out + gr[:, None] * DIM + dr[None, :], merged, mask=(gr < GROUP)[:, None])
     gdc_wait()  # a program without units: what is older than the kernel ahead must be complete when this one is
     gdc_launch_dependents()
