@@ -1,4 +1,4 @@
-"""Gate and up of 129 to 256 rows on a Hopper GPU, with their activation, in Gluon.
+"""Gate and up of 192 to 256 rows on a Hopper GPU, with their activation, in Gluon.
 
 Such a product is bound by arithmetic: 128 rows of the weights by all rows of x are a tile, of which a program on each
 processor has one after the other. One warp loads, also while a tile ends; two groups of four multiply. Beside cuBLAS
@@ -23,6 +23,7 @@ HALF = 64
 """Rows of the weights that a group of warps multiplies: eight of the gate, then eight of up, and so on."""
 BLOCK_K = 64
 RING_BYTES = 226 * 1024
+LEAST_ROWS = 192
 LEAST_BUSY = 0.83
 """The part of all processors' turns that must have tiles; with fewer, cuBLAS's smaller ones are faster."""
 MAX_REGISTERS = 168
@@ -40,7 +41,7 @@ def fits_gated(x: torch.Tensor, weight: torch.Tensor) -> bool:
     (n2, k), processors = weight.shape, num_processors(x.device)
     tiles = triton.cdiv(n2, 2 * HALF)
     busy = tiles / (triton.cdiv(tiles, processors) * processors)
-    fits = 128 < len(x) <= 256 and x.dtype == weight.dtype and x.dtype in _DTYPES and n2 % 16 == k % 8 == 0
+    fits = LEAST_ROWS <= len(x) <= 256 and x.dtype == weight.dtype and x.dtype in _DTYPES and n2 % 16 == k % 8 == 0
     return fits and busy >= LEAST_BUSY
 
 
