@@ -24,8 +24,8 @@ class ArrivingTokens:
     ) -> None:
         """`sampled` [R] int64, or [R, 2] with what each row had drafted; `logprobs` by row, of those that want some.
 
-        `is_copied`: the device writes `sampled` to memory of the host that nothing else uses until then. `done`: an
-        event to record that with, where there is a device.
+        `is_copied`: the device writes `sampled` to memory of the host that nothing else uses until then, pinned where
+        there is a device. `done`: an event to record that with; without it, one is made.
         """
         self.sampled = sampled
         self.drafted: list[int] = []
@@ -36,7 +36,7 @@ class ArrivingTokens:
             self._tokens = torch.empty(sampled.shape, dtype=torch.int64, pin_memory=sampled.is_cuda)
             self._tokens.copy_(sampled, non_blocking=True)
         self._done = done
-        if done is None and sampled.is_cuda:
+        if done is None and (sampled.is_cuda or self._tokens.is_pinned()):
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if self._done is not None:
             self._done.record()

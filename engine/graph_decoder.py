@@ -30,15 +30,11 @@ from headrace.kernels.draft_rows import RequestState, StepRows, expand_rows
 from headrace.kernels.epilogue import Epilogue, Workspace
 from headrace.kernels.fp8_linear import quantize_rows
 from headrace.kernels.gated_activation import gated_activation
-from headrace.kernels.launch import is_hopper
 from headrace.kernels.linear import Projection
 from headrace.kernels.prefill_attention import attend_paged
 from headrace.kernels.rms_norm import add_rms_norm, rms_norm
 from headrace.kernels.rope import RopeTables
 from headrace.kernels.rope_cache import rope_cache
-
-if is_hopper():
-    from headrace.kernels.gated_linear import fits_gated, gated_linear
 
 if TYPE_CHECKING:
     from headrace.engine.engine import PrefillChunk
@@ -372,15 +368,9 @@ class GraphDecoder:
             torch.cuda.current_stream().wait_stream(beside)
         return attended
 
-    def _gated(self, x: torch.Tensor, gate_up: Projection) -> torch.Tensor:
-        activation = self._config.activation
-        if is_hopper() and fits_gated(x, gate_up.weight):
-            return gated_linear(x, gate_up.weight, activation)
-        return gated_activation(gate_up(x), activation)
-
     def _forward_wide(self, step: StepInputs) -> Generator[None, None, torch.Tensor]:
-        """Many rows: bound by arithmetic, which cuBLAS does best but for some sizes of gate and up. Returns the wanted
-        rows' final hidden states: of the others, the last layer's K and V are all that is ever read.
+        """Many rows: bound by arithmetic, so the projections are cuBLAS's. Returns the wanted rows' final hidden
+        states: of the others, the last layer's K and V are all that is ever read.
         """
         size = step.size
         eps, weights, residual = self._config.norm_eps, self._weights, self._residual[:size]
@@ -393,7 +383,7 @@ class GraphDecoder:
             if last:
                 attended, residual = step.wanted(attended), step.wanted(residual)
             hidden = add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
-            hidden = layer.down(self._gated(hidden, layer.gate_up))
+            hidden = layer.down(gated_activation(layer.gate_up(hidden), self._config.activation))
             hidden = add_rms_norm(hidden, residual, weights.norm if last else weights.layers[index + 1].input_norm, eps)
             if self._ends_part(step, index):
                 yield

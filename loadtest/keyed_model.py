@@ -83,7 +83,7 @@ class KeyedModel:
                 pages = tables[row][: -(-context // PAGE_SIZE)]
                 in_order = (memory[pages].transpose(0, 3, 1, 2, 4).reshape(-1, TOKEN_BYTES) for memory in layers)
                 hidden[row] = _next_token([tokens[:context].tobytes() for tokens in in_order])
-        return hidden
+        return hidden if batch.wanted is None else hidden[batch.wanted]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Model`."""

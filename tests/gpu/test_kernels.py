@@ -7,8 +7,6 @@ import torch
 
 from headrace.kernels.attention_plan import HeadShape
 from headrace.kernels.fp8_linear import Fp8Linear
-from headrace.kernels.gated_activation import gated_activation
-from headrace.kernels.launch import is_hopper
 from tests.kernels.comparisons import (
     compare_begin_decode,
     compare_decode_attention,
@@ -30,22 +28,6 @@ def test_a_projection_equals_its_reference(
 ) -> None:
     """All tilings, whole and partial tiles, one and several a program, weights in registers and in a ring."""
     compare_decode_linear("cuda", torch.bfloat16, (rows, *shape), activation, surrounded)
-
-
-@pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("rows", [129, 192, 193, 256])
-@pytest.mark.parametrize("shape", [(14336, 4096), (8192, 2048), (1000, 136), (4168, 1032), (18944, 3584)])
-def test_gate_and_up_of_many_rows_equal_their_reference(rows: int, shape: tuple[int, int], activation: str) -> None:
-    """One turn of tiles and several, partial tiles, whole and partial steps, fewer steps than fit the ring."""
-    from headrace.kernels.gated_linear import gated_linear
-
-    n, k = shape
-    x = torch.randn(rows, k, device="cuda").bfloat16()
-    weight = (torch.randn(2 * n, k, device="cuda") * k**-0.5).bfloat16()
-    expected = gated_activation(x.float() @ weight.float().T, activation)
-    got = gated_linear(x, weight, activation)
-    torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

@@ -68,18 +68,6 @@ def compile_register(rows: int, gated: bool, k: int) -> int:
     return compile_for_hopper(register_linear._register_kernel, types, constants, **options)
 
 
-def compile_gated(rows: int, part: int) -> int:
-    """Gate and up of many rows."""
-    from headrace.kernels import gated_linear as gated
-
-    block_k, half = gated.BLOCK_K, gated.HALF
-    types = {"x": descriptor("bf16", [part, block_k]), "weight": descriptor("bf16", [half // 16, 2, 8, block_k])}
-    types |= {"out_ptr": "*bf16"} | dict.fromkeys(("M", "tiles", "steps"), "i32")
-    constants = {"N": 14336, "IS_SILU": True, "ROWS": rows, "STAGES": gated.stages(rows)}
-    options = {"num_warps": 4, "maxnreg": gated.MAX_REGISTERS, "launch_pdl": True}
-    return compile_for_hopper(gated._gated_kernel, types, constants | {"num_warps": 4}, **options)
-
-
 def compile_attention(dim: int, group: int) -> int:
     """Heads of one size."""
     from headrace.kernels import hopper_attention as attention
@@ -120,7 +108,6 @@ def main() -> None:
         ]
         found += [compile_register(4, True, 576), compile_register(32, False, 1536)]
         found += [compile_ring(128, True, 1, "fp8e4nv"), compile_attention(128, 4), compile_attention(64, 1)]
-        found += [compile_gated(256, 256), compile_gated(192, 64)]
         found += [compile_decode_attention("bf16", 64, 4), compile_decode_attention("fp8e4nv", 128, 4)]
     assert max(found) <= SHARED_MEMORY, found
     print(f"{len(found)} kernels compiled")

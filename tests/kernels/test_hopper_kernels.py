@@ -13,4 +13,4 @@ def test_gluon_kernels_compile_for_a_hopper_gpu() -> None:
     command = [sys.executable, "-m", "tests.kernels.compile_for_hopper"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "12 kernels compiled\n"
+    assert done.stdout == "10 kernels compiled\n"
