@@ -324,10 +324,7 @@ class GraphBatch(Generic[K]):
         rows = len(layout.depths)
         logits, report = decoder.step_drafted(rows), decoder.rows.reports[turn][:rows]
         penalized, logprobs = list[SamplingRow](), dict[int, TokenLogprobs]()
-        is_greedy = not self._matchers and all(
-            row.takes_likeliest and row.params.logprobs is None for row in self._sampling
-        )
-        if depth and head is not None and is_greedy:
+        if depth and head is not None and not self._matchers and self._are_greedy():
             head.read(rows, turn, is_greedy=True)
         else:
             if any(row.counts is not None for row in self._sampling):
@@ -354,10 +351,14 @@ class GraphBatch(Generic[K]):
     def _new_sampler(self, rows: Sequence[SamplingRow]) -> BatchSampler:
         return BatchSampler(rows, self._engine.model_config.vocab_size, self._engine.device)
 
+    def _are_greedy(self) -> bool:
+        """Whether all take the likeliest token and nobody asks for log probabilities."""
+        return all(row.takes_likeliest and row.params.logprobs is None for row in self._sampling)
+
     def _drafted_sampler(self, lengths: Sequence[int]) -> BatchSampler:
         """Of requests without penalties, whose samplers hold nothing that a step changes."""
         rows = sum(lengths)
-        is_greedy = all(row.takes_likeliest and row.params.logprobs is None for row in self._sampling)
+        is_greedy = self._are_greedy()
         repeated = self._greedy_samplers.get(rows) if is_greedy else self._drafted_samplers.get(tuple(lengths))
         if repeated is not None:
             return repeated

@@ -26,7 +26,6 @@ class RowChanges:
     ) -> None:
         """`parameters` [P, B] int64, `block_table` [B, W] int32, `limits` [B] int32."""
         self._targets = state, parameters, block_table, limits
-        self._fields = STATE_FIELDS + len(parameters)
         self._buffers = [self._new_buffer(1024) for _ in range(BUFFERS)]
 
     def _new_buffer(self, size: int) -> torch.Tensor:

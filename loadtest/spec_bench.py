@@ -71,10 +71,7 @@ class Prompts:
         tokens, source, first = self._known[message]
         pages = engine.pool.allocate(len(source))
         held = engine.cache.pages
-        if held.is_cuda:  # through the host it takes as long as a turn
-            held[:, pages] = held[:, source]
-        for layer in range(0 if held.is_cuda else engine.layout.num_layers):
-            engine.cache.write_pages(layer, pages, engine.cache.read_pages(layer, source))
+        held[:, pages] = held[:, source]
         return new_request(
             f"{next(self._names)}", self._layout, [*tokens, first], pages, sampling, engine.max_model_len
         )
